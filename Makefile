@@ -1,0 +1,34 @@
+# Two commands do all the set-up: `make demo` runs the pipeline, `make test` runs the tests.
+PYTHON ?= python3.11
+SEED ?= 0
+OUT ?= runs/demo
+
+LAUNCH = .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml -m
+RECIPES = pipeline/recipes
+
+.PHONY: demo reward-long backbone test
+
+# SFT, reward model, PPO and evaluation on the embedded default; leaves $(OUT)/report.md and report.json.
+demo: .venv/installed
+	$(LAUNCH) pipeline.sft --config $(RECIPES)/demo/sft.yaml --seed $(SEED) --output_dir $(OUT)/sft
+	$(LAUNCH) pipeline.reward --config $(RECIPES)/demo/reward.yaml --seed $(SEED) --output_dir $(OUT)/reward
+	$(LAUNCH) pipeline.ppo --config $(RECIPES)/demo/ppo.yaml --seed $(SEED) --output_dir $(OUT)/ppo \
+		--sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward
+	$(LAUNCH) pipeline.evaluation --config $(RECIPES)/demo/evaluation.yaml --seed $(SEED) --output_dir $(OUT) \
+		--sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward --ppo_adapter $(OUT)/ppo
+
+# A longer reward model, about half an hour; leaves runs/reward-long/metrics.json.
+reward-long: .venv/installed
+	$(LAUNCH) pipeline.reward --config $(RECIPES)/reward_long.yaml
+
+# The embedded backbone from nothing, about an hour; writes data/backbone.
+backbone: .venv/installed
+	$(LAUNCH) pipeline.pretrain --config $(RECIPES)/backbone.yaml
+
+test: .venv/installed
+	.venv/bin/python -m pytest
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@

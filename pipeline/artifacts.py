@@ -1,0 +1,33 @@
+"""What every stage leaves behind beside its adapter: a model card, a metrics file, the backbone's identity."""
+
+import json
+import time
+from pathlib import Path
+
+import psutil
+from transformers import Trainer
+
+from pipeline.backbone import stamp
+
+
+def seconds_running() -> float:
+    """Seconds since this process was started, imports included."""
+    return time.time() - psutil.Process().create_time()
+
+
+def read_metrics(folder: str | Path) -> dict:
+    """The metrics file of a stage, empty when the folder has none (an adapter made elsewhere)."""
+    path = Path(folder) / "metrics.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict) -> None:
+    """Save the trained adapter with model card, backbone identity and `metrics.json`; close the trackers."""
+    folder = Path(trainer.args.output_dir)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        trainer.create_model_card(model_name=folder.name)
+        stamp(folder, trainer.model.config._name_or_path, fingerprint)
+        metrics = {**metrics, "seconds": round(seconds_running(), 1)}
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    trainer.end()

@@ -1,0 +1,318 @@
+"""One frozen backbone, four roles.
+
+Policy, reference, reward and value are LoRA adapters on a single pretrained causal language model, and two linear heads
+(reward, value) read its last hidden state. A role is chosen by naming its adapter on every LoRA layer, without touching
+`requires_grad`, so several roles can run inside one differentiable forward pass.
+"""
+
+import gc
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
+from trl import ModelConfig
+from trl.trainer.utils import selective_log_softmax_and_entropy
+
+
+# peft calls the first adapter "default", and TRL's online trainers train that one and clone it as "ref".
+ADAPTERS = {"policy": "default", "reference": "ref", "reward": "reward", "value": "value"}
+
+WEIGHTS = "adapter_model.safetensors"
+IDENTITY = "backbone.json"
+# Where peft keeps the head of a sequence-classification adapter (`modules_to_save=["score"]`).
+HEAD = "base_model.model.score.weight"
+
+
+# ----------------------------------------------------------------------------------------------- loading
+def load_pretrained(
+    model: ModelConfig, *, head: bool = False, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pretrained model, frozen, and its tokenizer, from a hub id or a folder.
+
+    A local folder's path is made absolute, so that the adapters which name it load from anywhere. A tokenizer without a
+    pad token pads with its end-of-text token, as TRL does. With `head`, the model is a sequence classifier whose one
+    score starts at N(0, 1/sqrt(D + 1)) (Stiennon et al. 2020, arXiv 2009.01325).
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it holds no tokenizer.
+        ValueError: the architecture keeps its score head elsewhere than in `score`.
+    """
+    name = model.model_name_or_path
+    if name is None:
+        raise ValueError("model_name_or_path is not set; name a hub id or a folder, such as data/backbone.")
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        name = str(folder.resolve())
+        if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
+            raise FileNotFoundError(
+                f"{folder}: the model folder has no tokenizer (tokenizer.json). Save it there with "
+                f"`tokenizer.save_pretrained({str(folder)!r})`."
+            )
+    elif name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"model_name_or_path={name!r}: there is no such folder.")
+    source = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+    options = {"dtype": model.dtype, "attn_implementation": model.attn_implementation, "use_safetensors": True}
+    if head:
+        base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **source, **options)
+        if not isinstance(getattr(base, "score", None), nn.Linear):
+            raise ValueError(
+                f"{name}: {type(base).__name__} keeps its head elsewhere than in `score`; take a decoder-only model "
+                f"(GPT-2, Llama, Qwen, Mistral ...)."
+            )
+        nn.init.normal_(base.score.weight, std=(base.score.in_features + 1) ** -0.5)
+    else:
+        base = AutoModelForCausalLM.from_pretrained(name, **source, **options)
+    base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    return base.requires_grad_(False), tokenizer
+
+
+def fingerprint(base: PreTrainedModel) -> str:
+    """Hex digest that tells one pretrained trunk from another, whatever head it carries and in whatever precision.
+
+    Names, shapes and up to 65,536 evenly spaced values of every tensor, rounded to bfloat16; LoRA weights are left out.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(base.base_model.state_dict().items()):
+        if "lora_" in name:
+            continue
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 65_536)].to("cpu", torch.bfloat16)
+        digest.update(f"{name.replace('base_layer.', '')} {tuple(tensor.shape)}".encode())
+        digest.update(sample.view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def stamp(folder: str | Path, model_name_or_path: str, digest: str) -> None:
+    """Write beside an adapter which backbone it was trained on."""
+    record = {"model_name_or_path": model_name_or_path, "fingerprint": digest}
+    (Path(folder) / IDENTITY).write_text(json.dumps(record, indent=2) + "\n")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter read from its folder: peft's config, the LoRA tensors, and the score head (1, D) if it has one."""
+
+    source: str
+    config: LoraConfig
+    weights: dict[str, Tensor]
+    head: Tensor | None
+
+
+def read_adapter(folder: str, *, needs_head: bool = False, base: PreTrainedModel | None = None) -> Adapter:
+    """Read a standard peft adapter (a folder or a hub id; safetensors only) and check that it fits.
+
+    Raises:
+        FileNotFoundError: the folder, its config or its safetensors file is missing.
+        ValueError: not a LoRA adapter; its head is missing; it was trained on another base.
+    """
+    path = Path(folder)
+    for name in ("adapter_config.json", WEIGHTS):
+        if (path.exists() or folder.startswith((".", "/", "~"))) and not (path / name).is_file():
+            raise FileNotFoundError(
+                f"{path / name}: no such file. Name the folder that `trainer.save_model` wrote (adapter_config.json "
+                f"and {WEIGHTS})."
+            )
+    config = PeftConfig.from_pretrained(folder)
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{folder}: the adapter is of type {config.peft_type}, not LORA.")
+    tensors = load_file(cached_file(folder, WEIGHTS))
+    head = tensors.pop(HEAD, None)
+    if needs_head and head is None:
+        raise ValueError(
+            f"{folder}: {WEIGHTS} holds no score head ({HEAD}), so it cannot score. Train the reward adapter with "
+            f"modules_to_save=['score'] (pipeline.reward does)."
+        )
+    if needs_head and head.shape[0] != 1:
+        raise ValueError(f"{folder}: the score head has {head.shape[0]} outputs; a reward adapter has 1 (num_labels=1).")
+    identity = path / IDENTITY
+    if base is not None and identity.is_file():
+        made_for, ours = json.loads(identity.read_text()), fingerprint(base)
+        if made_for["fingerprint"] != ours:
+            raise ValueError(
+                f"{folder}: the adapter was trained on another base, {made_for['model_name_or_path']} (fingerprint "
+                f"{made_for['fingerprint'][:12]}), than {base.config._name_or_path} ({ours[:12]}). Train it on this "
+                f"base, or set model_name_or_path to that one."
+            )
+    return Adapter(folder, config, tensors, head)
+
+
+# ----------------------------------------------------------------------------------------------- the backbone
+class Backbone(PeftModelForCausalLM):
+    """A frozen causal language model that plays up to four roles, each a LoRA adapter on it.
+
+    It is a `PeftModel` like any other: `generate`, `save_pretrained` and TRL's trainers work on its policy adapter.
+    `forward(..., completion_ids=...)` is PPO's training pass.
+    """
+
+    def __init__(self, base: PreTrainedModel, policy: Adapter | LoraConfig):
+        fresh = isinstance(policy, LoraConfig)
+        super().__init__(base, policy if fresh else _language_config(policy.config), adapter_name=ADAPTERS["policy"])
+        self.heads = nn.ModuleDict()
+        if not fresh:
+            self._set_weights("policy", policy.weights, policy.source)
+
+    def add_role(self, role: str, adapter: Adapter) -> None:
+        """Add a role from an adapter read by `read_adapter`; its head, if it has one, comes along."""
+        self.add_adapter(ADAPTERS[role], _language_config(adapter.config))
+        self._set_weights(role, adapter.weights, adapter.source)
+        if adapter.head is not None:
+            self._add_head(role, adapter.head)
+
+    def add_value(self) -> None:
+        """Add the value role. It starts from the reward adapter and its head, so that the first values are scores;
+        where there is no reward adapter, from the policy's adapter with a head of zeros."""
+        origin = "reward" if "reward" in self.heads else "policy"
+        self.add_adapter(ADAPTERS["value"], deepcopy(self.peft_config[ADAPTERS[origin]]))
+        weights = get_peft_model_state_dict(self, adapter_name=ADAPTERS[origin])
+        self._set_weights("value", weights, origin)
+        hidden_size = self.get_base_model().config.get_text_config().hidden_size
+        self._add_head("value", self.heads["reward"].weight if origin == "reward" else torch.zeros(1, hidden_size))
+
+    def _add_head(self, role: str, weight: Tensor) -> None:
+        head = nn.Linear(weight.shape[1], 1, bias=False)
+        head.weight.data.copy_(weight)
+        self.heads[role] = head.to(self.get_base_model().device)
+
+    def _set_weights(self, role: str, weights: dict[str, Tensor], source: str) -> None:
+        expected = get_peft_model_state_dict(self, adapter_name=ADAPTERS[role]).keys()
+        if weights.keys() != expected:
+            odd = sorted(weights.keys() ^ expected)
+            raise ValueError(f"{source}: {len(odd)} tensors of the adapter do not match the backbone, first {odd[0]!r}.")
+        set_peft_model_state_dict(self, weights, adapter_name=ADAPTERS[role])
+
+    def train_only(self, *roles: str) -> None:
+        """Make the adapters and heads of these roles trainable, and everything else frozen."""
+        names = {ADAPTERS[role] for role in roles}
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not names.isdisjoint(name.split(".")) and _is_ours(name))
+
+    @contextmanager
+    def role(self, role: str | None) -> Iterator[None]:
+        """Run the code inside as this role, or as the bare backbone with None.
+
+        peft's `set_adapter` would toggle `requires_grad` and so drop gradients of the role before; we name the adapter
+        on each LoRA layer instead. The attribute is private to peft, hence the pin on its minor version.
+        """
+        layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
+        before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+        for layer in layers:
+            layer._active_adapter = [ADAPTERS[role]] if role else []
+            layer._disable_adapters = role is None
+        try:
+            yield
+        finally:
+            for layer, (active, disabled) in zip(layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = active, disabled
+
+    def hidden_states(self, role: str | None, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states of a role, (B, S) -> (B, S, D). Positions count real tokens, wherever the padding is."""
+        position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+        with self.role(role):
+            return self.get_base_model().base_model(
+                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+            ).last_hidden_state
+
+    def logprobs(
+        self,
+        role: str | None,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        completion_ids: Tensor,
+        temperature: float = 1.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probability of each completion token and entropy at its position, in nats, both (B, T).
+
+        `input_ids` (B, P + T) ends with `completion_ids` (B, T). The vocabulary projection runs on the T positions
+        only. Logits are divided by `temperature`, as they are in sampling.
+        """
+        hidden = self.hidden_states(role, input_ids, attention_mask)
+        hidden = hidden[:, -completion_ids.shape[1] - 1 : -1]
+        logits = self.get_base_model().get_output_embeddings()(hidden).float()
+        return selective_log_softmax_and_entropy(
+            logits, completion_ids, entropy_requires_grad=False, temperature=temperature
+        )
+
+    def values(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        """Value of the state before each of the last `length` tokens, (B, P + T) -> (B, T)."""
+        hidden = self.hidden_states("value", input_ids, attention_mask)[:, -length - 1 : -1]
+        return self.heads["value"](hidden).float().squeeze(-1)
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """The reward model's score of right-padded sequences, (B, S) -> (B,), read at the last token that is not the
+        pad token: where transformers' sequence-classification models read it."""
+        hidden = self.hidden_states("reward", input_ids, attention_mask)
+        real = input_ids != self.get_base_model().config.get_text_config().pad_token_id
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (positions * real).argmax(dim=-1)
+        return self.heads["reward"](hidden[torch.arange(len(last), device=last.device), last]).float().squeeze(-1)
+
+    def forward(self, input_ids=None, attention_mask=None, completion_ids=None, temperature=1.0, **kwargs):
+        """The policy's language-model forward; with `completion_ids` (B, T), PPO's training pass.
+
+        The training pass returns logprobs, entropy and values, each (B, T). Both roles run in this one call, so that
+        DDP, FSDP and DeepSpeed see a single forward of the module they wrap.
+        """
+        if completion_ids is None:
+            return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        logprobs, entropy = self.logprobs("policy", input_ids, attention_mask, completion_ids, temperature)
+        return logprobs, entropy, self.values(input_ids, attention_mask, completion_ids.shape[1])
+
+    def save_role(self, role: str, folder: str | Path) -> None:
+        """Save one role as a standard peft folder. A role with a head becomes a sequence-classification adapter, which
+        `AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)` loads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = deepcopy(self.peft_config[ADAPTERS[role]])
+        config.inference_mode = True
+        weights = get_peft_model_state_dict(self, adapter_name=ADAPTERS[role])
+        if role in self.heads:
+            config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
+            weights[HEAD] = self.heads[role].weight
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+        save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+        config.save_pretrained(folder)
+        base = self.get_base_model()
+        stamp(folder, base.config._name_or_path, fingerprint(base))
+
+
+def _language_config(config: LoraConfig) -> LoraConfig:
+    """The adapter's config for a causal language model: its head is kept beside the model, not inside."""
+    config = deepcopy(config)
+    config.task_type, config.modules_to_save = "CAUSAL_LM", None
+    return config
+
+
+def _is_ours(name: str) -> bool:
+    return "lora_" in name or ".heads." in f".{name}"
+
+
+def backbone_copies(backbone: Backbone) -> float:
+    """How many backbones this process holds: all live parameters that are neither LoRA nor heads, over one backbone's.
+
+    Every `nn.Parameter` the interpreter can reach is counted, in this model or not, each storage once.
+    """
+    ours = {id(parameter) for name, parameter in backbone.named_parameters() if _is_ours(name)}
+    base = {p.data_ptr(): p.nbytes for name, p in backbone.named_parameters() if not _is_ours(name)}
+    live = {p.data_ptr(): p.nbytes for p in gc.get_objects() if type(p) is nn.Parameter and id(p) not in ours}
+    return sum(live.values()) / sum(base.values())

@@ -1,0 +1,119 @@
+"""The stages' arguments: TRL's own config classes, what PPO adds to them, and a parser that takes no typo silently."""
+
+import difflib
+import sys
+from dataclasses import dataclass, field
+
+import yaml
+from peft import LoraConfig
+from trl import ModelConfig, RLOOConfig, TrlParser
+
+
+@dataclass
+class DataArguments:
+    """Where a stage reads its rows."""
+
+    dataset_name: str = field(
+        default="human_ratings",
+        metadata={"help": "Hub id, folder or .jsonl/.json/.csv/.parquet file; human_ratings is the embedded default."},
+    )
+    dataset_train_split: str = field(default="train", metadata={"help": "Split to train on (a single file has none)."})
+    eval_dataset_name: str | None = field(
+        default=None, metadata={"help": "Rows to evaluate on; unset: the evaluation split of dataset_name."}
+    )
+    dataset_eval_split: str = field(default="test", metadata={"help": "Split to evaluate on (a single file has none)."})
+
+    @property
+    def eval_source(self) -> str | None:
+        """Where evaluation rows come from: None when dataset_name is a single file and no other is named."""
+        if self.eval_dataset_name is None and self.dataset_name.endswith((".jsonl", ".json", ".csv", ".parquet")):
+            return None
+        return self.eval_dataset_name or self.dataset_name
+
+
+@dataclass
+class RewardModelArguments:
+    """What the reward stage adds to TRL's RewardConfig."""
+
+    use_margin: bool = field(
+        default=False,
+        metadata={"help": "Subtract the `margin` column in the loss (Llama 2). It costs calibration: scores stretch."},
+    )
+
+
+@dataclass
+class PPOConfig(RLOOConfig):
+    """PPO's arguments: TRL's RLOOConfig, whose names keep their meaning, and what a value function adds.
+
+    Inherited and central: `beta` (KL coefficient), `epsilon` (policy clip range), `num_iterations` (PPO epochs an
+    update), `steps_per_generation` (minibatches an epoch times gradient accumulation), `temperature`,
+    `max_completion_length`, `reward_weights`, `reward_clip_range` (bounds of the score).
+    """
+
+    num_generations: int = field(default=1, metadata={"help": "Completions a prompt. PPO's baseline is the value."})
+    num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout."})
+    normalize_advantages: bool = field(default=True, metadata={"help": "Whiten advantages over each rollout."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Turn dropout off, so that ratios start at 1."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Not supported with several roles yet."})
+    gamma: float = field(default=1.0, metadata={"help": "Discount factor."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    value_clip: float = field(default=0.2, metadata={"help": "Clip range of the value loss."})
+    missing_eos_penalty: float | None = field(
+        default=None, metadata={"help": "Taken from the score of a completion that did not end by itself."}
+    )
+
+    def __post_init__(self):
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            # RLOO's last check wants two completions a prompt for its leave-one-out baseline. PPO's is the value.
+            if "at least 2 generations" not in str(error):
+                raise
+        for name in ("gradient_checkpointing", "use_vllm", "mask_truncated_completions", "sync_ref_model"):
+            if getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported by PPO; set it to false.")
+        minibatches = self.steps_per_generation / self.gradient_accumulation_steps
+        if minibatches != int(minibatches):
+            raise ValueError(
+                f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide "
+                f"steps_per_generation={self.steps_per_generation}; their ratio is the number of minibatches an epoch."
+            )
+
+
+def lora_config(model: ModelConfig, *, task_type: str) -> LoraConfig:
+    """LoRA as `lora_*` in ModelConfig says. A reward adapter (SEQ_CLS) trains and saves its head too."""
+    return LoraConfig(
+        task_type=task_type,
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=model.lora_target_modules,
+        modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
+        use_rslora=model.use_rslora,
+    )
+
+
+def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
+    """Dataclasses from `--config recipe.yaml` and the command line, which overrides it.
+
+    Raises:
+        ValueError: a key that no dataclass has; the message names the nearest one.
+    """
+    args = sys.argv[1:] if args is None else args
+    parser = TrlParser(dataclass_types)
+    known = {action.dest for action in parser._actions} | {"env"}
+    given = [(word[2:].split("=")[0].replace("-", "_"), "command line") for word in args if word.startswith("--")]
+    if "--config" in args[:-1]:
+        path = args[args.index("--config") + 1]
+        with open(path, encoding="utf-8") as file:
+            recipe = yaml.safe_load(file)
+        if not isinstance(recipe, dict):
+            raise ValueError(f"{path}: a recipe is a YAML mapping of keys to values.")
+        given += [(key, path) for key in recipe]
+    for key, source in given:
+        if key not in known and key != "config":
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"{source}: unknown key {key!r}.{hint}")
+    return parser.parse_args_and_config(args)

@@ -1,0 +1,174 @@
+"""Held-out prompts, answered by SFT and by PPO: did the policy get better by a judge that neither was trained on?
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.evaluation --config pipeline/recipes/demo/evaluation.yaml
+
+The independent judge is VADER's rule-based compound (-1..1) of prompt and completion. Leaves report.json, report.md
+and plots in `output_dir`.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+from trl import ModelConfig
+from trl.trainer.utils import pad
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from data.prompts import check_prompt_lengths, load_prompts
+from pipeline import report as drawing
+from pipeline.artifacts import read_metrics, seconds_running
+from pipeline.backbone import Backbone, load_pretrained, read_adapter
+from pipeline.configs import parse
+from pipeline.metrics import bootstrap_interval, distinct_n, wins
+from reward_models.functions import RewardArguments, reward_functions
+
+
+@dataclass
+class EvaluationArguments:
+    """What is compared, and on which prompts."""
+
+    ppo_adapter: str = field(metadata={"help": "Policy adapter to evaluate."})
+    output_dir: str = field(metadata={"help": "Where the report goes."})
+    sft_adapter: str | None = field(default=None, metadata={"help": "Adapter it started from; unset: the backbone."})
+    dataset_name: str = field(default="human_ratings", metadata={"help": "Prompts: hub id, folder or file."})
+    dataset_eval_split: str = field(default="test", metadata={"help": "Split to take prompts from."})
+    max_prompts: int = field(default=512, metadata={"help": "The first so many prompts."})
+    max_completion_length: int = field(default=24, metadata={"help": "Tokens sampled at most."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature, as in PPO."})
+    batch_size: int = field(default=64, metadata={"help": "Prompts sampled at once."})
+    seed: int = 0
+
+
+class Completions:
+    """Completions of one role to the prompts, and what each is worth."""
+
+    def __init__(self, prompts: Dataset, tokenizer: PreTrainedTokenizerBase):
+        self.prompts, self.tokenizer = prompts, tokenizer
+        self.ids: list[list[int]] = []
+        self.kl: list[float] = []  # nats a sequence, to the SFT policy
+        self.nll: list[float] = []  # nats a sequence, under the bare backbone
+        self.scores = self.judge = np.zeros(0)
+
+    @property
+    def texts(self) -> list[str]:
+        return self.tokenizer.batch_decode(self.ids, skip_special_tokens=True)
+
+    def metrics(self) -> dict:
+        lengths = np.array([len(row) for row in self.ids])
+        return {
+            "score": float(self.scores.mean()),
+            "judge": float(self.judge.mean()),
+            "kl": float(np.mean(self.kl)),
+            "distinct_1": distinct_n(self.texts, 1),
+            "distinct_2": distinct_n(self.texts, 2),
+            "perplexity": float(np.exp(np.sum(self.nll) / lengths.sum())),
+            "mean_length": float(lengths.mean()),
+        }
+
+
+@torch.no_grad()
+def complete(role: str, backbone: Backbone, prompts: Dataset, tokenizer, args: EvaluationArguments) -> Completions:
+    """Sample one completion a prompt as `role`, with its KL to the reference and likelihood under the backbone."""
+    set_seed(args.seed)
+    result, device = Completions(prompts, tokenizer), backbone.get_base_model().device
+    generation = GenerationConfig(
+        max_new_tokens=args.max_completion_length,
+        do_sample=True,
+        temperature=args.temperature,
+        top_k=0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    for start in tqdm(range(0, len(prompts), args.batch_size), desc=f"{role} completions", unit="batch"):
+        rows = [torch.tensor(r) for r in tokenizer(prompts["prompt"][start : start + args.batch_size])["input_ids"]]
+        ids = pad(rows, padding_value=tokenizer.pad_token_id, padding_side="left").to(device)
+        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
+        with backbone.role(role):
+            sequences = backbone.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
+        chosen = sequences[:, ids.shape[1] :]
+        ended = (chosen == tokenizer.eos_token_id).cumsum(dim=1)
+        real = (ended == 0) | ((ended == 1) & (chosen == tokenizer.eos_token_id))
+        attention = torch.cat([mask, real.long()], dim=1)
+        policy, reference, bare = (
+            backbone.logprobs(r, sequences, attention, chosen)[0].masked_fill(~real, 0).sum(dim=1)
+            for r in (role, "reference", None)
+        )
+        result.ids += [row[keep].tolist() for row, keep in zip(chosen, real, strict=True)]
+        result.kl += (policy - reference).tolist()
+        result.nll += (-bare).tolist()
+    return result
+
+
+def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig) -> None:
+    prompts = load_prompts(args.dataset_name, args.dataset_eval_split)
+    prompts = prompts.select(range(min(args.max_prompts, len(prompts))))
+    base, tokenizer = load_pretrained(model)
+    context = base.config.get_text_config().max_position_embeddings
+    check_prompt_lengths(prompts, tokenizer, context, args.max_completion_length, args.dataset_name)
+    policy = read_adapter(args.ppo_adapter, base=base)
+    reward = read_adapter(rewards.reward_adapter, needs_head=True, base=base) if rewards.reward_adapter else None
+    backbone = Backbone(base, policy)
+    if args.sft_adapter:
+        backbone.add_role("reference", read_adapter(args.sft_adapter, base=base))
+    if reward:
+        backbone.add_role("reward", reward)
+    backbone.to(Accelerator().device).eval()
+
+    judge = SentimentIntensityAnalyzer()
+    functions = reward_functions(rewards, backbone, tokenizer)
+    columns = {name: prompts[name] for name in prompts.column_names if name != "prompt"}
+    results = {}
+    for name, role in (("sft", "reference"), ("ppo", "policy")):
+        done = results[name] = complete(role, backbone, prompts, tokenizer, args)
+        given = {"prompts": prompts["prompt"], "completions": done.texts, "completion_ids": done.ids, **columns}
+        done.scores = np.sum([function(**given) for function in functions], axis=0)
+        texts = [prompt + text for prompt, text in zip(prompts["prompt"], done.texts, strict=True)]
+        done.judge = np.array([judge.polarity_scores(text)["compound"] for text in texts])
+
+    sft, ppo = results["sft"], results["ppo"]
+    stages = {"sft": args.sft_adapter, "reward": rewards.reward_adapter, "ppo": args.ppo_adapter}
+    metrics = {stage: read_metrics(folder) if folder else {} for stage, folder in stages.items()}
+    measured = {key: value for key, value in metrics["reward"].items() if key not in ("history", "seconds")}
+    report = {
+        "seed": args.seed,
+        "prompts": len(prompts),
+        "sft": sft.metrics(),
+        "ppo": ppo.metrics(),
+        "judge_gain": bootstrap_interval(ppo.judge - sft.judge),
+        "win_rate": bootstrap_interval(wins(ppo.judge, sft.judge)),
+        "score_win_rate": bootstrap_interval(wins(ppo.scores, sft.scores)),
+        **({"reward_model": measured} if measured else {}),
+        "backbone_copies": metrics["ppo"].get("backbone_copies"),
+        "seconds": {stage: found["seconds"] for stage, found in metrics.items() if found},
+    }
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    drawing.draw_ppo_curves(metrics["ppo"].get("history", []), folder / "ppo_curves.png")
+    drawing.draw_score_histograms(sft.scores, ppo.scores, folder / "score_histograms.png")
+    if measured:
+        drawing.draw_calibration(measured["reliability"], measured["ece"], folder / "reward_calibration.png")
+        drawing.draw_accuracy_by_gap(measured["by_gap"], folder / "accuracy_by_gap.png")
+    samples = [
+        {
+            "prompt": prompts["prompt"][i],
+            **{key: done.texts[i] for key, done in results.items()},
+            **{f"{key}_score": float(done.scores[i]) for key, done in results.items()},
+            **{f"{key}_judge": float(done.judge[i]) for key, done in results.items()},
+        }
+        for i in range(min(12, len(prompts)))
+    ]
+    report["seconds"]["evaluation"] = round(seconds_running(), 1)
+    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (folder / "report.md").write_text(drawing.markdown_report(report, samples))
+    print(f"{folder / 'report.md'}: judge {report['sft']['judge']:+.3f} -> {report['ppo']['judge']:+.3f}, "
+          f"win rate {report['win_rate']['mean']:.3f}, KL {report['ppo']['kl']:.1f} nats")
+
+
+if __name__ == "__main__":
+    main(*parse(EvaluationArguments, RewardArguments, ModelConfig))

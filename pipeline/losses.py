@@ -1,0 +1,43 @@
+"""PPO's two clipped losses. All arguments are (B, T); `mask` is True on real tokens; losses are means over them."""
+
+import torch
+from torch import Tensor
+
+from pipeline.masking import masked_mean
+
+
+def policy_loss(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float
+) -> tuple[Tensor, Tensor]:
+    """Clipped surrogate loss, and the share of tokens on which the clipped branch was the larger.
+
+    L = mean_t max(-A_t * rho_t, -A_t * clamp(rho_t, 1 - clip, 1 + clip)),  rho_t = exp(logprobs - old_logprobs)
+
+    Schulman et al. 2017 (arXiv 1707.06347), eq. 7, negated to be minimised.
+    """
+    ratio = torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0))
+    plain = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
+    return masked_mean(torch.max(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
+
+
+def value_loss(
+    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float
+) -> tuple[Tensor, Tensor]:
+    """Clipped value loss, and the share of tokens on which the clipped branch was the larger.
+
+    L = 1/2 mean_t max((V_t - R_t)^2, (clamp(V_t, V_old - clip, V_old + clip) - R_t)^2)
+
+    From openai/baselines ppo2, also in openai/lm-human-preferences.
+    """
+    bounded = torch.clamp(values, old_values - clip, old_values + clip)
+    plain, clipped = (values - returns).square(), (bounded - returns).square()
+    return 0.5 * masked_mean(torch.max(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
+
+
+def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Schulman's k2 estimate of the KL of the policy from the one that sampled, nats a token: mean of (log rho)^2 / 2.
+
+    http://joschu.net/blog/kl-approx.html
+    """
+    return 0.5 * masked_mean((logprobs - old_logprobs).square(), mask)

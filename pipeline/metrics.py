@@ -1,0 +1,73 @@
+"""What the evaluation stage measures on completions: lexical diversity, wins, and how sure we are of a mean."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+# Rows the bootstrap draws at once: 8 MiB of indices and 8 MiB of values, however many resamples there are.
+CHUNK = 2**20
+
+
+def distinct_n(texts: list[str], n: int) -> float:
+    """Distinct n-grams of white-space words over all n-grams of all texts, in 0..1; 0.0 if there are none.
+
+    After Li et al. (2016, arXiv 1510.03055), who divide by the number of words; we divide by the number of n-grams,
+    so that 1.0 means that no n-gram occurs twice whatever n is. N-grams do not cross texts. The value falls as texts
+    are added: compare sets of about the same number of words.
+
+    Raises:
+        ValueError: n is below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n={n} is not a positive number of words.")
+    sentences = [text.split() for text in texts]
+    ngrams = [tuple(words[i : i + n]) for words in sentences for i in range(len(words) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+
+
+def bootstrap_interval(
+    values: ArrayLike, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> dict[str, float]:
+    """Mean of `values` (rows,) and its percentile bootstrap interval (Efron 1979, Ann. Statist. 7:1).
+
+    Rows are resampled with replacement, so give one value for each independent prompt; for a difference between two
+    models give the differences by prompt, which keeps the pairing.
+
+    Returns:
+        `mean`, `low` and `high`, in the unit of the values. A share `level` of the resampled means lies in low..high.
+
+    Raises:
+        ValueError: values is not one column of two or more finite numbers, or level or resamples is out of range.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.ndim != 1 or len(values) < 2:
+        raise ValueError(f"values has shape {values.shape}; an interval takes one column of two or more values.")
+    if not np.isfinite(values).all():
+        raise ValueError(f"values has {np.count_nonzero(~np.isfinite(values))} entries that are not finite.")
+    if not 0 < level < 1:
+        raise ValueError(f"level={level} is not between 0 and 1.")
+    if resamples < 1:
+        raise ValueError(f"resamples={resamples} is not a positive number.")
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    chunk = max(1, CHUNK // len(values))
+    for start in range(0, resamples, chunk):
+        stop = min(start + chunk, resamples)
+        rows = generator.integers(len(values), size=(stop - start, len(values)))
+        means[start:stop] = values[rows].mean(axis=1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def wins(ours: ArrayLike, theirs: ArrayLike) -> np.ndarray:
+    """1 where ours > theirs, 0.5 on ties, 0 otherwise (NaN where either is NaN); the mean is the win rate.
+
+    Both are (prompts,), the score of each model's completion of the same prompt.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    ours, theirs = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
+    if ours.shape != theirs.shape:
+        raise ValueError(f"ours has shape {ours.shape} and theirs {theirs.shape}; wins are counted row by row.")
+    return np.heaviside(ours - theirs, 0.5)

@@ -1,0 +1,188 @@
+"""PPO on TRL's online machinery.
+
+TRL's RLOOTrainer samples completions, calls reward functions, logs, saves and runs on any accelerate launch. What
+makes PPO of it is here: roles on one backbone, a reward for each token, generalised advantages, two clipped losses.
+"""
+
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from trl import RLOOTrainer
+from trl.trainer.utils import pad, shuffle_sequence_dict, split_tensor_dict
+
+from pipeline.advantages import gae, token_rewards
+from pipeline.backbone import Backbone, backbone_copies
+from pipeline.configs import PPOConfig
+from pipeline.losses import approx_kl, policy_loss, value_loss
+from pipeline.masking import masked_mean, masked_sums, whiten
+from pipeline.rollout import Rollout
+
+
+class PPOTrainer(RLOOTrainer):
+    """Proximal policy optimisation (Schulman et al. 2017) of the policy role of a `Backbone`.
+
+    Each update: sample completions, score them, give every token its reward, estimate advantages, then
+    `num_iterations` epochs of minibatches, reshuffled each epoch. Policy and value adapters train; all else is frozen.
+
+    Args:
+        backbone: its policy adapter is trained, and cloned before as the reference.
+        reward_funcs: functions of TRL's reward protocol; `reward_models.learned.LearnedReward` is one.
+        train_dataset: rows with a `prompt`; other columns reach the reward functions.
+    """
+
+    _tag_names = ["trl", "ppo", "spine"]
+    _name = "PPO"
+    _paper = {
+        "title": "Fine-Tuning Language Models from Human Preferences",
+        "id": "1909.08593",
+        "citation": "@article{ziegler2019finetuning,\n"
+        "    title  = {{Fine-Tuning Language Models from Human Preferences}},\n"
+        "    author = {Daniel M. Ziegler and Nisan Stiennon and Jeffrey Wu and Tom B. Brown and Alec Radford and "
+        "Dario Amodei and Paul Christiano and Geoffrey Irving},\n"
+        "    year   = 2019,\n    eprint = {arXiv:1909.08593}\n}",
+    }
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        reward_funcs: list,
+        args: PPOConfig,
+        train_dataset: Dataset,
+        processing_class: PreTrainedTokenizerBase,
+        **kwargs,
+    ):
+        if "value" not in backbone.heads:
+            backbone.add_value()
+        super().__init__(
+            model=backbone,
+            reward_funcs=reward_funcs,
+            args=args,
+            train_dataset=train_dataset,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        backbone.train_only("policy", "value")  # adding adapters toggles requires_grad
+
+    # ------------------------------------------------------------------------------------------ one update
+    def _prepare_inputs(self, generation_batch):
+        """The next minibatch: of a fresh rollout at the start of an update, reshuffled at the start of each epoch."""
+        if not self.model.training:
+            return self._generate_and_score_completions(generation_batch)
+        steps = self.args.steps_per_generation
+        position = self._step % (steps * self.num_iterations)
+        if position == 0 or self._buffered_inputs is None:
+            self._rollout = self._generate_and_score_completions(generation_batch)
+        if position % steps == 0 or self._buffered_inputs is None:
+            self._buffered_inputs = split_tensor_dict(shuffle_sequence_dict(self._rollout), steps)
+        return self._buffered_inputs[position % steps]
+
+    def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Tensor]:
+        """Sample a completion to each prompt, score it, and work out advantages and returns -> fields of `Rollout`."""
+        prompts = [row["prompt"] for row in inputs]
+        prompt_rows, completion_rows, completions = self._generate(prompts)
+        prompt_ids, prompt_mask = self._pad(prompt_rows, side="left")
+        completion_ids, mask = self._pad(completion_rows, side="right")
+        input_ids, attention_mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, mask], 1)
+
+        logprobs, ref_logprobs, values = [], [], []
+        with torch.no_grad(), self.accelerator.autocast():
+            for ids, attend, chosen in zip(
+                *(x.split(self.args.per_device_train_batch_size) for x in (input_ids, attention_mask, completion_ids)),
+                strict=True,
+            ):
+                logprobs.append(self.model.logprobs("policy", ids, attend, chosen, self.temperature)[0])
+                ref_logprobs.append(self.model.logprobs("reference", ids, attend, chosen, self.temperature)[0])
+                values.append(self.model.values(ids, attend, chosen.shape[1]))
+            logprobs, ref_logprobs, values = (torch.cat(chunks) for chunks in (logprobs, ref_logprobs, values))
+            scores = self._scores(inputs, prompts, completions, completion_rows)
+
+        rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=self.beta)
+        advantages, returns = gae(rewards, values, mask, gamma=self.args.gamma, lam=self.args.lam)
+        if self.args.normalize_advantages:
+            sums = self.accelerator.reduce(masked_sums(advantages, mask), reduction="sum")
+            advantages = whiten(advantages, mask, sums)
+
+        kl = (logprobs - ref_logprobs).masked_fill(~mask, 0).sum(dim=1)
+        self._record(score=scores, kl=kl, reward=rewards.sum(dim=1), value=masked_mean(values, mask))
+        self._logs["prompt"].extend(gather_object(prompts))
+        self._logs["completion"].extend(gather_object(completions))
+        self._logs["advantages"].extend(gather_object(advantages.sum(dim=1).tolist()))
+        rollout = Rollout(prompt_ids, prompt_mask, completion_ids, mask, logprobs, values, advantages, returns)
+        return rollout._asdict()
+
+    def _pad(self, rows: list[list[int]], *, side: str) -> tuple[Tensor, Tensor]:
+        tensors = [torch.tensor(row) for row in rows]
+        ids = pad(tensors, padding_value=self._tokenizer.pad_token_id, padding_side=side)
+        mask = pad([torch.ones_like(tensor) for tensor in tensors], padding_value=0, padding_side=side).bool()
+        return ids.to(self.accelerator.device), mask.to(self.accelerator.device)
+
+    def _scores(self, inputs: list[dict], prompts: list, completions: list, completion_rows: list) -> Tensor:
+        """Weighted sum of the reward functions, clipped and penalised as configured, (B,) of this process."""
+        columns = self._calculate_rewards(inputs, prompts, completions, completion_rows)  # gathered, (all B, functions)
+        for name, column in zip(self.reward_func_names, columns.T, strict=True):
+            self._logs["rewards"][name].extend(column.tolist())
+            self._metrics[self._mode][f"rewards/{name}/mean"].append(column.nanmean().item())
+        start = self.accelerator.process_index * len(prompts)
+        columns = columns[start : start + len(prompts)]
+        # TRL's protocol lets a function return None where it does not apply, so only a row that no function scored,
+        # or an infinite score, is an error.
+        bad = columns.isnan().all(dim=1) | columns.isinf().any(dim=1)
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            given = dict(zip(self.reward_func_names, columns[row].tolist(), strict=True))
+            raise ValueError(f"reward functions gave {given} for prompt {prompts[row]!r}, completion {completions[row]!r}.")
+        scores = (columns * self.reward_weights.to(columns.device)).nansum(dim=1)
+        if self.args.missing_eos_penalty is not None:
+            ended = torch.tensor([row[-1] in self.eos_token_ids for row in completion_rows], device=scores.device)
+            scores = scores - self.args.missing_eos_penalty * ~ended
+        if self.reward_clip_range:
+            scores = scores.clamp(*self.reward_clip_range)
+        return scores
+
+    def _compute_loss(self, model, inputs: dict[str, Tensor]) -> Tensor:
+        rollout = Rollout(**inputs)
+        mask = rollout.completion_mask
+        with self.accelerator.autocast():
+            logprobs, entropy, values = model(
+                input_ids=torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1),
+                attention_mask=torch.cat([rollout.prompt_mask, mask], dim=1),
+                completion_ids=rollout.completion_ids,
+                temperature=self.temperature,
+            )
+        policy, policy_clipped = policy_loss(
+            logprobs, rollout.logprobs, rollout.advantages, mask, clip=self.args.epsilon
+        )
+        value, value_clipped = value_loss(values, rollout.values, rollout.returns, mask, clip=self.args.value_clip)
+        with torch.no_grad():
+            self._record(
+                **{"loss/policy": policy, "loss/value": value},
+                **{"clipfrac/policy": policy_clipped, "clipfrac/value": value_clipped},
+                approxkl=approx_kl(logprobs, rollout.logprobs, mask),
+                entropy=masked_mean(entropy, mask),
+            )
+        return policy + self.args.vf_coef * value
+
+    # ------------------------------------------------------------------------------------------ logs and artifacts
+    @property
+    def _mode(self) -> str:
+        return "train" if self.model.training else "eval"
+
+    def _record(self, **metrics: Tensor) -> None:
+        for name, value in metrics.items():
+            mean = self.accelerator.gather(value.detach().float().mean()).mean()
+            self._metrics[self._mode][name].append(mean.item())
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """The policy as a peft adapter, the value function as one with its head in `value/`, and the tokenizer."""
+        folder = Path(output_dir or self.args.output_dir)
+        self.model.save_role("policy", folder)
+        self.model.save_role("value", folder / "value")
+        self.processing_class.save_pretrained(folder)
+
+    def summary(self) -> dict:
+        """What the metrics file states of the run: backbones held by this process, and the log of every update."""
+        return {"backbone_copies": backbone_copies(self.model), "history": self.state.log_history}

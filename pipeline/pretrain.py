@@ -1,0 +1,162 @@
+"""Pretrain the embedded backbone: a small GPT-2 and its own BPE tokenizer, from nothing.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.pretrain --config pipeline/recipes/backbone.yaml
+
+Reads the training split of the embedded ratings (texts only) and writes config, weights, tokenizer and model card to
+`backbone_dir`. The weights are stored in float16 and load as float32, as config.json says.
+"""
+
+import hashlib
+import math
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    DataCollatorForLanguageModeling,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from trl import TrlParser
+
+from data.human_ratings import load_split
+
+
+EOS, PAD = "<|endoftext|>", "<|pad|>"
+
+
+@dataclass
+class BackboneConfig:
+    """Shape of the embedded backbone and where it goes."""
+
+    backbone_dir: str = "data/backbone"
+    vocab_size: int = 4096
+    n_positions: int = 128
+    n_layer: int = 4
+    n_embd: int = 256
+    n_head: int = 4
+    dropout: float = 0.2
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, n_positions: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE as in GPT-2, with a pad token that is not the end-of-text token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, PAD],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=EOS,
+        eos_token=EOS,
+        unk_token=EOS,
+        pad_token=PAD,
+        model_max_length=n_positions,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def tokenize(texts: list[str], tokenizer, n_positions: int) -> Dataset:
+    """One row a text: its tokens and the end-of-text token, from position 0, as prompts are read later."""
+    rows = tokenizer([text + EOS for text in texts], truncation=True, max_length=n_positions)["input_ids"]
+    return Dataset.from_dict({"input_ids": rows, "length": [len(row) for row in rows]})
+
+
+def model_card(shape: BackboneConfig, args: TrainingArguments, losses: dict[str, float], facts: dict) -> str:
+    rows = "\n".join(f"| {name} | {loss:.3f} | {math.exp(loss):.1f} |" for name, loss in losses.items())
+    return f"""---
+license: apache-2.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+# The embedded backbone
+
+A GPT-2 of {shape.n_layer} layers, {shape.n_embd} wide, {shape.n_head} heads, {facts["parameters"]:,} parameters, with a byte-level BPE
+vocabulary of {facts["vocab_size"]:,} and a context of {shape.n_positions} tokens. It exists so that the whole pipeline runs on one laptop
+without a model hub; it writes review snippets and nothing else.
+
+- **Data**: the texts (not the ratings) of the training split of Hutto & Gilbert, *VADER* (ICWSM 2014), from the
+  source distribution of vaderSentiment 3.3.2 (MIT licence): {facts["texts"]:,} snippets, {facts["tokens"]:,} tokens.
+- **Recipe**: `make backbone`, that is `pipeline/recipes/backbone.yaml`: {args.num_train_epochs:g} epochs, batch {args.train_batch_size}, AdamW at
+  {args.learning_rate:g} with a {args.lr_scheduler_type.value} schedule, weight decay {args.weight_decay:g}, dropout {shape.dropout:g}, {"bf16 autocast" if args.bf16 else "fp32"}, seed {args.seed};
+  {facts["seconds"] / 60:.0f} minutes on {facts["machine"]}.
+- **Weights**: stored in float16, loaded as float32.
+- `model.safetensors` sha256 `{facts["sha256"]}`
+
+| held-out texts | loss (nats a token) | perplexity |
+|---|---|---|
+{rows}
+
+The snippets are opinions of 2013 and earlier, rude ones among them; the model repeats what it has read.
+"""
+
+
+def main(shape: BackboneConfig, args: TrainingArguments) -> None:
+    set_seed(args.seed)
+    started = time.time()
+    texts = {split: [s.text for s in load_split(split)] for split in ("train", "validation", "test")}
+    tokenizer = train_tokenizer(texts["train"], shape.vocab_size, shape.n_positions)
+    datasets = {split: tokenize(rows, tokenizer, shape.n_positions) for split, rows in texts.items()}
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=shape.n_positions,
+        n_layer=shape.n_layer,
+        n_embd=shape.n_embd,
+        n_head=shape.n_head,
+        resid_pdrop=shape.dropout,
+        embd_pdrop=shape.dropout,
+        attn_pdrop=shape.dropout,
+        bos_token_id=tokenizer.eos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = GPT2LMHeadModel(config)
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=datasets["train"],
+        eval_dataset=datasets["validation"],
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    trainer.train()
+
+    folder = Path(shape.backbone_dir)
+    if trainer.is_world_process_zero():
+        tokenizer.save_pretrained(folder)
+        model.half().save_pretrained(folder)
+        config.dtype, config.use_cache = torch.float32, True  # Trainer turns the cache off for training
+        config.save_pretrained(folder)
+    # The card states the loss of what is stored, so it is measured on the weights as they load.
+    stored = GPT2LMHeadModel.from_pretrained(folder)
+    judge = Trainer(model=stored, args=args, data_collator=trainer.data_collator)
+    losses = {split: judge.evaluate(datasets[split])["eval_loss"] for split in ("validation", "test")}
+    facts = {
+        "parameters": stored.num_parameters(),
+        "vocab_size": len(tokenizer),
+        "texts": len(texts["train"]),
+        "tokens": sum(datasets["train"]["length"]),
+        "seconds": time.time() - started,
+        "machine": f"{torch.get_num_threads()} CPU cores ({platform.machine()})",
+        "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
+    }
+    if trainer.is_world_process_zero():
+        (folder / "README.md").write_text(model_card(shape, args, losses, facts))
+
+
+if __name__ == "__main__":
+    main(*TrlParser((BackboneConfig, TrainingArguments)).parse_args_and_config())

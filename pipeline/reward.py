@@ -1,0 +1,64 @@
+"""The reward model: which of two completions people prefer.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.reward --config pipeline/recipes/demo/reward.yaml
+
+Trains a LoRA adapter and a score head on the frozen backbone with TRL's RewardTrainer, and measures it on held-out
+pairs: accuracy beside the human ceiling, by rating gap, and calibration.
+"""
+
+import numpy as np
+import torch
+from trl import ModelConfig, RewardConfig, RewardTrainer
+
+from data.preferences import load_preferences
+from pipeline.artifacts import finish_stage
+from pipeline.backbone import fingerprint, load_pretrained
+from pipeline.configs import DataArguments, RewardModelArguments, lora_config, parse
+from reward_models.calibration import reward_model_report
+from reward_models.learned import score_rows
+
+
+def held_out_report(trainer: RewardTrainer) -> dict:
+    """Accuracy and calibration on the trainer's evaluation pairs."""
+    rows, device = trainer.eval_dataset, trainer.accelerator.device
+    model = trainer.model.eval()
+
+    def score(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        with trainer.accelerator.autocast():
+            return model(input_ids=ids, attention_mask=mask).logits.float().squeeze(-1)
+
+    scores = score_rows(
+        score,
+        list(rows["chosen_ids"]) + list(rows["rejected_ids"]),
+        pad_token_id=trainer.processing_class.pad_token_id,
+        batch_size=trainer.args.per_device_eval_batch_size,
+        device=device,
+    )
+    chosen, rejected = np.split(np.array(scores), 2)
+    column = {name: np.array(rows[name]) if name in rows.column_names else None for name in ("agreement", "margin")}
+    return reward_model_report(chosen - rejected, column["agreement"], column["margin"])
+
+
+def main(data: DataArguments, pairs: RewardModelArguments, model: ModelConfig, args: RewardConfig) -> None:
+    train = load_preferences(data.dataset_name, data.dataset_train_split)
+    held_out = load_preferences(data.eval_source, data.dataset_eval_split) if data.eval_source else None
+    if not pairs.use_margin and "margin" in train.column_names:
+        train = train.remove_columns("margin")
+    torch.manual_seed(args.seed)  # the score head is drawn here
+    base, tokenizer = load_pretrained(model, head=True, trust_remote_code=args.trust_remote_code)
+    identity = fingerprint(base)
+    trainer = RewardTrainer(
+        model=base,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=lora_config(model, task_type="SEQ_CLS"),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    metrics = held_out_report(trainer) if held_out else {}
+    finish_stage(trainer, identity, {**metrics, "history": trainer.state.log_history})
+
+
+if __name__ == "__main__":
+    main(*parse(DataArguments, RewardModelArguments, ModelConfig, RewardConfig))

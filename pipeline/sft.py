@@ -1,0 +1,35 @@
+"""Supervised fine-tuning: the reference, and where the policy starts.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.sft --config pipeline/recipes/demo/sft.yaml
+
+Trains a LoRA adapter on the frozen backbone with TRL's SFTTrainer.
+"""
+
+from trl import ModelConfig, SFTConfig, SFTTrainer
+
+from data.texts import load_texts
+from pipeline.artifacts import finish_stage
+from pipeline.backbone import fingerprint, load_pretrained
+from pipeline.configs import DataArguments, lora_config, parse
+
+
+def main(data: DataArguments, model: ModelConfig, args: SFTConfig) -> None:
+    train = load_texts(data.dataset_name, data.dataset_train_split)
+    held_out = load_texts(data.eval_source, data.dataset_eval_split) if data.eval_source else None
+    base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)
+    identity = fingerprint(base)
+    trainer = SFTTrainer(
+        model=base,
+        args=args,
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=tokenizer,
+        peft_config=lora_config(model, task_type="CAUSAL_LM"),
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    metrics = trainer.evaluate() if held_out else {}
+    finish_stage(trainer, identity, {**metrics, "history": trainer.state.log_history})
+
+
+if __name__ == "__main__":
+    main(*parse(DataArguments, ModelConfig, SFTConfig))

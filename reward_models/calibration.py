@@ -1,0 +1,172 @@
+"""How far a reward model can be trusted: its accuracy on human preferences and whether its confidence is earned.
+
+Scores are read as Bradley-Terry strengths: P(chosen is preferred) = sigmoid(margin), where margin is the score of the
+chosen text minus that of the rejected one. All arrays are (pairs,).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+
+GAP_EDGES = (0.5, 1, 1.5, 2, 3, 4, 8)
+
+
+def _columns(**arrays: ArrayLike) -> list[np.ndarray]:
+    """The named arrays as float columns of one length, or a ValueError that says which one is not."""
+    columns = {name: np.asarray(values, dtype=float) for name, values in arrays.items()}
+    shapes = {name: column.shape for name, column in columns.items()}
+    if any(len(shape) != 1 or shape[0] == 0 for shape in shapes.values()) or len(set(shapes.values())) != 1:
+        raise ValueError(f"Expected columns of one length, at least 1; got {shapes}.")
+    for name, column in columns.items():
+        if not np.isfinite(column).all():
+            raise ValueError(f"{name} has {np.count_nonzero(~np.isfinite(column))} entries that are not finite.")
+    return list(columns.values())
+
+
+def _bin(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """Index of each value's bin: edges[i] <= value < edges[i + 1], the last bin with its upper edge too.
+
+    Values outside the edges get -1 or len(edges) - 1, which are no bins.
+    """
+    index = np.searchsorted(edges, values, side="right") - 1
+    index[values == edges[-1]] = len(edges) - 2
+    return index
+
+
+def accuracy(margins: ArrayLike) -> float:
+    """Share of pairs whose chosen text scores higher, in 0..1; ties count half.
+
+    Raises:
+        ValueError: margins is empty, not one column or not finite.
+    """
+    (margins,) = _columns(margins=margins)
+    return float(np.heaviside(margins, 0.5).mean())
+
+
+def accuracy_by_gap(
+    margins: ArrayLike, gaps: ArrayLike, agreement: ArrayLike, edges: Sequence[float]
+) -> list[dict[str, float]]:
+    """Accuracy and human agreement by the difference of the mean human ratings.
+
+    Args:
+        margins: score of chosen minus score of rejected.
+        gaps: mean rating of chosen minus that of rejected, in rating points.
+        agreement: share of raters who prefer the chosen one.
+        edges: increasing bin edges in rating points; bins hold their lower edge, the last one its upper edge too.
+
+    Returns:
+        One `{"low", "high", "pairs", "accuracy", "human"}` a bin, in order; `human` is the mean agreement in the bin:
+        how often one rater agrees with the mean rating. Bins without pairs, and pairs outside the edges, are left out.
+
+    Raises:
+        ValueError: the columns differ in length or are not finite, or the edges do not increase.
+    """
+    margins, gaps, agreement = _columns(margins=margins, gaps=gaps, agreement=agreement)
+    edges = np.asarray(edges, dtype=float)
+    if len(edges) < 2 or not (np.diff(edges) > 0).all():
+        raise ValueError(f"edges={edges.tolist()} are not two or more increasing numbers.")
+    index = _bin(gaps, edges)
+    return [
+        {
+            "low": float(edges[i]),
+            "high": float(edges[i + 1]),
+            "pairs": int(inside.sum()),
+            "accuracy": accuracy(margins[inside]),
+            "human": float(agreement[inside].mean()),
+        }
+        for i in range(len(edges) - 1)
+        if (inside := index == i).any()
+    ]
+
+
+def reliability_curve(
+    probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10, low: float = 0.0, high: float = 1.0
+) -> list[dict[str, float]]:
+    """Mean outcome against mean predicted probability, over `bins` bins of one width in low..high.
+
+    Args:
+        probabilities: predicted, all in low..high.
+        outcomes: what happened, in 0..1: 0 or 1, or a share of raters.
+
+    Returns:
+        One `{"low", "high", "count", "predicted", "observed"}` a bin, in order; empty bins are left out. Bins hold
+        their lower edge, the last one its upper edge too.
+
+    Raises:
+        ValueError: the columns differ in length, a probability is outside low..high or an outcome outside 0..1.
+    """
+    probabilities, outcomes = _columns(probabilities=probabilities, outcomes=outcomes)
+    if bins < 1 or not low < high:
+        raise ValueError(f"bins={bins}, low={low}, high={high} do not make a range of one or more bins.")
+    if probabilities.min() < low or probabilities.max() > high:
+        raise ValueError(f"probabilities span {probabilities.min()}..{probabilities.max()}, outside {low}..{high}.")
+    if outcomes.min() < 0 or outcomes.max() > 1:
+        raise ValueError(f"outcomes span {outcomes.min()}..{outcomes.max()}, outside 0..1.")
+    # Not linspace, whose 3 * 0.1 > 0.3 would put 0.3 one bin too low.
+    edges = low + (high - low) * np.arange(bins + 1) / bins
+    edges[-1] = high
+    index = _bin(probabilities, edges)
+    return [
+        {
+            "low": float(edges[i]),
+            "high": float(edges[i + 1]),
+            "count": int(inside.sum()),
+            "predicted": float(probabilities[inside].mean()),
+            "observed": float(outcomes[inside].mean()),
+        }
+        for i in range(bins)
+        if (inside := index == i).any()
+    ]
+
+
+def _calibration_error(curve: list[dict[str, float]]) -> float:
+    gaps = [abs(row["observed"] - row["predicted"]) for row in curve]
+    return float(np.average(gaps, weights=[row["count"] for row in curve]))
+
+
+def expected_calibration_error(
+    probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10, low: float = 0.0, high: float = 1.0
+) -> float:
+    """Count-weighted mean of |observed - predicted| over the bins of `reliability_curve`, in 0..1.
+
+    Guo et al. (2017, arXiv 1706.04599), equation 3. Raises what `reliability_curve` raises.
+    """
+    return _calibration_error(reliability_curve(probabilities, outcomes, bins, low, high))
+
+
+def reward_model_report(margins: ArrayLike, agreement: ArrayLike, gaps: ArrayLike) -> dict:
+    """Accuracy, human ceiling and calibration of a reward model on pairs that people have rated.
+
+    Confidence is that in the predicted winner, sigmoid(|margin|) in 0.5..1, and its outcome is the share of raters who
+    agree with that winner; a tie (margin 0) predicts nobody, so its outcome is a half.
+
+    `accuracy` is measured against the mean rating, `human_ceiling` is how often one rater agrees with the mean rating.
+    So the ceiling bounds agreement with one rater (the mean of the outcomes, that is the count-weighted mean of
+    `observed`), and a model that knows the mean rating can have an accuracy above it.
+
+    Args:
+        margins: score of chosen minus score of rejected.
+        agreement: share of raters who prefer the chosen one, in 0..1.
+        gaps: mean rating of chosen minus that of rejected, in rating points.
+
+    Returns:
+        `pairs` (count), `accuracy`, `human_ceiling`, `ece` (all 0..1), `by_gap` (see `accuracy_by_gap`) and
+        `reliability` (see `reliability_curve`; 10 bins over 0.5..1).
+
+    Raises:
+        ValueError: the columns differ in length, are empty or not finite, or an agreement is outside 0..1.
+    """
+    margins, agreement, gaps = _columns(margins=margins, agreement=agreement, gaps=gaps)
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))
+    outcomes = np.select([margins > 0, margins < 0], [agreement, 1 - agreement], default=0.5)
+    reliability = reliability_curve(confidence, outcomes, bins=10, low=0.5, high=1.0)
+    return {
+        "pairs": len(margins),
+        "accuracy": accuracy(margins),
+        "human_ceiling": float(agreement.mean()),
+        "ece": _calibration_error(reliability),
+        "by_gap": accuracy_by_gap(margins, gaps, agreement, GAP_EDGES),
+        "reliability": reliability,
+    }

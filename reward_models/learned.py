@@ -1,0 +1,57 @@
+"""A learned reward as a reward function of TRL's protocol, on the backbone that is already in memory."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from trl.trainer.utils import pad
+
+from pipeline.backbone import Backbone
+
+
+@torch.no_grad()
+def score_rows(
+    score: Callable[[Tensor, Tensor], Tensor], rows: list[list[int]], *, pad_token_id: int, batch_size: int, device
+) -> list[float]:
+    """Scores of token rows, in their order. `score` maps ids and mask, right-padded (B, S), to scores (B,).
+
+    Rows are scored in order of length, which keeps padding small.
+    """
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    scores = [0.0] * len(rows)
+    for start in range(0, len(rows), batch_size):
+        chunk = order[start : start + batch_size]
+        tensors = [torch.tensor(rows[i]) for i in chunk]
+        ids = pad(tensors, padding_value=pad_token_id).to(device)
+        mask = pad([torch.ones_like(tensor) for tensor in tensors], padding_value=0).to(device)
+        for i, value in zip(chunk, score(ids, mask).tolist(), strict=True):
+            scores[i] = value
+    return scores
+
+
+class LearnedReward:
+    """Scores completions with the reward role of a backbone.
+
+    Called as TRL calls any reward function. It reads the sampled tokens themselves, so what is scored is what was
+    sampled.
+    """
+
+    __name__ = "reward_model"
+
+    def __init__(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64):
+        self.backbone, self.tokenizer, self.batch_size = backbone, tokenizer, batch_size
+
+    def __call__(self, prompts: list, completion_ids: list[list[int]], **kwargs) -> list[float]:
+        if isinstance(prompts[0], str):
+            prompt_ids = self.tokenizer(prompts)["input_ids"]
+        else:
+            template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+            prompt_ids = self.tokenizer.apply_chat_template(prompts, **template)["input_ids"]
+        return score_rows(
+            self.backbone.scores,
+            [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)],
+            pad_token_id=self.tokenizer.pad_token_id,
+            batch_size=self.batch_size,
+            device=self.backbone.get_base_model().device,
+        )

@@ -1,0 +1,81 @@
+"""`data.texts`: each of TRL's formats for fine-tuning passes, and a row without text is named."""
+
+import json
+
+import datasets
+import pytest
+from datasets import Dataset
+
+from data.texts import load_texts
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
+NONE = MESSAGES[:1] + [{"role": "assistant", "content": ""}]
+PAIR = {"prompt": "The film", "completion": " is good"}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def _save(tmp_path, *rows: dict) -> str:
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"text": "A film."},
+        {"messages": MESSAGES},
+        PAIR,
+        {"prompt": "", "completion": "A film."},
+        {"prompt": MESSAGES[:1], "completion": MESSAGES[1:]},
+    ],
+)
+def test_formats_keep_only_their_columns(tmp_path, row):
+    path = _save(tmp_path, row | {"id": 1}, row | {"id": 2})
+    assert list(load_texts(path, "train")) == [row, row]
+
+
+def test_a_lone_prompt_column_is_dropped(tmp_path):
+    assert load_texts(_save(tmp_path, {"prompt": "Hi", "messages": MESSAGES}), "train").column_names == ["messages"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "body": "b"}, r"its columns \['prompt', 'body'\] are those of no format\."),
+        ({"text": "a", "messages": MESSAGES}, r"its columns \['text', 'messages'\] are those of several formats\."),
+        ({"text": "a"} | PAIR, r"its columns \['text', 'prompt', 'completion'\] are those of several formats\."),
+    ],
+)
+def test_not_one_format(tmp_path, row, message):
+    with pytest.raises(ValueError, match=rf"t\.jsonl: {message} Give it just one of: text; messages; prompt and c"):
+        load_texts(_save(tmp_path, row), "train")
+
+
+@pytest.mark.parametrize(
+    ("good", "bad", "message"),
+    [
+        ({"text": "a"}, {"text": " "}, r"'text' must not be empty, but is ' '\."),
+        ({"text": "a"}, {"text": None}, r"'text' must be text, or a list of messages .*, but is None\."),
+        ({"text": "a"}, {"text": MESSAGES}, r"'text' must be a text \(texts and conversations do"),
+        ({"messages": MESSAGES}, {"messages": NONE}, r"'messages' must not be empty, but is \[\{"),
+        ({"messages": MESSAGES}, {"messages": "Hi"}, r"'messages' must be a conversation \(texts and conv"),
+        (PAIR, PAIR | {"completion": "\n"}, r"'completion' must not be empty, but is '\\n'\."),
+        (PAIR, PAIR | {"prompt": None}, r"'prompt' must be text, or a list of messages .*, but is None\."),
+        (PAIR, PAIR | {"completion": MESSAGES}, r"'completion' must be a text \(texts and conversations do"),
+    ],
+)
+def test_bad_row(tmp_path, good, bad, message):
+    with pytest.raises(ValueError, match=rf"t\.jsonl row 2 \(counting from 1\): {message}"):
+        load_texts(_save(tmp_path, good, bad), "train")
+
+
+@pytest.mark.parametrize(("row", "kind"), [({"text": MESSAGES}, "text"), ({"messages": "Hi"}, "conversation")])
+def test_column_of_the_other_kind(tmp_path, row, kind):
+    with pytest.raises(ValueError, match=rf"t\.jsonl row 1 .* must be a {kind}"):
+        load_texts(_save(tmp_path, row), "train")
