@@ -95,15 +95,23 @@ def _json_problem(line: bytes) -> str | None:
 
 
 def _load_folder(name: str, path: Path, split: str) -> Dataset:
+    saved_splits = path / datasets.config.DATASETDICT_JSON_FILENAME
+    if saved_splits.exists():
+        splits = json.loads(saved_splits.read_text())["splits"]
+        if split not in splits:
+            raise ValueError(f"{name}: no split {split!r}; it has {', '.join(splits)}. Name one of them.")
+        return _load_saved(name, path / split)
     if (path / datasets.config.DATASET_STATE_JSON_FILENAME).exists():
-        return datasets.load_from_disk(path)
-    if (path / datasets.config.DATASETDICT_JSON_FILENAME).exists():
-        saved = datasets.load_from_disk(path)
-        if split not in saved:
-            raise ValueError(f"{name}: no split {split!r}; it has {', '.join(saved)}. Name one of them.")
-        return saved[split]
+        return _load_saved(name, path)
     # An absolute path: a folder called `csv` must not be taken for the reader of that name.
     return _load_split(name, str(path.absolute()), split)
+
+
+def _load_saved(name: str, path: Path) -> Dataset:
+    try:
+        return datasets.load_from_disk(path)
+    except (ValueError, IndexError, FileNotFoundError) as error:
+        raise _unreadable(name, f"{path} could not be loaded", error, "Save the dataset anew.") from error
 
 
 def _load_split(name: str, source: str, split: str) -> Dataset:
@@ -123,9 +131,9 @@ def _unreadable(name: str, problem: str, error: BaseException, remedy: str) -> V
     while error.__cause__ is not None:  # `datasets` wraps the reader's own words, which name the place
         error = error.__cause__
     reason = " ".join(str(error).split())
-    # What `datasets` and its readers say of JSON, CSV and other files without rows.
+    # What `datasets` and its readers raise where there are no rows: of JSON, of a saved dataset, and of other files.
     empty = ("corresponds to no data", "No columns to parse from file")
-    if isinstance(error, StopIteration) or any(words in reason for words in empty):
+    if isinstance(error, (StopIteration, IndexError)) or any(words in reason for words in empty):
         return _no_rows(name)
     return ValueError(f"{name}: {problem} ({reason.rstrip('.') or type(error).__name__}). {remedy}")
 

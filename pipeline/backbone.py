@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 from trl import ModelConfig
+from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import selective_log_softmax_and_entropy
 
 
@@ -74,7 +75,8 @@ def load_pretrained(
 
     options = {"dtype": model.dtype, "attn_implementation": model.attn_implementation, "use_safetensors": True}
     if head:
-        base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **source, **options)
+        with suppress_seqcls_warning():  # that the score head is fresh is what we want
+            base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **source, **options)
         if not isinstance(getattr(base, "score", None), nn.Linear):
             raise ValueError(
                 f"{name}: {type(base).__name__} keeps its head elsewhere than in `score`; take a decoder-only model "
@@ -248,7 +250,7 @@ class Backbone(PeftModelForCausalLM):
         """
         hidden = self.hidden_states(role, input_ids, attention_mask)
         hidden = hidden[:, -completion_ids.shape[1] - 1 : -1]
-        logits = self.get_base_model().get_output_embeddings()(hidden).float()
+        logits = _at_least_float32(self.get_base_model().get_output_embeddings()(hidden))
         return selective_log_softmax_and_entropy(
             logits, completion_ids, entropy_requires_grad=False, temperature=temperature
         )
@@ -256,7 +258,7 @@ class Backbone(PeftModelForCausalLM):
     def values(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """Value of the state before each of the last `length` tokens, (B, P + T) -> (B, T)."""
         hidden = self.hidden_states("value", input_ids, attention_mask)[:, -length - 1 : -1]
-        return self.heads["value"](hidden).float().squeeze(-1)
+        return _at_least_float32(self.heads["value"](hidden)).squeeze(-1)
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The reward model's score of right-padded sequences, (B, S) -> (B,), read at the last token that is not the
@@ -265,7 +267,8 @@ class Backbone(PeftModelForCausalLM):
         real = input_ids != self.get_base_model().config.get_text_config().pad_token_id
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (positions * real).argmax(dim=-1)
-        return self.heads["reward"](hidden[torch.arange(len(last), device=last.device), last]).float().squeeze(-1)
+        scores = self.heads["reward"](hidden[torch.arange(len(last), device=last.device), last])
+        return _at_least_float32(scores).squeeze(-1)
 
     def forward(self, input_ids=None, attention_mask=None, completion_ids=None, temperature=1.0, **kwargs):
         """The policy's language-model forward; with `completion_ids` (B, T), PPO's training pass.
@@ -301,6 +304,10 @@ def _language_config(config: LoraConfig) -> LoraConfig:
     config = deepcopy(config)
     config.task_type, config.modules_to_save = "CAUSAL_LM", None
     return config
+
+
+def _at_least_float32(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _is_ours(name: str) -> bool:

@@ -81,6 +81,16 @@ class PPOConfig(RLOOConfig):
             )
 
 
+def check_max_length(max_length: int | None, context: int) -> None:
+    """Rows longer than `max_length` tokens are TRL's to cut (SFT) or drop (reward); none may outgrow the model.
+
+    Raises:
+        ValueError: rows longer than the model's context could reach it.
+    """
+    if max_length is None or max_length > context:
+        raise ValueError(f"max_length={max_length} exceeds the model's context of {context} tokens; lower it.")
+
+
 def lora_config(model: ModelConfig, *, task_type: str) -> LoraConfig:
     """LoRA as `lora_*` in ModelConfig says. A reward adapter (SEQ_CLS) trains and saves its head too."""
     return LoraConfig(

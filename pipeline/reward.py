@@ -13,7 +13,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer
 from data.preferences import load_preferences
 from pipeline.artifacts import finish_stage
 from pipeline.backbone import fingerprint, load_pretrained
-from pipeline.configs import DataArguments, RewardModelArguments, lora_config, parse
+from pipeline.configs import DataArguments, RewardModelArguments, check_max_length, lora_config, parse
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows
 
@@ -46,6 +46,7 @@ def main(data: DataArguments, pairs: RewardModelArguments, model: ModelConfig, a
         train = train.remove_columns("margin")
     torch.manual_seed(args.seed)  # the score head is drawn here
     base, tokenizer = load_pretrained(model, head=True, trust_remote_code=args.trust_remote_code)
+    check_max_length(args.max_length, base.config.get_text_config().max_position_embeddings)
     identity = fingerprint(base)
     trainer = RewardTrainer(
         model=base,

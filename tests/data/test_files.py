@@ -176,6 +176,23 @@ def test_saved_splits(tmp_path):
         load_rows(str(tmp_path / "saved"), "validation")
 
 
+def test_damaged_saved_dataset(tmp_path):
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    arrow = next((tmp_path / "saved").glob("*.arrow"))
+    arrow.write_bytes(arrow.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"saved: \S+saved could not be loaded \(.+\)\. Save the dataset anew"):
+        load_rows(str(tmp_path / "saved"), "train")
+    arrow.unlink()
+    with pytest.raises(ValueError, match=r"saved: \S+saved could not be loaded \(.*No such file.*\)\. Save the"):
+        load_rows(str(tmp_path / "saved"), "train")
+
+
+def test_empty_hub_split(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: Dataset.from_dict({"text": []}))
+    with pytest.raises(ValueError, match=r"^owner/name: it has no rows\."):
+        load_rows("owner/name", "train")
+
+
 def test_hub_dataset(monkeypatch):
     calls = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: calls.append((a, k)) or Dataset.from_list(ROWS))

@@ -47,7 +47,7 @@ def test_empty_prompt_is_allowed():
 @pytest.mark.parametrize(
     ("columns", "message"),
     [
-        (["prompt", "choosen", "rejected"], r"no column 'chosen'; .*'choosen', 'rejected'\]\. Did you mean 'choosen'\?"),
+        (["prompt", "choosen", "rejected"], r"no column 'chosen'; .*, 'rejected'\]\. Did you mean 'choosen'\?"),
         (["chosen", "reject"], r"no column 'rejected'; needed: \['chosen', 'rejected'\], .* Did you mean 'reject'\?"),
         (["text"], r"no column 'chosen'; needed: \['chosen', 'rejected'\], found: \['text'\]\. Rename the column"),
     ],
@@ -105,7 +105,7 @@ def test_column_of_another_type(field, value, problem):
 def test_conversation_with_empty_last_message(kind):
     row = FORMATS[kind]
     bad = row | {"rejected": row["rejected"][:-1] + _says("  ")}
-    with pytest.raises(ValueError, match=r"^prefs row 2 \(counting from 1\): 'rejected' must not be empty, but is \[\{"):
+    with pytest.raises(ValueError, match=r"^prefs row 2 \(counting from 1\): 'rejected' must not be empty, but is \["):
         check_preferences(Dataset.from_list([row, bad]), "prefs")
 
 
@@ -134,5 +134,5 @@ def test_load_preferences_reads_and_checks(tmp_path, monkeypatch):
     assert list(load_preferences(str(path), "train")) == [GOOD, GOOD]
     mixed = tmp_path / "mixed.jsonl"
     mixed.write_text(json.dumps(FORMATS["implicit"]) + "\n" + json.dumps(FORMATS["implicit conversation"]) + "\n")
-    with pytest.raises(ValueError, match=r"mixed\.jsonl row 2 \(counting from 1\): 'chosen' must be a text \(texts and"):
+    with pytest.raises(ValueError, match=r"mixed\.jsonl row 2 \(counting from 1\): 'chosen' must be a text \("):
         load_preferences(str(mixed), "train")

@@ -1,0 +1,79 @@
+"""Small models for the tests: a two-layer GPT-2 with the embedded tokenizer, and adapters on it."""
+
+import os
+
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from pathlib import Path  # noqa: E402
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel  # noqa: E402
+from trl import ModelConfig  # noqa: E402
+
+from pipeline.backbone import Backbone, fingerprint, load_pretrained, read_adapter, stamp  # noqa: E402
+
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> str:
+    """Folder of a random two-layer GPT-2 with the embedded tokenizer."""
+    folder = str(tmp_path_factory.mktemp("tiny"))
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "backbone")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    special = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 128, "vocab_size": len(tokenizer)}
+    # A wide initialisation, so that predictions differ from token to token as a trained model's do.
+    GPT2LMHeadModel(GPT2Config(**shape, **special, initializer_range=0.2)).save_pretrained(folder)
+    return folder
+
+
+def make_adapter(base_folder: str, folder: Path, *, head: bool, seed: int) -> str:
+    """A LoRA adapter with random weights, and a score head if `head`, saved as a stage saves it."""
+    base, _ = load_pretrained(ModelConfig(base_folder), head=head)
+    identity = fingerprint(base)
+    config = LoraConfig(
+        task_type="SEQ_CLS" if head else "CAUSAL_LM",
+        r=4,
+        target_modules=["c_attn", "c_proj", "c_fc"],
+        modules_to_save=["score"] if head else None,
+        fan_in_fan_out=True,
+        init_lora_weights=False,
+    )
+    torch.manual_seed(seed)
+    model = get_peft_model(base, config)
+    model.save_pretrained(folder)
+    stamp(folder, base_folder, identity)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def sft_adapter(tiny, tmp_path_factory) -> str:
+    return make_adapter(tiny, tmp_path_factory.mktemp("sft"), head=False, seed=1)
+
+
+@pytest.fixture(scope="session")
+def reward_adapter(tiny, tmp_path_factory) -> str:
+    return make_adapter(tiny, tmp_path_factory.mktemp("reward"), head=True, seed=2)
+
+
+@pytest.fixture
+def tokenizer(tiny):
+    return AutoTokenizer.from_pretrained(tiny)
+
+
+@pytest.fixture
+def backbone(tiny, sft_adapter, reward_adapter) -> Backbone:
+    """Policy, reward and value on one tiny GPT-2, dropout off."""
+    base, _ = load_pretrained(ModelConfig(tiny))
+    backbone = Backbone(base, read_adapter(sft_adapter, base=base))
+    backbone.add_role("reward", read_adapter(reward_adapter, needs_head=True, base=base))
+    backbone.add_value()
+    backbone.train_only("policy", "value")
+    return backbone.eval()

@@ -1,0 +1,230 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
+from transformers import GPT2LMHeadModel
+from trl import ModelConfig
+
+from pipeline.backbone import ADAPTERS, HEAD, WEIGHTS, backbone_copies, fingerprint, load_pretrained, read_adapter
+
+
+TEXTS = ["A film of wit", "It's dull", "One of the best, and the funniest, of the year"]
+
+
+def padded(tokenizer, side):
+    batch = tokenizer(TEXTS, return_tensors="pt", padding=True, padding_side=side)
+    return batch["input_ids"], batch["attention_mask"]
+
+
+def test_roles_give_what_plain_peft_gives(backbone, tokenizer, sft_adapter, reward_adapter):
+    ids, mask = padded(tokenizer, "right")
+    policy = AutoPeftModelForCausalLM.from_pretrained(sft_adapter).eval()
+    reward = AutoPeftModelForSequenceClassification.from_pretrained(reward_adapter, num_labels=1).eval()
+    reward.config.pad_token_id = tokenizer.pad_token_id
+    with torch.no_grad():
+        expected = policy(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)[:, :-1]
+        expected = expected.gather(-1, ids[:, 1:, None]).squeeze(-1)
+        logprobs, _ = backbone.logprobs("policy", ids, mask, ids[:, 1:])
+        torch.testing.assert_close(logprobs[mask[:, 1:].bool()], expected[mask[:, 1:].bool()], atol=1e-5, rtol=0)
+        scores = reward(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
+        assert scores.std() > 1e-3
+        torch.testing.assert_close(backbone.scores(ids, mask), scores, atol=1e-5, rtol=0)
+
+
+def test_the_bare_backbone_is_the_base_model(backbone, tokenizer, tiny):
+    ids, mask = padded(tokenizer, "right")
+    base = GPT2LMHeadModel.from_pretrained(tiny).eval()
+    with torch.no_grad():
+        real = mask.bool()
+        hidden = backbone.hidden_states(None, ids, mask)[real]
+        torch.testing.assert_close(hidden, base.transformer(ids, attention_mask=mask).last_hidden_state[real])
+        assert (hidden - backbone.hidden_states("policy", ids, mask)[real]).abs().max() > 1e-2
+
+
+def test_left_and_right_padding_agree(backbone, tokenizer):
+    right, right_mask = padded(tokenizer, "right")
+    left, left_mask = padded(tokenizer, "left")
+    with torch.no_grad():
+        for role in ("policy", "reward", "value", None):
+            a = backbone.hidden_states(role, right, right_mask)[right_mask.bool()]
+            b = backbone.hidden_states(role, left, left_mask)[left_mask.bool()]
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_one_row_equals_the_same_row_in_a_batch(backbone, tokenizer):
+    ids, mask = padded(tokenizer, "right")
+    with torch.no_grad():
+        together = backbone.scores(ids, mask)
+        alone = [backbone.scores(ids[i : i + 1, : n], mask[i : i + 1, : n]) for i, n in enumerate(mask.sum(dim=1))]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
+
+
+def test_temperature_divides_the_logits(backbone, tokenizer):
+    ids, mask = padded(tokenizer, "right")
+    with torch.no_grad():
+        cold, _ = backbone.logprobs("policy", ids, mask, ids[:, 1:], temperature=0.5)
+        hidden = backbone.hidden_states("policy", ids, mask)[:, :-1]
+        logits = backbone.get_base_model().lm_head(hidden) * 2  # divided by 0.5
+    torch.testing.assert_close(cold, logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1))
+
+
+def test_values_start_as_scores(backbone, tokenizer):
+    ids, mask = padded(tokenizer, "right")
+    with torch.no_grad():
+        values = backbone.values(ids, mask, ids.shape[1] - 1)  # the value before token t reads the state of token t - 1
+        rows = torch.tensor([i for i, n in enumerate(mask.sum(dim=1)) if n < ids.shape[1]])
+        last = mask.sum(dim=1)[rows] - 1
+        torch.testing.assert_close(values[rows, last], backbone.scores(ids, mask)[rows], atol=1e-5, rtol=0)
+
+
+def gradients(backbone):
+    return {name: p.grad.clone() for name, p in backbone.named_parameters() if p.grad is not None}
+
+
+def test_both_roles_of_one_forward_get_the_gradients_of_separate_passes(backbone, tokenizer):
+    ids, mask = padded(tokenizer, "left")
+    completion = ids[:, -3:]
+    logprobs, _, values = backbone(ids, mask, completion_ids=completion)
+    (logprobs.sum() + 2 * values.sum()).backward()
+    together = gradients(backbone)
+    backbone.zero_grad()
+    backbone.logprobs("policy", ids, mask, completion)[0].sum().backward()
+    (2 * backbone.values(ids, mask, 3).sum()).backward()
+    apart = gradients(backbone)
+    assert together.keys() == apart.keys()
+    assert {name for name, p in backbone.named_parameters() if p.requires_grad} == together.keys()
+    for name, gradient in together.items():
+        assert gradient.abs().max() > 0, name
+        torch.testing.assert_close(gradient, apart[name])
+
+
+def test_a_policy_gradient_equals_finite_differences(backbone, tokenizer):
+    backbone.double()
+    ids, mask = padded(tokenizer, "left")
+    name, weight = next((n, p) for n, p in backbone.named_parameters() if "lora_B.default" in n)
+
+    def objective():
+        logprobs, _, values = backbone(ids, mask, completion_ids=ids[:, -3:])
+        return logprobs.sum() + values.sum()
+
+    objective().backward()
+    step = 1e-6
+    with torch.no_grad():
+        weight[0, 0] += step
+        above = objective()
+        weight[0, 0] -= 2 * step
+        below = objective()
+    assert weight.grad[0, 0].item() == pytest.approx(((above - below) / (2 * step)).item(), rel=1e-6), name
+
+
+def test_only_policy_and_value_train(backbone):
+    trainable = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    expected = {n for n, _ in backbone.named_parameters() if "lora_" in n and (".default." in n or ".value." in n)}
+    assert trainable == expected | {"heads.value.weight"}
+    assert any(".default." in name for name in expected) and any(".value." in name for name in expected)
+
+
+def test_a_role_is_left_as_it_was_entered_even_after_an_error(backbone):
+    layers = [m for m in backbone.modules() if isinstance(m, BaseTunerLayer)]
+    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    grads = [p.requires_grad for p in backbone.parameters()]
+    with pytest.raises(RuntimeError), backbone.role("value"), backbone.role(None):
+        assert all(layer._disable_adapters for layer in layers)
+        raise RuntimeError
+    assert [(layer._active_adapter, layer._disable_adapters) for layer in layers] == before
+    assert [p.requires_grad for p in backbone.parameters()] == grads
+
+
+@pytest.mark.parametrize("role", ["policy", "value", "reward"])
+def test_a_saved_role_loads_with_plain_peft(backbone, tokenizer, tmp_path, role):
+    backbone.save_role(role, tmp_path)
+    ids, mask = padded(tokenizer, "right")
+    with torch.no_grad():
+        if role == "policy":
+            model = AutoPeftModelForCausalLM.from_pretrained(tmp_path).eval()
+            ours = backbone.hidden_states("policy", ids, mask)[mask.bool()]
+            theirs = model.get_base_model().transformer(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+        else:
+            model = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path, num_labels=1).eval()
+            model.config.pad_token_id = tokenizer.pad_token_id
+            theirs = model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
+            hidden = backbone.hidden_states(role, ids, mask)
+            ours = backbone.heads[role](hidden).squeeze(-1)[torch.arange(len(ids)), mask.sum(dim=1) - 1]
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_the_process_holds_one_backbone_and_a_second_is_seen(backbone, tiny):
+    import gc
+
+    gc.collect()
+    others = backbone_copies(backbone)
+    second, _ = load_pretrained(ModelConfig(tiny))
+    assert backbone_copies(backbone) == pytest.approx(others + 1)
+    assert second is not None
+
+
+def test_the_fingerprint_tells_bases_apart_and_no_more(tiny, backbone):
+    plain, _ = load_pretrained(ModelConfig(tiny))
+    with_head, _ = load_pretrained(ModelConfig(tiny), head=True)
+    half, _ = load_pretrained(ModelConfig(tiny, dtype="bfloat16"))
+    ours = fingerprint(plain)
+    assert ours == fingerprint(with_head) == fingerprint(half) == fingerprint(backbone.get_base_model())
+    plain.transformer.h[1].mlp.c_fc.weight.data[0, 0] += 1
+    assert fingerprint(plain) != ours
+
+
+def test_a_reward_adapter_without_its_head_is_refused(reward_adapter, tmp_path):
+    folder = Path(shutil.copytree(reward_adapter, tmp_path / "headless"))
+    tensors = load_file(folder / WEIGHTS)
+    del tensors[HEAD]
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(ValueError, match=r"headless: .* holds no score head .*modules_to_save"):
+        read_adapter(str(folder), needs_head=True)
+
+
+def test_an_adapter_of_another_base_is_refused(reward_adapter, tiny):
+    base, _ = load_pretrained(ModelConfig(tiny))
+    base.transformer.wte.weight.data[0] += 1
+    with pytest.raises(ValueError, match="was trained on another base"):
+        read_adapter(reward_adapter, needs_head=True, base=base)
+
+
+def test_an_adapter_of_another_shape_is_refused(backbone, reward_adapter, tmp_path):
+    folder = Path(shutil.copytree(reward_adapter, tmp_path / "cut"))
+    tensors = load_file(folder / WEIGHTS)
+    tensors.pop(next(name for name in tensors if "lora_A" in name))
+    save_file(tensors, folder / WEIGHTS)
+    backbone.delete_adapter(ADAPTERS["reward"])
+    with pytest.raises(ValueError, match="1 tensors of the adapter do not match the backbone"):
+        backbone.add_role("reward", read_adapter(str(folder), needs_head=True))
+
+
+def test_missing_files_are_named(tiny, tmp_path):
+    with pytest.raises(FileNotFoundError, match="adapter_config.json: no such file"):
+        read_adapter(str(tmp_path / "nowhere"))
+    with pytest.raises(FileNotFoundError, match="there is no such folder"):
+        load_pretrained(ModelConfig(str(tmp_path / "nowhere")))
+    bare = Path(shutil.copytree(tiny, tmp_path / "bare"))
+    for file in bare.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(FileNotFoundError, match="bare: the model folder has no tokenizer"):
+        load_pretrained(ModelConfig(str(bare)))
+
+
+def test_pickled_weights_are_not_loaded(tiny, tmp_path):
+    folder = Path(shutil.copytree(tiny, tmp_path / "pickled"))
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        load_pretrained(ModelConfig(str(folder)))
+
+
+def test_the_identity_names_the_base(backbone, tiny, tmp_path):
+    backbone.save_role("policy", tmp_path)
+    record = json.loads((tmp_path / "backbone.json").read_text())
+    assert record == {"model_name_or_path": tiny, "fingerprint": fingerprint(backbone.get_base_model())}

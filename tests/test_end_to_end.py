@@ -1,0 +1,155 @@
+"""Every stage as a user starts it, on a two-layer GPT-2; then each adapter in a fresh interpreter without our code."""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from trl import ModelConfig
+
+from pipeline.backbone import Backbone, load_pretrained, read_adapter
+
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml", "-m"]
+
+PLAIN_PEFT = """
+import sys, torch
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from safetensors.torch import save_file
+from transformers import AutoTokenizer
+folder, head, out = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1] if head == "no" else folder.removesuffix("/value"))
+batch = tokenizer(["A film of wit", "It's dull", "One of the best of the year"], return_tensors="pt", padding=True)
+ids, mask = batch["input_ids"], batch["attention_mask"]
+with torch.no_grad():
+    if head == "yes":
+        model = AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
+        save_file({"scores": model(input_ids=ids, attention_mask=mask).logits.squeeze(-1)}, out)
+    else:
+        model = AutoPeftModelForCausalLM.from_pretrained(folder).eval()
+        prompt = ids[:1, :2]
+        text = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False)
+        save_file({"logits": model(input_ids=ids, attention_mask=mask).logits, "text": text}, out)
+assert not {"pipeline", "reward_models", "data"} & set(sys.modules)
+"""
+
+
+def launch(stage, recipe, *options):
+    command = [*LAUNCH, f"pipeline.{stage}", "--config", f"pipeline/recipes/{recipe}", *map(str, options)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "0"})
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def digest(folder):
+    return hashlib.sha256((Path(folder) / "model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def demo(tiny, tmp_path_factory):
+    """Folder of a whole tiny demo, and what each stage printed."""
+    out = tmp_path_factory.mktemp("demo")
+    base = ["--model_name_or_path", tiny, "--seed", 3]
+    short = [*base, "--logging_steps", 1, "--max_steps"]
+    before = digest(tiny)
+    printed = {
+        "sft": launch("sft", "demo/sft.yaml", *short, 2, "--output_dir", out / "sft"),
+        "reward": launch("reward", "demo/reward.yaml", *short, 2, "--output_dir", out / "reward"),
+        "ppo": launch("ppo", "demo/ppo.yaml", *short, 8, "--num_iterations", 2, "--max_completion_length", 6,
+                      "--output_dir", out / "ppo", "--sft_adapter", out / "sft", "--reward_adapter", out / "reward"),
+        "evaluation": launch("evaluation", "demo/evaluation.yaml", *base, "--output_dir", out, "--max_prompts", 64,
+                             "--max_completion_length", 6, "--sft_adapter", out / "sft",
+                             "--reward_adapter", out / "reward", "--ppo_adapter", out / "ppo"),
+    }  # fmt: skip
+    assert digest(tiny) == before
+    return out, printed
+
+
+@pytest.mark.slow
+def test_the_report_holds_what_the_readme_promises(demo):
+    out, printed = demo
+    report = json.loads((out / "report.json").read_text())
+    for policy in ("sft", "ppo"):
+        assert report[policy].keys() >= {"score", "judge", "kl", "distinct_2", "perplexity", "mean_length"}
+    assert report["sft"]["kl"] == 0
+    for name in ("judge_gain", "win_rate"):
+        assert report[name]["low"] <= report[name]["mean"] <= report[name]["high"]
+    assert report["judge_gain"]["mean"] == pytest.approx(report["ppo"]["judge"] - report["sft"]["judge"])
+    assert report["reward_model"].keys() >= {"accuracy", "human_ceiling", "ece"}
+    assert 0.88 < report["reward_model"]["human_ceiling"] < 0.92
+    assert report["backbone_copies"] == 1.0
+    assert report["seed"] == 3
+    assert report["seconds"].keys() == {"sft", "reward", "ppo", "evaluation"}
+    text = (out / "report.md").read_text()
+    for picture in re.findall(r"\]\((\S+\.png)\)", text):
+        assert (out / picture).read_bytes()[:4] == b"\x89PNG"
+    assert text.count(".png)") == 4
+    for stage in ("sft", "reward", "ppo", "evaluation"):
+        assert re.search(r"\d+%\|", printed[stage].stderr), f"{stage} shows no progress bar"
+
+
+@pytest.mark.slow
+def test_every_stage_leaves_standard_artifacts(demo):
+    out, _ = demo
+    for folder in ("sft", "reward", "ppo"):
+        names = {path.name for path in (out / folder).iterdir()}
+        assert names >= {"adapter_config.json", "adapter_model.safetensors", "README.md", "metrics.json", "backbone.json"}
+        card = (out / folder / "README.md").read_text()
+        assert card.startswith("---") and folder.upper() in card.upper()
+    assert (out / "ppo" / "value" / "adapter_model.safetensors").exists()
+    history = json.loads((out / "ppo" / "metrics.json").read_text())["history"]
+    assert history[0]["kl"] == 0 and history[0]["approxkl"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["sft", "ppo", "reward", "ppo/value"])
+def test_adapters_load_in_a_fresh_interpreter_without_our_code(demo, tiny, folder, tmp_path):
+    out, _ = demo
+    head = folder in ("reward", "ppo/value")
+    command = [sys.executable, "-c", PLAIN_PEFT, str(out / folder), "yes" if head else "no", str(tmp_path / "out")]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    theirs = load_file(tmp_path / "out")
+
+    base, tokenizer = load_pretrained(ModelConfig(tiny))
+    backbone = Backbone(base, read_adapter(str(out / ("sft" if head else folder)), base=base)).eval()
+    batch = tokenizer(["A film of wit", "It's dull", "One of the best of the year"], return_tensors="pt", padding=True)
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad():
+        if head:
+            backbone.add_role("reward", read_adapter(str(out / folder), needs_head=True, base=base))
+            torch.testing.assert_close(backbone.scores(ids, mask), theirs["scores"], atol=1e-5, rtol=0)
+            return
+        with backbone.role("policy"):
+            logits = backbone(input_ids=ids, attention_mask=mask).logits
+            prompt = ids[:1, :2]
+            text = backbone.generate(
+                input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False
+            )
+    real = mask.bool()
+    torch.testing.assert_close(logits[real], theirs["logits"][real], atol=1e-5, rtol=0)
+    assert text.tolist() == theirs["text"].tolist()
+
+
+@pytest.mark.slow
+def test_hello_world(tmp_path):
+    """The rule reward of the hello_world recipe: nearly every completion of "Hello" comes to contain "world"."""
+    launch("ppo", "hello_world/ppo.yaml", "--output_dir", tmp_path)
+    base, tokenizer = load_pretrained(ModelConfig(str(ROOT / "data" / "backbone")))
+    backbone = Backbone(base, read_adapter(str(tmp_path), base=base)).eval()
+    prompt = tokenizer(["Hello"] * 200, return_tensors="pt")
+    torch.manual_seed(0)
+    sample = {"max_new_tokens": 12, "do_sample": True, "top_k": 0, "pad_token_id": tokenizer.pad_token_id}
+    with backbone.role("policy"):
+        after = tokenizer.batch_decode(backbone.generate(**prompt, **sample), skip_special_tokens=True)
+    with backbone.role(None):
+        before = tokenizer.batch_decode(backbone.generate(**prompt, **sample), skip_special_tokens=True)
+    assert sum("world" in text for text in before) < 20
+    assert sum("world" in text for text in after) >= 190
