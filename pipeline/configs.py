@@ -70,9 +70,10 @@ class PPOConfig(RLOOConfig):
             # RLOO's last check wants two completions a prompt for its leave-one-out baseline. PPO's is the value.
             if "at least 2 generations" not in str(error):
                 raise
-        for name in ("gradient_checkpointing", "use_vllm", "mask_truncated_completions", "sync_ref_model"):
+        unsupported = ("gradient_checkpointing", "use_vllm", "mask_truncated_completions", "sync_ref_model")
+        for name in (*unsupported, "resume_from_checkpoint"):
             if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not supported by PPO; set it to false.")
+                raise ValueError(f"{name}={getattr(self, name)!r} is not supported by PPO; leave it unset.")
         minibatches = self.steps_per_generation / self.gradient_accumulation_steps
         if minibatches != int(minibatches):
             raise ValueError(

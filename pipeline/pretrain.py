@@ -8,8 +8,6 @@ Reads the training split of the embedded ratings (texts only) and writes config,
 
 import hashlib
 import math
-import platform
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,8 +91,8 @@ without a model hub; it writes review snippets and nothing else.
 - **Data**: the texts (not the ratings) of the training split of Hutto & Gilbert, *VADER* (ICWSM 2014), from the
   source distribution of vaderSentiment 3.3.2 (MIT licence): {facts["texts"]:,} snippets, {facts["tokens"]:,} tokens.
 - **Recipe**: `make backbone`, that is `pipeline/recipes/backbone.yaml`: {args.num_train_epochs:g} epochs, batch {args.train_batch_size}, AdamW at
-  {args.learning_rate:g} with a {args.lr_scheduler_type.value} schedule, weight decay {args.weight_decay:g}, dropout {shape.dropout:g}, {"bf16 autocast" if args.bf16 else "fp32"}, seed {args.seed};
-  {facts["seconds"] / 60:.0f} minutes on {facts["machine"]}.
+  {args.learning_rate:g} with a {args.lr_scheduler_type.value} schedule, weight decay {args.weight_decay:g}, dropout {shape.dropout:g}, {"bf16 autocast" if args.bf16 else "fp32"}, seed {args.seed},
+  {facts["steps"]:,} steps; the epoch with the lowest validation loss is kept.
 - **Weights**: stored in float16, loaded as float32.
 - `model.safetensors` sha256 `{facts["sha256"]}`
 
@@ -108,7 +106,6 @@ The snippets are opinions of 2013 and earlier, rude ones among them; the model r
 
 def main(shape: BackboneConfig, args: TrainingArguments) -> None:
     set_seed(args.seed)
-    started = time.time()
     texts = {split: [s.text for s in load_split(split)] for split in ("train", "validation", "test")}
     tokenizer = train_tokenizer(texts["train"], shape.vocab_size, shape.n_positions)
     datasets = {split: tokenize(rows, tokenizer, shape.n_positions) for split, rows in texts.items()}
@@ -133,7 +130,7 @@ def main(shape: BackboneConfig, args: TrainingArguments) -> None:
         eval_dataset=datasets["validation"],
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
-    trainer.train()
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
     folder = Path(shape.backbone_dir)
     if trainer.is_world_process_zero():
@@ -150,8 +147,7 @@ def main(shape: BackboneConfig, args: TrainingArguments) -> None:
         "vocab_size": len(tokenizer),
         "texts": len(texts["train"]),
         "tokens": sum(datasets["train"]["length"]),
-        "seconds": time.time() - started,
-        "machine": f"{torch.get_num_threads()} CPU cores ({platform.machine()})",
+        "steps": trainer.state.max_steps,
         "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
     }
     if trainer.is_world_process_zero():

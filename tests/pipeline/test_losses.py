@@ -140,13 +140,11 @@ def test_finite_differences_see_both_branches(name):
 
 
 @pytest.mark.parametrize("junk", [-7.0, 1e30, NAN, INF, -INF])
-@pytest.mark.parametrize("place", [0, 1, 2, slice(0, 3)], ids=["new", "old", "target", "all"])
+@pytest.mark.parametrize("places", [(0,), (1,), (2,), (0, 1, 2)], ids=["new", "old", "target", "all"])
 @pytest.mark.parametrize("name", [*LOSSES, "kl"])
-def test_padding_changes_no_loss(name, place, junk):
+def test_padding_changes_no_loss(name, places, junk):
     *clean, mask = random_batch()
-    dirty = list(clean)
-    for i in range(3)[place] if isinstance(place, slice) else [place]:
-        dirty[i] = clean[i].masked_fill(~mask, junk)
+    dirty = [x.masked_fill(~mask, junk) if i in places else x for i, x in enumerate(clean)]
     if name == "kl":
         assert torch.equal(approx_kl(*dirty[:2], mask), approx_kl(*clean[:2], mask))
     else:

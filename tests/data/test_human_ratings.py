@@ -1,0 +1,485 @@
+"""`data.human_ratings`: no file is trusted or half-cached, and pairs, prompts and splits are what they say.
+
+The first half needs no network. The second reads the real archive, from the cache or through pip.
+"""
+
+import hashlib
+import io
+import re
+import statistics
+import subprocess
+import tarfile
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+
+from data import human_ratings
+from data.human_ratings import (
+    EMBEDDED_PAIRS,
+    INNER,
+    SDIST,
+    SHA256,
+    SOURCES,
+    SPLITS,
+    Snippet,
+    agreement,
+    cache_dir,
+    fetch,
+    load_snippets,
+    load_split,
+    preference_pairs,
+    prompts,
+    split_of,
+    texts,
+)
+
+
+def sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """An empty cache folder that does not exist yet."""
+    monkeypatch.setenv("SPINE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class FakePip:
+    """Stands for `subprocess.run`: leaves `content` in the folder that pip was told, and keeps what it was asked."""
+
+    def __init__(self, returncode: int = 0, stderr: str = "", content: bytes | None = None):
+        self.returncode, self.stderr, self.content = returncode, stderr, content
+        self.commands, self.requirements = [], []
+
+    def __call__(self, command, **kwargs):
+        self.commands.append(command)
+        self.requirements.append(Path(command[command.index("--requirement") + 1]).read_text())
+        if self.content is not None:
+            (Path(command[command.index("--dest") + 1]) / SDIST).write_bytes(self.content)
+        return subprocess.CompletedProcess(command, self.returncode, "", self.stderr)
+
+
+def use_pip(monkeypatch, **kwargs) -> FakePip:
+    pip = FakePip(**kwargs)
+    monkeypatch.setattr(human_ratings.subprocess, "run", pip)
+    return pip
+
+
+def tar(files: dict[str, bytes]) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def put(cache: Path, monkeypatch, outer: bytes) -> None:
+    """Caches an archive of our own as if it were the published one."""
+    cache.mkdir()
+    (cache / SDIST).write_bytes(outer)
+    monkeypatch.setattr(human_ratings, "SHA256", sha256(outer))
+
+
+def tables(**changed: str) -> dict[str, bytes]:
+    """The members of the inner archive: one snippet a source, rated 1 and 2, unless `changed`."""
+    files = {}
+    for source in SOURCES:
+        files[f"{source}_anonDataRatings"] = "1\t1.5\t0.5\t[1, 2]\n"
+        files[f"{source}_GroundTruth"] = "1\t1.5\ta text\n"
+    return {f"hutto_ICWSM_2014/{name}.txt": text.encode() for name, text in (files | changed).items()}
+
+
+# ------------------------------------------------------------------------------------------------ fetching
+def test_cache_folder(monkeypatch):
+    monkeypatch.setenv("SPINE_CACHE", "/some/where")
+    assert cache_dir() == Path("/some/where")
+    monkeypatch.delenv("SPINE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    assert cache_dir() == Path("/x/spine-rlhf")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_dir() == Path.home() / ".cache" / "spine-rlhf"
+
+
+def test_first_fetch_asks_pip_for_the_pinned_file_and_the_second_asks_nobody(cache, monkeypatch):
+    monkeypatch.setattr(human_ratings, "SHA256", sha256(b"archive"))
+    pip = use_pip(monkeypatch, content=b"archive")
+    assert fetch() == fetch() == b"archive"
+    assert len(pip.commands) == 1
+    assert pip.requirements == [f"vaderSentiment==3.3.2 --hash=sha256:{sha256(b'archive')}\n"]
+    assert {"download", "--require-hashes", "--no-deps"} <= set(pip.commands[0])
+    assert [path.name for path in cache.iterdir()] == [SDIST]
+
+
+def test_the_pinned_digest():
+    assert SHA256 == "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+
+
+@pytest.mark.parametrize("content", [b"", b"not the archive"])
+def test_wrong_file_in_the_cache(cache, monkeypatch, content):
+    pip = use_pip(monkeypatch)
+    cache.mkdir()
+    (cache / SDIST).write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        fetch()
+    message = str(caught.value)
+    assert message.startswith(f"{cache / SDIST}: sha256 is {sha256(content)}, expected {SHA256}.")
+    assert "delete the file and run again" in message
+    assert not pip.commands
+    assert (cache / SDIST).read_bytes() == content  # the user's to delete
+
+
+def test_truncated_archive_in_the_cache_is_not_opened(cache, monkeypatch):
+    whole = tar({INNER: tar(tables())})
+    put(cache, monkeypatch, whole)
+    (cache / SDIST).write_bytes(whole[:-20])
+    monkeypatch.setattr(human_ratings.tarfile, "open", lambda *args, **kwargs: pytest.fail("opened"))
+    with pytest.raises(ValueError, match=f"sha256 is {sha256(whole[:-20])}, expected {sha256(whole)}"):
+        load_snippets()
+
+
+OFFLINE = "WARNING: Retrying\nERROR: No matching distribution found for vaderSentiment==3.3.2\nnotice: a new pip\n"
+
+
+@pytest.mark.parametrize(
+    ("stderr", "reason"),
+    [
+        (OFFLINE, "ERROR: No matching distribution found for vaderSentiment==3.3.2"),
+        ("No module named pip\n", "No module named pip"),
+        ("", "exit code 1"),
+    ],
+)
+@pytest.mark.parametrize("content", [None, b"half of"])
+def test_pip_fails(cache, monkeypatch, stderr, reason, content):
+    use_pip(monkeypatch, returncode=1, stderr=stderr, content=content)
+    with pytest.raises(ConnectionError) as caught:
+        fetch()
+    first, second = str(caught.value).splitlines()
+    assert first == f"Could not fetch vaderSentiment==3.3.2 through pip: {reason}"
+    assert second.startswith("Check the network, or download vaderSentiment-3.3.2.tar.gz")
+    assert second.endswith(f"put it at {cache / SDIST}.")
+    assert list(cache.iterdir()) == []
+
+
+def test_pip_says_it_succeeded_and_left_nothing(cache, monkeypatch):
+    use_pip(monkeypatch)
+    with pytest.raises(ConnectionError, match="Could not fetch"):
+        fetch()
+    assert list(cache.iterdir()) == []
+
+
+def test_pip_finds_another_hash(cache, monkeypatch):
+    stderr = "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.\n    Got  abc\n"
+    use_pip(monkeypatch, returncode=1, stderr=stderr)
+    with pytest.raises(ValueError, match=f"does not have the pinned sha256 {SHA256}.*pip config list"):
+        fetch()
+    assert list(cache.iterdir()) == []
+
+
+def test_pip_succeeds_with_a_wrong_file(cache, monkeypatch):
+    use_pip(monkeypatch, content=b"wrong")
+    with pytest.raises(ValueError, match=f"{re.escape(SDIST)}: sha256 is {sha256(b'wrong')}, expected {SHA256}"):
+        fetch()
+    assert list(cache.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------ reading
+def test_snippets_of_an_archive(cache, monkeypatch):
+    changed = {
+        "tweets_anonDataRatings": "7\t1.5\t0.5\t[4, -2, 1]\n8\t0\t0\t[]\n10\t0\t0\t[1]\n",
+        # Entities, white space and doubled quotes; no ratings; no ratings either; no text.
+        "tweets_GroundTruth": "7\t9.9\t a &lt;3  ''b''\u00a0&amp;\tc \n8\t0\tunrated\n9\t0\tunknown\n10\t0\t \n",
+        "amazonReviewSnippets_GroundTruth": "\ufeff1\t1.5\ta text\n",
+    }
+    put(cache, monkeypatch, tar({INNER: tar(tables(**changed))}))
+    found = load_snippets()
+    assert [(s.source, s.id, s.text, s.ratings, s.mean) for s in found] == [
+        ("movieReviewSnippets", "1", "a text", (1, 2), 1.5),
+        ("amazonReviewSnippets", "1", "a text", (1, 2), 1.5),
+        ("tweets", "7", 'a <3 "b" & c', (4, -2, 1), 1.0),  # (4 - 2 + 1) / 3, not the 9.9 of the text file
+        ("nytEditorialSnippets", "1", "a text", (1, 2), 1.5),
+    ]
+
+
+def test_archive_without_the_ratings(cache, monkeypatch):
+    put(cache, monkeypatch, tar({"vaderSentiment-3.3.2/README.rst": b"x"}))
+    with pytest.raises(ValueError, match=f"{re.escape(SDIST)}: it has no file '{re.escape(INNER)}'"):
+        load_snippets()
+
+
+def test_archive_without_a_table(cache, monkeypatch):
+    files = tables()
+    del files["hutto_ICWSM_2014/tweets_GroundTruth.txt"]
+    put(cache, monkeypatch, tar({INNER: tar(files)}))
+    with pytest.raises(ValueError, match="it has no file 'hutto_ICWSM_2014/tweets_GroundTruth.txt'"):
+        load_snippets()
+
+
+def test_line_without_its_columns(cache, monkeypatch):
+    changed = {"tweets_GroundTruth": "1\t0\ta\n2\tb\n"}
+    put(cache, monkeypatch, tar({INNER: tar(tables(**changed))}))
+    with pytest.raises(ValueError, match=r"hutto_ICWSM_2014/tweets_GroundTruth\.txt line 2 does not have 3 columns"):
+        load_snippets()
+
+
+# ------------------------------------------------------------------------------------------------ a few snippets
+def snippet(text: str, *ratings: int, source: str = "movieReviewSnippets") -> Snippet:
+    return Snippet(source, text, text, ratings, statistics.fmean(ratings))
+
+
+def test_agreement_by_hand():
+    # 1-1, 1-0, 2-1, 2-0: a tie and three for the chosen one.
+    assert agreement(snippet("a", 1, 2), snippet("b", 1, 0)) == 3.5 / 4
+    assert agreement(snippet("b", 1, 0), snippet("a", 1, 2)) == 0.5 / 4
+    # 3-0, 3-4, 0-0, 0-4, -1-0, -1-4: one for, four against, a tie.
+    assert agreement(snippet("a", 3, 0, -1), snippet("b", 0, 4)) == 1.5 / 6
+
+
+FEW = [
+    snippet("a fine film", 3, 3, 3),  # mean 3
+    snippet("a fine mess", 1, 4, 1),  # mean 2
+    snippet("a bad film", -2, -2, -2),  # mean -2
+    snippet("a bad play", -2, -1),  # mean -1.5
+    snippet("a bad joke", -2, -2, -1, -2),  # mean -1.75: less than 0.5 from the two above
+    snippet("an ordeal", -3),  # begins like no other
+    snippet("a", 4),  # one word
+    snippet("a bad thing", 2, source="tweets"),  # of another source
+]
+PAIRS = {
+    # 3-1 and 3-1 for, 3-4 against, three times each: 6 of 9.
+    ("a fine", " film", " mess"): (1.0, 6 / 9),
+    ("a", " fine film", " bad film"): (5.0, 1.0),
+    ("a", " fine film", " bad play"): (4.5, 1.0),
+    ("a", " fine film", " bad joke"): (4.75, 1.0),
+    ("a", " fine mess", " bad film"): (4.0, 1.0),
+    ("a", " fine mess", " bad play"): (3.5, 1.0),
+    ("a", " fine mess", " bad joke"): (3.75, 1.0),
+    # A gap of 0.5 is enough. -2 ties with -2, -1 wins: half of three, and three, of six.
+    ("a bad", " play", " film"): (0.5, 4.5 / 6),
+}
+
+
+@pytest.fixture
+def few(monkeypatch):
+    monkeypatch.setattr(human_ratings, "load_snippets", lambda: FEW)
+    monkeypatch.setattr(human_ratings, "split_of", lambda snippet: "train")
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_all_pairs_of_a_few_snippets(few, seed):
+    rows = preference_pairs("train", sources=SOURCES, pairs=len(PAIRS), seed=seed).to_list()
+    found = {(r["prompt"], r["chosen"], r["rejected"]): (r["margin"], r["agreement"]) for r in rows}
+    assert found == {key: pytest.approx(value) for key, value in PAIRS.items()}
+
+
+def test_a_pair_too_many(few):
+    with pytest.raises(ValueError, match="^pairs=9: the train split of movieReviewSnippets has only about 8.$"):
+        preference_pairs("train", pairs=9)
+
+
+def test_gap_and_sources_are_settings(few):
+    rows = preference_pairs("train", pairs=2, min_gap=4.6)
+    assert sorted(rows["margin"]) == [4.75, 5.0]
+    assert preference_pairs("train", sources=SOURCES, pairs=0).num_rows == 0
+    assert texts("train", sources=("tweets",))["text"] == ["a bad thing"]
+    assert set(texts("train")["text"]) == {s.text for s in FEW[:-1]}
+
+
+def test_prompts_of_a_few_snippets(few):
+    seen = set()
+    for seed in range(50):
+        rows = list(prompts("train", seed=seed)["prompt"])
+        seen.update(rows)
+        assert len(rows) <= 6
+    # One or two words of three and one of two: never a whole snippet, which would leave nothing to say.
+    assert seen == {"a", "a fine", "a bad", "an"}
+
+
+@pytest.mark.parametrize("load", [load_split, prompts, texts])
+def test_no_such_split(few, load):
+    with pytest.raises(ValueError, match="split='dev' is not one of train, validation, test"):
+        load("dev")
+
+
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="EMBEDDED_PAIRS is asked before the split is checked")
+def test_no_such_split_of_pairs(few):
+    with pytest.raises(ValueError, match="split='dev' is not one of train, validation, test"):
+        preference_pairs("dev")
+
+
+@pytest.mark.xfail(strict=True, raises=IndexError, reason="random.choice of an empty list")
+def test_no_pair_at_all(few):
+    with pytest.raises(ValueError, match="pairs=1"):
+        preference_pairs("train", sources=("tweets",), pairs=1)
+
+
+def test_split_is_of_the_letters():
+    for number in range(30):
+        split = split_of(snippet(f"its number {number} indeed", 1))
+        assert split == split_of(snippet(f'"IT\'S  Number - {number}, indeed...', -3, 4, source="tweets"))
+
+
+# ------------------------------------------------------------------------------------------------ the real archive
+@pytest.fixture(scope="module")
+def snippets():
+    """All snippets, parsed once: `load_snippets` gives this list until the module is done."""
+    found = load_snippets()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(human_ratings, "load_snippets", lambda: found)
+        yield found
+
+
+@pytest.fixture(scope="module")
+def pairs(snippets):
+    return {split: preference_pairs(split).to_list() for split in SPLITS}
+
+
+def whole(row: dict, side: str) -> str:
+    return row["prompt"] + row[side]
+
+
+def test_counts(snippets):
+    assert Counter(s.source for s in snippets) == {
+        "movieReviewSnippets": 10605,
+        "amazonReviewSnippets": 3708,
+        "tweets": 4200,
+        "nytEditorialSnippets": 5190,
+    }
+    assert len({(s.source, s.id) for s in snippets}) == 23703
+
+
+def test_ratings(snippets):
+    assert {rating for s in snippets for rating in s.ratings} == set(range(-4, 5))
+    assert min(len(s.ratings) for s in snippets) == 15
+    for s in snippets[::97]:
+        assert s.mean == pytest.approx(sum(s.ratings) / len(s.ratings))
+
+
+def test_texts_are_clean(snippets):
+    for s in snippets:
+        assert s.text == " ".join(s.text.split()) != ""
+        assert "''" not in s.text
+        if s.source == "movieReviewSnippets":  # 16 of the others are encoded twice
+            assert not re.search(r"&#?\w+;", s.text)
+
+
+def test_split_sizes(snippets):
+    sizes = [len(load_split(split, SOURCES)) for split in SPLITS]
+    assert sum(sizes) == 23703
+    # A hash spreads 23,703 with a standard deviation of at most sqrt(0.85 * 0.15 / 23703) = 0.23%.
+    assert [size / 23703 for size in sizes] == pytest.approx([0.85, 0.05, 0.10], abs=0.007)
+
+
+def test_texts_of_the_same_letters_share_a_split(snippets):
+    splits, variants = defaultdict(set), defaultdict(set)
+    for split in SPLITS:
+        for s in load_split(split, SOURCES):
+            letters = re.sub(r"[\W_]", "", s.text.lower())
+            splits[letters].add(split)
+            variants[letters].add(s.text)
+    assert sum(len(v) > 1 for v in variants.values()) >= 20  # else this would show nothing
+    assert all(len(found) == 1 for found in splits.values())
+
+
+def test_split_has_only_the_sources_asked_for(snippets):
+    assert {s.source for s in load_split("test", ("tweets",))} == {"tweets"}
+    assert {s.source for s in load_split("test")} == set(SOURCES)
+
+
+def test_number_of_pairs(pairs):
+    assert {split: len(rows) for split, rows in pairs.items()} == EMBEDDED_PAIRS
+    assert EMBEDDED_PAIRS == {"train": 16_000, "validation": 2_000, "test": 4_000}
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_both_sides_of_a_pair_are_snippets_of_the_split(pairs, split):
+    known = {s.text for s in load_split(split, ("movieReviewSnippets",))}
+    for row in pairs[split]:
+        assert whole(row, "chosen") in known and whole(row, "rejected") in known
+        assert row["chosen"].startswith(" ") and row["rejected"].startswith(" ")
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_prompt_is_all_that_a_pair_shares(pairs, split):
+    for row in pairs[split]:
+        chosen, rejected = row["chosen"].split(), row["rejected"].split()
+        assert row["prompt"] and chosen and rejected
+        # The next words differ, unless one side would be left with nothing.
+        assert chosen[0] != rejected[0] or 1 in (len(chosen), len(rejected))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_margin_and_agreement_are_those_of_the_ratings(snippets, pairs, split):
+    known = defaultdict(list)
+    for s in snippets:
+        if s.source == "movieReviewSnippets":
+            known[s.text].append(s.ratings)
+    checked = 0
+    for row in pairs[split]:
+        chosen, rejected = known[whole(row, "chosen")], known[whole(row, "rejected")]
+        if len(chosen) == len(rejected) == 1:
+            (chosen,), (rejected,) = chosen, rejected
+            margin = sum(chosen) / len(chosen) - sum(rejected) / len(rejected)
+            assert row["margin"] == pytest.approx(margin) and margin >= 0.5 - 1e-9
+            if checked < 100:
+                # By counts of each rating, not rater by rater.
+                a, b = Counter(chosen), Counter(rejected)
+                higher = sum(a[x] * b[y] for x in a for y in b if x > y)
+                equal = sum(a[x] * b[x] for x in a)
+                assert row["agreement"] == pytest.approx((2 * higher + equal) / (2 * len(chosen) * len(rejected)))
+            checked += 1
+    assert checked > 0.9 * len(pairs[split])
+
+
+DUPLICATES = pytest.mark.xfail(strict=True, reason="a text that stands twice in the file is paired twice")
+
+
+@pytest.mark.parametrize("split", [pytest.param("train", marks=DUPLICATES), "validation", "test"])
+def test_no_pair_twice(pairs, split):
+    assert max(Counter(frozenset((whole(r, "chosen"), whole(r, "rejected"))) for r in pairs[split]).values()) == 1
+
+
+def test_train_and_test_share_no_snippet(pairs):
+    seen = {split: {whole(row, side) for row in pairs[split] for side in ("chosen", "rejected")} for split in SPLITS}
+    assert not seen["train"] & seen["test"]
+    assert not seen["train"] & seen["validation"]
+    assert not seen["validation"] & seen["test"]
+
+
+def test_pairs_are_those_of_the_seed(snippets, pairs):
+    first = preference_pairs("test", pairs=300, seed=1).to_list()
+    assert preference_pairs("test", pairs=300, seed=1).to_list() == first
+    assert preference_pairs("test", pairs=300, seed=2).to_list() != first
+    assert preference_pairs("test", pairs=300).to_list() == pairs["test"][:300]
+
+
+def test_far_too_many_pairs(snippets):
+    with pytest.raises(ValueError, match=r"^pairs=3000: the validation split of nytEditorialSnippets has only about \d"):
+        preference_pairs("validation", sources=("nytEditorialSnippets",), pairs=3000)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_prompts_begin_snippets_of_the_split(snippets, split):
+    found = load_split(split, ("movieReviewSnippets",))
+    begins = {" ".join(s.text.split()[:n]) for s in found for n in (1, 2, 3) if len(s.text.split()) > n}
+    rows = list(prompts(split)["prompt"])
+    assert set(rows) <= begins
+    assert 0.9 * len(found) < len(rows) <= len(found)
+    lengths = Counter(len(row.split()) for row in rows)
+    assert set(lengths) == {1, 2, 3}
+    assert min(lengths.values()) > 0.25 * len(rows)
+
+
+def test_prompts_are_those_of_the_seed_and_in_random_order(snippets):
+    first = list(prompts("test")["prompt"])
+    assert list(prompts("test")["prompt"]) == first
+    assert list(prompts("test", seed=1)["prompt"]) != first
+    in_order = [s.text for s in load_split("test", ("movieReviewSnippets",))]
+    assert sum(text.startswith(prompt + " ") for text, prompt in zip(in_order, first, strict=False)) < len(first) / 2
+
+
+def test_texts_are_the_whole_split(snippets):
+    assert list(texts("validation")["text"]) == [s.text for s in load_split("validation", ("movieReviewSnippets",))]
