@@ -34,24 +34,24 @@ def check_prompt_lengths(rows: Dataset, tokenizer, context: int, max_completion_
         ValueError: prompt and completion together exceed the model's `context`, or a prompt is a conversation and
             the tokenizer has no chat template.
     """
-    for number, row in enumerate(rows.select_columns(["prompt"]), 1):
-        where, prompt = row_name(name, number), row["prompt"]
-        if not isinstance(prompt, str) and tokenizer.chat_template is None:
+    prompts = rows["prompt"][:]
+    if not isinstance(prompts[0], str) and tokenizer.chat_template is None:
+        raise ValueError(
+            f"{row_name(name, 1)}: 'prompt' is a conversation ({shorten(prompts[0])}), but the tokenizer has no chat "
+            f"template. Give prompts as text, or take a model whose tokenizer has one."
+        )
+    for number, (prompt, ids) in enumerate(zip(prompts, tokenize_prompts(prompts, tokenizer), strict=True), 1):
+        if len(ids) + max_completion_length > context:
             raise ValueError(
-                f"{where}: 'prompt' is a conversation ({shorten(prompt)}), but the tokenizer has no chat template. "
-                f"Give prompts as text, or take a model whose tokenizer has one."
-            )
-        tokens = _count_tokens(prompt, tokenizer)
-        if tokens + max_completion_length > context:
-            raise ValueError(
-                f"{where}: 'prompt' {shorten(prompt)} has {tokens} tokens, and with max_completion_length="
-                f"{max_completion_length} that exceeds the model's context of {context}. Shorten the prompt, lower "
+                f"{row_name(name, number)}: 'prompt' {shorten(prompt)} has {len(ids)} tokens, and with "
+                f"max_completion_length={max_completion_length} that exceeds the model's context of {context}. Shorten the prompt, lower "
                 f"max_completion_length, or take a model with a longer context."
             )
 
 
-def _count_tokens(prompt: str | list[dict], tokenizer) -> int:
-    if isinstance(prompt, str):
-        return len(tokenizer(prompt)["input_ids"])
+def tokenize_prompts(prompts: list, tokenizer) -> list[list[int]]:
+    """Token ids of texts, or of conversations through the tokenizer's chat template, as TRL's trainers make them."""
+    if isinstance(prompts[0], str):
+        return tokenizer(prompts)["input_ids"]
     options = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-    return len(tokenizer.apply_chat_template(prompt, **options)["input_ids"])
+    return tokenizer.apply_chat_template(prompts, **options)["input_ids"]

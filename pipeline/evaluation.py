@@ -20,7 +20,7 @@ from trl import ModelConfig
 from trl.trainer.utils import pad
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from data.prompts import check_prompt_lengths, load_prompts
+from data.prompts import check_prompt_lengths, load_prompts, tokenize_prompts
 from pipeline import report as drawing
 from pipeline.artifacts import read_metrics, seconds_running
 from pipeline.backbone import Backbone, load_pretrained, read_adapter
@@ -85,8 +85,9 @@ def complete(role: str, backbone: Backbone, prompts: Dataset, tokenizer, args: E
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
+    prompt_ids = tokenize_prompts(prompts["prompt"][:], tokenizer)
     for start in tqdm(range(0, len(prompts), args.batch_size), desc=f"{role} completions", unit="batch"):
-        rows = [torch.tensor(r) for r in tokenizer(prompts["prompt"][start : start + args.batch_size])["input_ids"]]
+        rows = [torch.tensor(ids) for ids in prompt_ids[start : start + args.batch_size]]
         ids = pad(rows, padding_value=tokenizer.pad_token_id, padding_side="left").to(device)
         mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
         with backbone.role(role):
@@ -96,8 +97,8 @@ def complete(role: str, backbone: Backbone, prompts: Dataset, tokenizer, args: E
         real = (ended == 0) | ((ended == 1) & (chosen == tokenizer.eos_token_id))
         attention = torch.cat([mask, real.long()], dim=1)
         policy, reference, bare = (
-            backbone.logprobs(r, sequences, attention, chosen)[0].masked_fill(~real, 0).sum(dim=1)
-            for r in (role, "reference", None)
+            backbone.logprobs(adapter, sequences, attention, chosen, temperature)[0].masked_fill(~real, 0).sum(dim=1)
+            for adapter, temperature in ((role, args.temperature), ("reference", args.temperature), (None, 1.0))
         )
         result.ids += [row[keep].tolist() for row, keep in zip(chosen, real, strict=True)]
         result.kl += (policy - reference).tolist()
@@ -126,10 +127,13 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     results = {}
     for name, role in (("sft", "reference"), ("ppo", "policy")):
         done = results[name] = complete(role, backbone, prompts, tokenizer, args)
-        given = {"prompts": prompts["prompt"], "completions": done.texts, "completion_ids": done.ids, **columns}
-        done.scores = np.sum([function(**given) for function in functions], axis=0)
-        texts = [prompt + text for prompt, text in zip(prompts["prompt"], done.texts, strict=True)]
+        asked, answers = prompts["prompt"][:], done.texts
+        texts = [prompt + answer if isinstance(prompt, str) else answer for prompt, answer in zip(asked, answers)]
         done.judge = np.array([judge.polarity_scores(text)["compound"] for text in texts])
+        if not isinstance(asked[0], str):
+            answers = [[{"role": "assistant", "content": answer}] for answer in answers]
+        given = {"prompts": asked, "completions": answers, "completion_ids": done.ids, **columns}
+        done.scores = np.sum([function(**given) for function in functions], axis=0)
 
     sft, ppo = results["sft"], results["ppo"]
     stages = {"sft": args.sft_adapter, "reward": rewards.reward_adapter, "ppo": args.ppo_adapter}
@@ -153,6 +157,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     drawing.draw_score_histograms(sft.scores, ppo.scores, folder / "score_histograms.png")
     if measured:
         drawing.draw_calibration(measured["reliability"], measured["ece"], folder / "reward_calibration.png")
+    if "by_gap" in measured:
         drawing.draw_accuracy_by_gap(measured["by_gap"], folder / "accuracy_by_gap.png")
     samples = [
         {

@@ -140,7 +140,7 @@ def main(shape: BackboneConfig, args: TrainingArguments) -> None:
         config.save_pretrained(folder)
     # The card states the loss of what is stored, so it is measured on the weights as they load.
     stored = GPT2LMHeadModel.from_pretrained(folder)
-    judge = Trainer(model=stored, args=args, data_collator=trainer.data_collator)
+    judge = Trainer(stored, args, data_collator=trainer.data_collator, eval_dataset=datasets["validation"])
     losses = {split: judge.evaluate(datasets[split])["eval_loss"] for split in ("validation", "test")}
     facts = {
         "parameters": stored.num_parameters(),

@@ -256,12 +256,13 @@ def _reward_model(section: dict) -> list[str]:
     one rater is stated too, where the reliability curve gives it.
     """
     parts = [
-        f"On {section['pairs']:,} rated pairs the reward model prefers the text with the higher mean rating in "
-        f"**{section['accuracy']:.1%}** (accuracy). Human ceiling: one rater agrees with the mean rating in "
-        f"**{section['human_ceiling']:.1%}**."
+        f"On {section['pairs']:,} held-out pairs the reward model prefers the chosen text in "
+        f"**{section['accuracy']:.1%}** (accuracy)."
     ]
     curve, by_gap = section.get("reliability"), section.get("by_gap")
-    if curve:
+    if "human_ceiling" in section:
+        parts[0] += f" Human ceiling: one rater agrees with the mean rating in **{section['human_ceiling']:.1%}**."
+    if curve and "human_ceiling" in section:
         agreement = np.average([row["observed"] for row in curve], weights=[row["count"] for row in curve])
         parts[0] += f" Measured that way, against one rater, the reward model reaches {agreement:.1%}."
     parts[0] += f" Expected calibration error (ECE): **{section['ece']:.3f}**."

@@ -19,24 +19,33 @@ from reward_models.learned import score_rows
 
 
 def held_out_report(trainer: RewardTrainer) -> dict:
-    """Accuracy and calibration on the trainer's evaluation pairs."""
-    rows, device = trainer.eval_dataset, trainer.accelerator.device
-    model = trainer.model.eval()
+    """Accuracy and calibration on the trainer's evaluation pairs. A text that stands in many pairs is scored once."""
+    rows, model = trainer.eval_dataset, trainer.model.eval()
 
     def score(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         with trainer.accelerator.autocast():
             return model(input_ids=ids, attention_mask=mask).logits.float().squeeze(-1)
 
+    chosen, rejected = [list(map(tuple, rows[name])) for name in ("chosen_ids", "rejected_ids")]
+    texts = list(dict.fromkeys(chosen + rejected))
     scores = score_rows(
         score,
-        list(rows["chosen_ids"]) + list(rows["rejected_ids"]),
+        [list(text) for text in texts],
         pad_token_id=trainer.processing_class.pad_token_id,
         batch_size=trainer.args.per_device_eval_batch_size,
-        device=device,
+        device=trainer.accelerator.device,
     )
-    chosen, rejected = np.split(np.array(scores), 2)
-    column = {name: np.array(rows[name]) if name in rows.column_names else None for name in ("agreement", "margin")}
-    return reward_model_report(chosen - rejected, column["agreement"], column["margin"])
+    score_of = dict(zip(texts, scores, strict=True))
+    margins = [score_of[c] - score_of[r] for c, r in zip(chosen, rejected, strict=True)]
+
+    def column(name: str) -> np.ndarray:
+        return np.array(rows[name]) if name in rows.column_names else np.ones(len(rows))
+
+    report = reward_model_report(margins=margins, agreement=column("agreement"), gaps=column("margin"))
+    for name, needs in (("human_ceiling", "agreement"), ("by_gap", "margin")):
+        if needs not in rows.column_names:
+            report.pop(name)
+    return report
 
 
 def main(data: DataArguments, pairs: RewardModelArguments, model: ModelConfig, args: RewardConfig) -> None:

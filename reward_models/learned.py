@@ -7,6 +7,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import pad
 
+from data.prompts import tokenize_prompts
 from pipeline.backbone import Backbone
 
 
@@ -43,14 +44,10 @@ class LearnedReward:
         self.backbone, self.tokenizer, self.batch_size = backbone, tokenizer, batch_size
 
     def __call__(self, prompts: list, completion_ids: list[list[int]], **kwargs) -> list[float]:
-        if isinstance(prompts[0], str):
-            prompt_ids = self.tokenizer(prompts)["input_ids"]
-        else:
-            template = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
-            prompt_ids = self.tokenizer.apply_chat_template(prompts, **template)["input_ids"]
+        prompt_ids = tokenize_prompts(prompts, self.tokenizer)
         return score_rows(
             self.backbone.scores,
-            [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)],
+            [prompt + chosen for prompt, chosen in zip(prompt_ids, completion_ids, strict=True)],
             pad_token_id=self.tokenizer.pad_token_id,
             batch_size=self.batch_size,
             device=self.backbone.get_base_model().device,

@@ -151,8 +151,9 @@ OFFLINE = "WARNING: Retrying\nERROR: No matching distribution found for vaderSen
         ("No module named pip\n", "No module named pip"),
         ("", "exit code 1"),
     ],
+    ids=["offline", "no pip", "no word"],
 )
-@pytest.mark.parametrize("content", [None, b"half of"])
+@pytest.mark.parametrize("content", [None, b"half of"], ids=["nothing", "half"])
 def test_pip_fails(cache, monkeypatch, stderr, reason, content):
     use_pip(monkeypatch, returncode=1, stderr=stderr, content=content)
     with pytest.raises(ConnectionError) as caught:

@@ -17,12 +17,13 @@ class WordTokenizer:
 
     chat_template = "any"
 
-    def __call__(self, text):
-        return {"input_ids": text.split()}
+    def __call__(self, texts):
+        return {"input_ids": [text.split() for text in texts]}
 
-    def apply_chat_template(self, messages, *, add_generation_prompt, tokenize, return_dict):
+    def apply_chat_template(self, chats, *, add_generation_prompt, tokenize, return_dict):
         assert add_generation_prompt and tokenize and return_dict
-        return {"input_ids": [word for m in messages for word in ["role", *m["content"].split()]] + ["role"]}
+        words = [[word for m in chat for word in ["role", *m["content"].split()]] for chat in chats]
+        return {"input_ids": [chat + ["role"] for chat in words]}
 
 
 @pytest.mark.parametrize("prompt", ["The film", CHAT])

@@ -193,7 +193,7 @@ def test_metrics_table():
 
 def test_reward_model_section():
     text = markdown_report(REPORT, SAMPLES)
-    assert "On 4,000 rated pairs" in text
+    assert "On 4,000 held-out pairs" in text
     assert "**70.1%** (accuracy)" in text
     assert "Human ceiling: one rater agrees with the mean rating in **75.2%**" in text
     # 30 pairs of agreement 0.5 and 10 of 0.7: (15 + 7) / 40.
