@@ -49,13 +49,13 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spine-rlhf"
 
 
-def _verify(path: Path) -> bytes:
+def _verify(path: Path, remedy: str) -> bytes:
     content = path.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256:
         raise ValueError(
             f"{path}: sha256 is {digest}, expected {SHA256}. The archive is truncated or is not the published one; "
-            f"delete the file and run again to fetch it anew."
+            f"{remedy}"
         )
     return content
 
@@ -72,7 +72,7 @@ def fetch() -> bytes:
     """
     cached = cache_dir() / SDIST
     if cached.exists():
-        return _verify(cached)
+        return _verify(cached, "delete the file and run again to fetch it anew.")
     cached.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
         requirements = Path(folder) / "requirements.txt"
@@ -93,7 +93,7 @@ def fetch() -> bytes:
                 f"Could not fetch {PACKAGE} through pip: {reason}\nCheck the network, or download {SDIST} from a "
                 f"package index elsewhere and put it at {cached}."
             )
-        content = _verify(fetched)
+        content = _verify(fetched, "check the package index that pip is set up to use (`pip config list`).")
         os.replace(fetched, cached)
     return content
 
@@ -190,26 +190,27 @@ def preference_pairs(
     Raises:
         ValueError: the split has fewer than `pairs` such pairs.
     """
-    wanted = EMBEDDED_PAIRS[split] if pairs is None else pairs
     groups = defaultdict(list)
     for snippet in load_split(split, sources):
         words = snippet.text.split(" ")
         if len(words) > 1:
             groups[snippet.source, words[0]].append((snippet, words))
     members = [(key, member) for key, group in groups.items() if len(group) > 1 for member in group]
+    wanted = EMBEDDED_PAIRS[split] if pairs is None else pairs
     generator = random.Random(seed)
-    rows, seen, tries = [], set(), 0
+    rows, seen, fruitless = [], set(), 0
     while len(rows) < wanted:
-        tries += 1
-        if tries > 100 * wanted:
+        fruitless += 1
+        if not members or fruitless > 10_000:
             raise ValueError(f"pairs={wanted}: the {split} split of {', '.join(sources)} has only about {len(rows)}.")
         key, (a, a_words) = generator.choice(members)
         b, b_words = generator.choice(groups[key])
         shared = _shared_words(a_words, b_words)
-        names = frozenset((a.id, b.id))
-        if shared == 0 or (key[0], names) in seen or abs(a.mean - b.mean) < min_gap:
+        texts = frozenset((a.text, b.text))
+        if shared == 0 or texts in seen or abs(a.mean - b.mean) < min_gap:
             continue
-        seen.add((key[0], names))
+        seen.add(texts)
+        fruitless = 0
         if a.mean < b.mean:
             (a, a_words), (b, b_words) = (b, b_words), (a, a_words)
         rows.append(

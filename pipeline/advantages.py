@@ -23,8 +23,8 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: 
     """
     rewards = -kl_coef * (logprobs - ref_logprobs).masked_fill(~mask, 0)
     last = (mask.sum(dim=1) - 1).clamp(min=0)
-    real = mask.any(dim=1).to(scores.dtype)
-    return rewards.scatter_add(1, last.unsqueeze(1), (scores * real).unsqueeze(1).to(rewards.dtype))
+    scores = torch.where(mask.any(dim=1), scores, 0)
+    return rewards.scatter_add(1, last.unsqueeze(1), scores.unsqueeze(1).to(rewards.dtype))
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:

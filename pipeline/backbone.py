@@ -90,7 +90,7 @@ def load_pretrained(
 
 
 def fingerprint(base: PreTrainedModel) -> str:
-    """Hex digest that tells one pretrained trunk from another, whatever head it carries and in whatever precision.
+    """Hex digest that tells one pretrained trunk from another, whatever head it carries, in float32 or bfloat16.
 
     Names, shapes and up to 65,536 evenly spaced values of every tensor, rounded to bfloat16; LoRA weights are left out.
     """
@@ -99,7 +99,7 @@ def fingerprint(base: PreTrainedModel) -> str:
         if "lora_" in name:
             continue
         flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // 65_536)].to("cpu", torch.bfloat16)
+        sample = flat[:: -(-flat.numel() // 65_536)].to("cpu", torch.bfloat16)
         digest.update(f"{name.replace('base_layer.', '')} {tuple(tensor.shape)}".encode())
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
@@ -250,7 +250,8 @@ class Backbone(PeftModelForCausalLM):
         """
         hidden = self.hidden_states(role, input_ids, attention_mask)
         hidden = hidden[:, -completion_ids.shape[1] - 1 : -1]
-        logits = _at_least_float32(self.get_base_model().get_output_embeddings()(hidden))
+        logits = self.get_base_model().get_output_embeddings()(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return selective_log_softmax_and_entropy(
             logits, completion_ids, entropy_requires_grad=False, temperature=temperature
         )
@@ -258,7 +259,7 @@ class Backbone(PeftModelForCausalLM):
     def values(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """Value of the state before each of the last `length` tokens, (B, P + T) -> (B, T)."""
         hidden = self.hidden_states("value", input_ids, attention_mask)[:, -length - 1 : -1]
-        return _at_least_float32(self.heads["value"](hidden)).squeeze(-1)
+        return self._read("value", hidden)
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """The reward model's score of right-padded sequences, (B, S) -> (B,), read at the last token that is not the
@@ -267,8 +268,13 @@ class Backbone(PeftModelForCausalLM):
         real = input_ids != self.get_base_model().config.get_text_config().pad_token_id
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (positions * real).argmax(dim=-1)
-        scores = self.heads["reward"](hidden[torch.arange(len(last), device=last.device), last])
-        return _at_least_float32(scores).squeeze(-1)
+        return self._read("reward", hidden[torch.arange(len(last), device=last.device), last])
+
+    def _read(self, role: str, hidden: Tensor) -> Tensor:
+        """A role's head on hidden states (..., D) -> (...), in the head's own precision, also under autocast."""
+        head = self.heads[role]
+        with torch.autocast(hidden.device.type, enabled=False):
+            return head(hidden.to(head.weight.dtype)).squeeze(-1)
 
     def forward(self, input_ids=None, attention_mask=None, completion_ids=None, temperature=1.0, **kwargs):
         """The policy's language-model forward; with `completion_ids` (B, T), PPO's training pass.
@@ -287,7 +293,8 @@ class Backbone(PeftModelForCausalLM):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = deepcopy(self.peft_config[ADAPTERS[role]])
-        config.inference_mode = True
+        base = self.get_base_model()
+        config.inference_mode, config.base_model_name_or_path = True, base.config._name_or_path
         weights = get_peft_model_state_dict(self, adapter_name=ADAPTERS[role])
         if role in self.heads:
             config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
@@ -295,7 +302,6 @@ class Backbone(PeftModelForCausalLM):
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(folder)
-        base = self.get_base_model()
         stamp(folder, base.config._name_or_path, fingerprint(base))
 
 
@@ -304,10 +310,6 @@ def _language_config(config: LoraConfig) -> LoraConfig:
     config = deepcopy(config)
     config.task_type, config.modules_to_save = "CAUSAL_LM", None
     return config
-
-
-def _at_least_float32(values: Tensor) -> Tensor:
-    return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
 def _is_ours(name: str) -> bool:

@@ -41,6 +41,20 @@ class RewardModelArguments:
     )
 
 
+# Options of RLOOConfig and Trainer that PPO would have to ignore.
+UNSUPPORTED = (
+    "gradient_checkpointing",
+    "use_vllm",
+    "mask_truncated_completions",
+    "sync_ref_model",
+    "epsilon_high",
+    "router_aux_loss_coef",
+    "chat_template_kwargs",
+    "resume_from_checkpoint",
+    "load_best_model_at_end",
+)
+
+
 @dataclass
 class PPOConfig(RLOOConfig):
     """PPO's arguments: TRL's RLOOConfig, whose names keep their meaning, and what a value function adds.
@@ -64,14 +78,15 @@ class PPOConfig(RLOOConfig):
     )
 
     def __post_init__(self):
+        if self.num_generations < 1:
+            raise ValueError(f"num_generations={self.num_generations} must be at least 1.")
         try:
             super().__post_init__()
         except ValueError as error:
             # RLOO's last check wants two completions a prompt for its leave-one-out baseline. PPO's is the value.
             if "at least 2 generations" not in str(error):
                 raise
-        unsupported = ("gradient_checkpointing", "use_vllm", "mask_truncated_completions", "sync_ref_model")
-        for name in (*unsupported, "resume_from_checkpoint"):
+        for name in UNSUPPORTED:
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported by PPO; leave it unset.")
         minibatches = self.steps_per_generation / self.gradient_accumulation_steps
@@ -94,12 +109,15 @@ def check_max_length(max_length: int | None, context: int) -> None:
 
 def lora_config(model: ModelConfig, *, task_type: str) -> LoraConfig:
     """LoRA as `lora_*` in ModelConfig says. A reward adapter (SEQ_CLS) trains and saves its head too."""
+    modules = model.lora_target_modules
+    if isinstance(modules, str) and modules != "all-linear":
+        modules = [modules]  # ModelConfig unwraps a list of one, and peft would take the bare name for a pattern
     return LoraConfig(
         task_type=task_type,
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
-        target_modules=model.lora_target_modules,
+        target_modules=modules,
         modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
         use_rslora=model.use_rslora,
     )
@@ -113,17 +131,20 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
     """
     args = sys.argv[1:] if args is None else args
     parser = TrlParser(dataclass_types)
-    known = {action.dest for action in parser._actions} | {"env"}
+    options = [word.lstrip("-").replace("-", "_") for action in parser._actions for word in action.option_strings]
+    known = {"config", "env", *options}
     given = [(word[2:].split("=")[0].replace("-", "_"), "command line") for word in args if word.startswith("--")]
-    if "--config" in args[:-1]:
+    if "--config" in args:
+        if args[-1] == "--config":
+            raise ValueError("command line: --config needs the path of a recipe after it.")
         path = args[args.index("--config") + 1]
         with open(path, encoding="utf-8") as file:
             recipe = yaml.safe_load(file)
         if not isinstance(recipe, dict):
             raise ValueError(f"{path}: a recipe is a YAML mapping of keys to values.")
-        given += [(key, path) for key in recipe]
+        given += [(str(key), path) for key in recipe]
     for key, source in given:
-        if key not in known and key != "config":
+        if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {nearest[0]}?" if nearest else ""
             raise ValueError(f"{source}: unknown key {key!r}.{hint}")

@@ -42,6 +42,7 @@ class EvaluationArguments:
     max_completion_length: int = field(default=24, metadata={"help": "Tokens sampled at most."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature, as in PPO."})
     batch_size: int = field(default=64, metadata={"help": "Prompts sampled at once."})
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "As in PPO; unset: 1 each."})
     seed: int = 0
 
 
@@ -123,6 +124,9 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
 
     judge = SentimentIntensityAnalyzer()
     functions = reward_functions(rewards, backbone, tokenizer)
+    weights = np.array(args.reward_weights or [1.0] * len(functions))
+    if len(weights) != len(functions):
+        raise ValueError(f"reward_weights={args.reward_weights} has {len(weights)} weights for {len(functions)} rewards.")
     columns = {name: prompts[name] for name in prompts.column_names if name != "prompt"}
     results = {}
     for name, role in (("sft", "reference"), ("ppo", "policy")):
@@ -133,7 +137,9 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         if not isinstance(asked[0], str):
             answers = [[{"role": "assistant", "content": answer}] for answer in answers]
         given = {"prompts": asked, "completions": answers, "completion_ids": done.ids, **columns}
-        done.scores = np.sum([function(**given) for function in functions], axis=0)
+        # As in TRL's protocol, None means that a function does not apply to a row.
+        columns_of_scores = np.array([function(**given) for function in functions], dtype=float)
+        done.scores = np.nansum(weights[:, None] * columns_of_scores, axis=0)
 
     sft, ppo = results["sft"], results["ppo"]
     stages = {"sft": args.sft_adapter, "reward": rewards.reward_adapter, "ppo": args.ppo_adapter}

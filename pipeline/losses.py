@@ -30,6 +30,8 @@ def value_loss(
 
     From openai/baselines ppo2, also in openai/lm-human-preferences.
     """
+    # Padding is cleared before the square: masked afterwards, what stands there could still make the gradient NaN.
+    values, old_values, returns = (x.masked_fill(~mask, 0) for x in (values, old_values, returns))
     bounded = torch.clamp(values, old_values - clip, old_values + clip)
     plain, clipped = (values - returns).square(), (bounded - returns).square()
     return 0.5 * masked_mean(torch.max(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
@@ -40,4 +42,4 @@ def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
 
     http://joschu.net/blog/kl-approx.html
     """
-    return 0.5 * masked_mean((logprobs - old_logprobs).square(), mask)
+    return 0.5 * masked_mean((logprobs - old_logprobs).masked_fill(~mask, 0).square(), mask)

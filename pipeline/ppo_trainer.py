@@ -74,11 +74,22 @@ class PPOTrainer(RLOOTrainer):
             return self._generate_and_score_completions(generation_batch)
         steps = self.args.steps_per_generation
         position = self._step % (steps * self.num_iterations)
-        if position == 0 or self._buffered_inputs is None:
+        if position == 0:
             self._rollout = self._generate_and_score_completions(generation_batch)
-        if position % steps == 0 or self._buffered_inputs is None:
-            self._buffered_inputs = split_tensor_dict(shuffle_sequence_dict(self._rollout), steps)
+        if position % steps == 0:
+            self._buffered_inputs = self._minibatches()
         return self._buffered_inputs[position % steps]
+
+    def _minibatches(self) -> list[dict[str, Tensor]]:
+        """The rollout, shuffled and cut. Each piece carries its share of the tokens of its optimizer step over all
+        processes, so that neither gradient accumulation nor the number of processes changes the gradient."""
+        accumulation = self.args.gradient_accumulation_steps
+        pieces = split_tensor_dict(shuffle_sequence_dict(self._rollout), self.args.steps_per_generation)
+        tokens = torch.stack([piece["completion_mask"].sum() for piece in pieces]).float()
+        of_step = self.accelerator.reduce(tokens.view(-1, accumulation).sum(dim=1), reduction="sum")
+        # Trainer averages over the pieces of a step, and the backend over processes: what they divide by comes back.
+        shares = tokens / of_step.repeat_interleave(accumulation) * accumulation * self.accelerator.num_processes
+        return [{**piece, "share": share} for piece, share in zip(pieces, shares, strict=True)]
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Tensor]:
         """Sample a completion to each prompt, score it, and work out advantages and returns -> fields of `Rollout`."""
@@ -97,9 +108,8 @@ class PPOTrainer(RLOOTrainer):
                 logprobs.append(self.model.logprobs("policy", ids, attend, chosen, self.temperature)[0])
                 ref_logprobs.append(self.model.logprobs("reference", ids, attend, chosen, self.temperature)[0])
                 values.append(self.model.values(ids, attend, chosen.shape[1]))
-            logprobs, ref_logprobs, values = (torch.cat(chunks) for chunks in (logprobs, ref_logprobs, values))
-            scores = self._scores(inputs, prompts, completions, completion_rows)
-
+        logprobs, ref_logprobs, values = (torch.cat(chunks) for chunks in (logprobs, ref_logprobs, values))
+        scores = self._scores(inputs, prompts, completions, completion_rows)
         rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=self.beta)
         advantages, returns = gae(rewards, values, mask, gamma=self.args.gamma, lam=self.args.lam)
         if self.args.normalize_advantages:
@@ -116,8 +126,9 @@ class PPOTrainer(RLOOTrainer):
 
     def _pad(self, rows: list[list[int]], *, side: str) -> tuple[Tensor, Tensor]:
         tensors = [torch.tensor(row) for row in rows]
-        ids = pad(tensors, padding_value=self._tokenizer.pad_token_id, padding_side=side)
-        mask = pad([torch.ones_like(tensor) for tensor in tensors], padding_value=0, padding_side=side).bool()
+        options = {"padding_side": side, "pad_to_multiple_of": self.pad_to_multiple_of}
+        ids = pad(tensors, padding_value=self._tokenizer.pad_token_id, **options)
+        mask = pad([torch.ones_like(tensor) for tensor in tensors], padding_value=0, **options).bool()
         return ids.to(self.accelerator.device), mask.to(self.accelerator.device)
 
     def _scores(self, inputs: list[dict], prompts: list, completions: list, completion_rows: list) -> Tensor:
@@ -126,6 +137,7 @@ class PPOTrainer(RLOOTrainer):
         for name, column in zip(self.reward_func_names, columns.T, strict=True):
             self._logs["rewards"][name].extend(column.tolist())
             self._metrics[self._mode][f"rewards/{name}/mean"].append(column.nanmean().item())
+        self._flush_reward_logs(len(prompts))
         start = self.accelerator.process_index * len(prompts)
         columns = columns[start : start + len(prompts)]
         # TRL's protocol lets a function return None where it does not apply, so only a row that no function scored,
@@ -143,8 +155,19 @@ class PPOTrainer(RLOOTrainer):
             scores = scores.clamp(*self.reward_clip_range)
         return scores
 
+    def _flush_reward_logs(self, count: int) -> None:
+        """Log what reward functions gave to TRL's `log_extra` and `log_metric`. Names are sorted, so that all processes
+        gather them in one order."""
+        for name in sorted(set(gather_object(list(self._pending_extra_logs)))):
+            self._logs["extra"][name].extend(gather_object(self._pending_extra_logs.get(name, [None] * count)))
+        for name in sorted(set(gather_object(list(self._pending_metrics)))):
+            values = gather_object(self._pending_metrics.get(name, []))
+            self._metrics[self._mode][name].append(sum(values) / len(values))
+        self._pending_extra_logs.clear()
+        self._pending_metrics.clear()
+
     def _compute_loss(self, model, inputs: dict[str, Tensor]) -> Tensor:
-        rollout = Rollout(**inputs)
+        rollout = Rollout(**{name: inputs[name] for name in Rollout._fields})
         mask = rollout.completion_mask
         with self.accelerator.autocast():
             logprobs, entropy, values = model(
@@ -164,7 +187,7 @@ class PPOTrainer(RLOOTrainer):
                 approxkl=approx_kl(logprobs, rollout.logprobs, mask),
                 entropy=masked_mean(entropy, mask),
             )
-        return policy + self.args.vf_coef * value
+        return (policy + self.args.vf_coef * value) * inputs.get("share", 1.0)
 
     # ------------------------------------------------------------------------------------------ logs and artifacts
     @property
@@ -182,6 +205,9 @@ class PPOTrainer(RLOOTrainer):
         self.model.save_role("policy", folder)
         self.model.save_role("value", folder / "value")
         self.processing_class.save_pretrained(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r}: PPO cannot resume yet; start anew.")
 
     def summary(self) -> dict:
         """What the metrics file states of the run: backbones held by this process, and the log of every update."""

@@ -65,6 +65,10 @@ def main(data: DataArguments, pairs: RewardModelArguments, model: ModelConfig, a
         processing_class=tokenizer,
         peft_config=lora_config(model, task_type="SEQ_CLS"),
     )
+    # With `train_sampling_strategy: group_by_length`, pairs of like length share a batch and padding costs little.
+    trainer.train_dataset = trainer.train_dataset.map(
+        lambda row: {args.length_column_name: max(len(row["chosen_ids"]), len(row["rejected_ids"]))}, desc="Lengths"
+    )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = held_out_report(trainer) if held_out else {}
     finish_stage(trainer, identity, {**metrics, "history": trainer.state.log_history})

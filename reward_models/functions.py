@@ -33,7 +33,7 @@ def load_function(path: str) -> Callable:
     module, _, name = path.rpartition(".")
     try:
         function = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(
             f"reward_funcs: cannot import {path!r} ({error}). Write it as package.module.function."
         ) from error

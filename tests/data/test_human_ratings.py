@@ -281,6 +281,13 @@ def test_a_pair_too_many(few):
         preference_pairs("train", pairs=9)
 
 
+def test_both_sides_keep_a_word(few, monkeypatch):
+    found = [snippet("a fine film", 1), snippet("a fine film so far", 3)]
+    monkeypatch.setattr(human_ratings, "load_snippets", lambda: found)
+    (row,) = preference_pairs("train", pairs=1).to_list()
+    assert (row["prompt"], row["chosen"], row["rejected"]) == ("a fine", " film so far", " film")
+
+
 def test_gap_and_sources_are_settings(few):
     rows = preference_pairs("train", pairs=2, min_gap=4.6)
     assert sorted(rows["margin"]) == [4.75, 5.0]
@@ -305,13 +312,11 @@ def test_no_such_split(few, load):
         load("dev")
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="EMBEDDED_PAIRS is asked before the split is checked")
 def test_no_such_split_of_pairs(few):
     with pytest.raises(ValueError, match="split='dev' is not one of train, validation, test"):
         preference_pairs("dev")
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason="random.choice of an empty list")
 def test_no_pair_at_all(few):
     with pytest.raises(ValueError, match="pairs=1"):
         preference_pairs("train", sources=("tweets",), pairs=1)
@@ -435,10 +440,7 @@ def test_margin_and_agreement_are_those_of_the_ratings(snippets, pairs, split):
     assert checked > 0.9 * len(pairs[split])
 
 
-DUPLICATES = pytest.mark.xfail(strict=True, reason="a text that stands twice in the file is paired twice")
-
-
-@pytest.mark.parametrize("split", [pytest.param("train", marks=DUPLICATES), "validation", "test"])
+@pytest.mark.parametrize("split", SPLITS)
 def test_no_pair_twice(pairs, split):
     assert max(Counter(frozenset((whole(r, "chosen"), whole(r, "rejected"))) for r in pairs[split]).values()) == 1
 
@@ -458,8 +460,8 @@ def test_pairs_are_those_of_the_seed(snippets, pairs):
 
 
 def test_far_too_many_pairs(snippets):
-    with pytest.raises(ValueError, match=r"^pairs=3000: the validation split of nytEditorialSnippets has only about \d"):
-        preference_pairs("validation", sources=("nytEditorialSnippets",), pairs=3000)
+    with pytest.raises(ValueError, match=r"^pairs=3000: the validation split of tweets has only about 2\d{3}\.$"):
+        preference_pairs("validation", sources=("tweets",), pairs=3000)
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -4,13 +4,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 from trl import ModelConfig
 
-from pipeline.backbone import ADAPTERS, HEAD, WEIGHTS, backbone_copies, fingerprint, load_pretrained, read_adapter
+from pipeline.backbone import (
+    ADAPTERS,
+    HEAD,
+    WEIGHTS,
+    Backbone,
+    backbone_copies,
+    fingerprint,
+    load_pretrained,
+    read_adapter,
+)
 
 
 TEXTS = ["A film of wit", "It's dull", "One of the best, and the funniest, of the year"]
@@ -156,6 +165,26 @@ def test_a_saved_role_loads_with_plain_peft(backbone, tokenizer, tmp_path, role)
             hidden = backbone.hidden_states(role, ids, mask)
             ours = backbone.heads[role](hidden).squeeze(-1)[torch.arange(len(ids)), mask.sum(dim=1) - 1]
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_heads_keep_their_precision_on_a_bfloat16_base(tiny, sft_adapter, reward_adapter, tokenizer):
+    base, _ = load_pretrained(ModelConfig(tiny, dtype="bfloat16"))
+    backbone = Backbone(base, read_adapter(sft_adapter, base=base)).eval()
+    backbone.add_role("reward", read_adapter(reward_adapter, needs_head=True, base=base))
+    ids, mask = padded(tokenizer, "right")
+    with torch.no_grad():
+        plain = backbone.scores(ids, mask)
+        with torch.autocast("cpu", torch.bfloat16):
+            cast = backbone.scores(ids, mask)
+    assert plain.dtype == cast.dtype == torch.float32
+    torch.testing.assert_close(plain, cast, atol=0.2, rtol=0)
+
+
+def test_a_fresh_policy_names_its_base(tiny, tmp_path):
+    base, _ = load_pretrained(ModelConfig(tiny))
+    config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    Backbone(base, config).save_role("policy", tmp_path)
+    assert AutoPeftModelForCausalLM.from_pretrained(tmp_path).peft_config["default"].base_model_name_or_path == tiny
 
 
 def test_the_process_holds_one_backbone_and_a_second_is_seen(backbone, tiny):

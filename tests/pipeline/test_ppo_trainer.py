@@ -141,6 +141,48 @@ def test_rewards_are_weighed_and_clipped(make_trainer):
     assert scores.tolist() == [2 - 6, -5]
 
 
+def test_how_a_minibatch_is_cut_changes_nothing(make_trainer):
+    """One step on 8 rows at once, and the same 8 rows of uneven length accumulated in 4 pieces."""
+    results = []
+    for rows, pieces in ((8, 1), (2, 4)):
+        trainer = make_trainer(
+            per_device_train_batch_size=rows,
+            steps_per_generation=pieces,
+            gradient_accumulation_steps=pieces,
+            num_iterations=1,
+            max_steps=1,
+            optim="sgd",
+            lr_scheduler_type="constant",
+            max_grad_norm=0,
+        )
+        trainer.train()
+        lengths = trainer._rollout["completion_mask"].sum(dim=1)
+        assert lengths.min() < lengths.max()
+        results.append({name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad})
+    for name in results[0]:
+        torch.testing.assert_close(results[0][name], results[1][name], atol=1e-6, rtol=1e-5)
+
+
+def test_what_reward_functions_log_is_logged(make_trainer):
+    def chatty(completions, log_extra, log_metric, **kwargs):
+        log_extra("shout", [completion.upper() for completion in completions])
+        log_metric("words", 7.0)
+        return words(completions)
+
+    trainer = make_trainer(reward_funcs=[chatty])
+    trainer.train()
+    assert [row["words"] for row in trainer.state.log_history if "words" in row] == [7, 7]
+    assert list(trainer._logs["extra"]["shout"]) == [text.upper() for text in trainer._logs["completion"]]
+    assert not trainer._pending_extra_logs and not trainer._pending_metrics
+
+
+def test_resuming_is_refused(make_trainer, tmp_path):
+    trainer = make_trainer(save_strategy="steps", save_steps=4)
+    trainer.train()
+    with pytest.raises(ValueError, match="PPO cannot resume yet"):
+        make_trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
 def nothing(completions, **kwargs):
     return [None for _ in completions]
 

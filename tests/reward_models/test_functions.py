@@ -22,9 +22,6 @@ def test_function_of_the_users_own(tmp_path, monkeypatch):
     assert load_function("my_own_rewards.length")(["a"]) == [1.0]
 
 
-RELATIVE = pytest.mark.xfail(strict=True, raises=TypeError, reason="a relative import is a TypeError")
-
-
 @pytest.mark.parametrize(
     ("path", "reason"),
     [
@@ -34,7 +31,7 @@ RELATIVE = pytest.mark.xfail(strict=True, raises=TypeError, reason="a relative i
         ("contains", "Empty module name"),
         ("", "Empty module name"),
         ("reward_models.rules.", "has no attribute ''"),
-        pytest.param(".rules.contains", "relative", marks=RELATIVE),
+        (".rules.contains", "relative"),
     ],
 )
 def test_path_that_leads_nowhere(path, reason):
