@@ -155,9 +155,15 @@ def test_how_a_minibatch_is_cut_changes_nothing(make_trainer):
             lr_scheduler_type="constant",
             max_grad_norm=0,
         )
+        sample = trainer._generate
+
+        def uneven(prompts, sample=sample):
+            prompt_ids, completion_ids, completions = sample(prompts)
+            return prompt_ids, [row[: 1 + i % 6] for i, row in enumerate(completion_ids)], completions
+
+        trainer._generate = uneven
         trainer.train()
-        lengths = trainer._rollout["completion_mask"].sum(dim=1)
-        assert lengths.min() < lengths.max()
+        assert sorted(trainer._rollout["completion_mask"].sum(dim=1).tolist()) == [1, 1, 2, 2, 3, 4, 5, 6]
         results.append({name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad})
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], atol=1e-6, rtol=1e-5)
