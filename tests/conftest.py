@@ -28,6 +28,7 @@ def tiny(tmp_path_factory) -> str:
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     special = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    special["pad_token_id"] = tokenizer.pad_token_id
     shape = {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 128, "vocab_size": len(tokenizer)}
     # A wide initialisation, so that predictions differ from token to token as a trained model's do.
     GPT2LMHeadModel(GPT2Config(**shape, **special, initializer_range=0.2)).save_pretrained(folder)

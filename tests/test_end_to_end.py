@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import subprocess
 import sys
@@ -43,7 +42,7 @@ assert not {"pipeline", "reward_models", "data"} & set(sys.modules)
 
 def launch(stage, recipe, *options):
     command = [*LAUNCH, f"pipeline.{stage}", "--config", f"pipeline/recipes/{recipe}", *map(str, options)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "TQDM_DISABLE": "0"})
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
 

@@ -104,10 +104,15 @@ def test_demo_ppo_recipe_says_what_it_does():
     hints = get_type_hints(import_module("pipeline.ppo").main)
     recipe = ROOT / "pipeline" / "recipes" / "demo" / "ppo.yaml"
     *_, args = parse(*[kind for name, kind in hints.items() if name != "return"], args=["--config", str(recipe)])
-    # Its comments: 64 prompts an update; 40 updates of 4 epochs of 2 minibatches.
-    assert args.generation_batch_size == 64
-    assert args.max_steps == 40 * 4 * 2
-    assert (args.num_iterations, args.steps_per_generation, args.gradient_accumulation_steps) == (4, 2, 1)
+    text = recipe.read_text()
+    prompts = int(re.search(r"rollouts: (\d+) prompts an update", text).group(1))
+    updates, epochs, minibatches = map(
+        int, re.search(r"PPO: (\d+) updates of (\d+) epochs of (\d+) minibatches", text).groups()
+    )
+    assert args.generation_batch_size == prompts
+    assert args.num_iterations == epochs
+    assert args.steps_per_generation == args.gradient_accumulation_steps * minibatches
+    assert args.max_steps == updates * epochs * minibatches
 
 
 def test_one_completion_a_prompt():
