@@ -44,8 +44,8 @@ def check_prompt_lengths(rows: Dataset, tokenizer, context: int, max_completion_
         if len(ids) + max_completion_length > context:
             raise ValueError(
                 f"{row_name(name, number)}: 'prompt' {shorten(prompt)} has {len(ids)} tokens, and with "
-                f"max_completion_length={max_completion_length} that exceeds the model's context of {context}. Shorten the prompt, lower "
-                f"max_completion_length, or take a model with a longer context."
+                f"max_completion_length={max_completion_length} that exceeds the model's context of {context}. "
+                f"Shorten the prompt, lower max_completion_length, or take a model with a longer context."
             )
 
 

@@ -146,7 +146,9 @@ def read_adapter(folder: str, *, needs_head: bool = False, base: PreTrainedModel
             f"modules_to_save=['score'] (pipeline.reward does)."
         )
     if needs_head and head.shape[0] != 1:
-        raise ValueError(f"{folder}: the score head has {head.shape[0]} outputs; a reward adapter has 1 (num_labels=1).")
+        raise ValueError(
+            f"{folder}: the score head has {head.shape[0]} outputs; a reward adapter has 1 (num_labels=1)."
+        )
     identity = path / IDENTITY
     if base is not None and identity.is_file():
         made_for, ours = json.loads(identity.read_text()), fingerprint(base)
@@ -200,7 +202,9 @@ class Backbone(PeftModelForCausalLM):
         expected = get_peft_model_state_dict(self, adapter_name=ADAPTERS[role]).keys()
         if weights.keys() != expected:
             odd = sorted(weights.keys() ^ expected)
-            raise ValueError(f"{source}: {len(odd)} tensors of the adapter do not match the backbone, first {odd[0]!r}.")
+            raise ValueError(
+                f"{source}: {len(odd)} tensors of the adapter do not match the backbone, first {odd[0]!r}."
+            )
         set_peft_model_state_dict(self, weights, adapter_name=ADAPTERS[role])
 
     def train_only(self, *roles: str) -> None:
@@ -231,9 +235,13 @@ class Backbone(PeftModelForCausalLM):
         """Last hidden states of a role, (B, S) -> (B, S, D). Positions count real tokens, wherever the padding is."""
         position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
         with self.role(role):
-            return self.get_base_model().base_model(
-                input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-            ).last_hidden_state
+            return (
+                self.get_base_model()
+                .base_model(
+                    input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+                )
+                .last_hidden_state
+            )
 
     def logprobs(
         self,

@@ -21,7 +21,9 @@ class DataArguments:
     eval_dataset_name: str | None = field(
         default=None, metadata={"help": "Rows to evaluate on; unset: the evaluation split of dataset_name."}
     )
-    dataset_eval_split: str = field(default="test", metadata={"help": "Split to evaluate on (a single file has none)."})
+    dataset_eval_split: str = field(
+        default="test", metadata={"help": "Split to evaluate on (a single file has none)."}
+    )
 
     @property
     def eval_source(self) -> str | None:

@@ -49,8 +49,8 @@ class EvaluationArguments:
 class Completions:
     """Completions of one role to the prompts, and what each is worth."""
 
-    def __init__(self, prompts: Dataset, tokenizer: PreTrainedTokenizerBase):
-        self.prompts, self.tokenizer = prompts, tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+        self.tokenizer = tokenizer
         self.ids: list[list[int]] = []
         self.kl: list[float] = []  # nats a sequence, to the SFT policy
         self.nll: list[float] = []  # nats a sequence, under the bare backbone
@@ -77,7 +77,7 @@ class Completions:
 def complete(role: str, backbone: Backbone, prompts: Dataset, tokenizer, args: EvaluationArguments) -> Completions:
     """Sample one completion a prompt as `role`, with its KL to the reference and likelihood under the backbone."""
     set_seed(args.seed)
-    result, device = Completions(prompts, tokenizer), backbone.get_base_model().device
+    result, device = Completions(tokenizer), backbone.get_base_model().device
     generation = GenerationConfig(
         max_new_tokens=args.max_completion_length,
         do_sample=True,
@@ -126,13 +126,16 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     functions = reward_functions(rewards, backbone, tokenizer)
     weights = np.array(args.reward_weights or [1.0] * len(functions))
     if len(weights) != len(functions):
-        raise ValueError(f"reward_weights={args.reward_weights} has {len(weights)} weights for {len(functions)} rewards.")
+        raise ValueError(
+            f"reward_weights={args.reward_weights} has {len(weights)} weights for {len(functions)} rewards."
+        )
     columns = {name: prompts[name] for name in prompts.column_names if name != "prompt"}
     results = {}
     for name, role in (("sft", "reference"), ("ppo", "policy")):
         done = results[name] = complete(role, backbone, prompts, tokenizer, args)
         asked, answers = prompts["prompt"][:], done.texts
-        texts = [prompt + answer if isinstance(prompt, str) else answer for prompt, answer in zip(asked, answers)]
+        pairs = zip(asked, answers, strict=True)
+        texts = [prompt + answer if isinstance(prompt, str) else answer for prompt, answer in pairs]
         done.judge = np.array([judge.polarity_scores(text)["compound"] for text in texts])
         if not isinstance(asked[0], str):
             answers = [[{"role": "assistant", "content": answer}] for answer in answers]
@@ -177,8 +180,10 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     report["seconds"]["evaluation"] = round(seconds_running(), 1)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (folder / "report.md").write_text(drawing.markdown_report(report, samples))
-    print(f"{folder / 'report.md'}: judge {report['sft']['judge']:+.3f} -> {report['ppo']['judge']:+.3f}, "
-          f"win rate {report['win_rate']['mean']:.3f}, KL {report['ppo']['kl']:.1f} nats")
+    print(
+        f"{folder / 'report.md'}: judge {report['sft']['judge']:+.3f} -> {report['ppo']['judge']:+.3f}, "
+        f"win rate {report['win_rate']['mean']:.3f}, KL {report['ppo']['kl']:.1f} nats"
+    )
 
 
 if __name__ == "__main__":

@@ -39,7 +39,9 @@ def main(
 
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
     identity = fingerprint(base)
-    policy = read_adapter(roles.sft_adapter, base=base) if roles.sft_adapter else lora_config(model, task_type="CAUSAL_LM")
+    policy = (
+        read_adapter(roles.sft_adapter, base=base) if roles.sft_adapter else lora_config(model, task_type="CAUSAL_LM")
+    )
     reward = read_adapter(rewards.reward_adapter, needs_head=True, base=base) if rewards.reward_adapter else None
     backbone = Backbone(base, policy)
     if reward:

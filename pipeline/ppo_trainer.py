@@ -133,7 +133,9 @@ class PPOTrainer(RLOOTrainer):
 
     def _scores(self, inputs: list[dict], prompts: list, completions: list, completion_rows: list) -> Tensor:
         """Weighted sum of the reward functions, clipped and penalised as configured, (B,) of this process."""
-        columns = self._calculate_rewards(inputs, prompts, completions, completion_rows)  # gathered, (all B, functions)
+        columns = self._calculate_rewards(
+            inputs, prompts, completions, completion_rows
+        )  # gathered, (all B, functions)
         for name, column in zip(self.reward_func_names, columns.T, strict=True):
             self._logs["rewards"][name].extend(column.tolist())
             self._metrics[self._mode][f"rewards/{name}/mean"].append(column.nanmean().item())
@@ -146,7 +148,9 @@ class PPOTrainer(RLOOTrainer):
         if bad.any():
             row = int(bad.nonzero()[0])
             given = dict(zip(self.reward_func_names, columns[row].tolist(), strict=True))
-            raise ValueError(f"reward functions gave {given} for prompt {prompts[row]!r}, completion {completions[row]!r}.")
+            raise ValueError(
+                f"reward functions gave {given} for prompt {prompts[row]!r}, completion {completions[row]!r}."
+            )
         scores = (columns * self.reward_weights.to(columns.device)).nansum(dim=1)
         if self.args.missing_eos_penalty is not None:
             ended = torch.tensor([row[-1] in self.eos_token_ids for row in completion_rows], device=scores.device)

@@ -101,7 +101,7 @@ def draw_ppo_curves(history: list[dict], path: str | PathLike) -> None:
             # A marker when the line would have a single point, and so be invisible.
             axis.plot(steps, values, color=PPO, marker="o" if len(values) == 1 else None)
             axis.set_title(title)
-            axis.set_xlabel("PPO update")
+            axis.set_xlabel("optimizer step")
             axis.xaxis.set_major_locator(MaxNLocator(5, steps=TICK_STEPS, integer=True, min_n_ticks=1))
             axis.yaxis.set_major_locator(MaxNLocator(6, steps=TICK_STEPS))
             if not values:

@@ -99,7 +99,13 @@ def test_every_stage_leaves_standard_artifacts(demo):
     out, _ = demo
     for folder in ("sft", "reward", "ppo"):
         names = {path.name for path in (out / folder).iterdir()}
-        assert names >= {"adapter_config.json", "adapter_model.safetensors", "README.md", "metrics.json", "backbone.json"}
+        assert names >= {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+            "README.md",
+            "metrics.json",
+            "backbone.json",
+        }
         card = (out / folder / "README.md").read_text()
         assert card.startswith("---") and folder.upper() in card.upper()
     assert (out / "ppo" / "value" / "adapter_model.safetensors").exists()

@@ -325,7 +325,7 @@ def test_no_pair_at_all(few):
 def test_split_is_of_the_letters():
     for number in range(30):
         split = split_of(snippet(f"its number {number} indeed", 1))
-        assert split == split_of(snippet(f'"IT\'S  Number - {number}, indeed...', -3, 4, source="tweets"))
+        assert split == split_of(snippet(f"\"IT'S  Number - {number}, indeed...", -3, 4, source="tweets"))
 
 
 # ------------------------------------------------------------------------------------------------ the real archive

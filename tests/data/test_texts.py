@@ -4,7 +4,6 @@ import json
 
 import datasets
 import pytest
-from datasets import Dataset
 
 from data.texts import load_texts
 

@@ -69,7 +69,7 @@ def test_one_row_equals_the_same_row_in_a_batch(backbone, tokenizer):
     ids, mask = padded(tokenizer, "right")
     with torch.no_grad():
         together = backbone.scores(ids, mask)
-        alone = [backbone.scores(ids[i : i + 1, : n], mask[i : i + 1, : n]) for i, n in enumerate(mask.sum(dim=1))]
+        alone = [backbone.scores(ids[i : i + 1, :n], mask[i : i + 1, :n]) for i, n in enumerate(mask.sum(dim=1))]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=0)
 
 
@@ -85,7 +85,9 @@ def test_temperature_divides_the_logits(backbone, tokenizer):
 def test_values_start_as_scores(backbone, tokenizer):
     ids, mask = padded(tokenizer, "right")
     with torch.no_grad():
-        values = backbone.values(ids, mask, ids.shape[1] - 1)  # the value before token t reads the state of token t - 1
+        values = backbone.values(
+            ids, mask, ids.shape[1] - 1
+        )  # the value before token t reads the state of token t - 1
         rows = torch.tensor([i for i, n in enumerate(mask.sum(dim=1)) if n < ids.shape[1]])
         last = mask.sum(dim=1)[rows] - 1
         torch.testing.assert_close(values[rows, last], backbone.scores(ids, mask)[rows], atol=1e-5, rtol=0)

@@ -71,7 +71,9 @@ def test_policy_and_value_train_and_nothing_else_changes(make_trainer):
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     changed = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
-    assert changed == {n for n in before if ("lora_" in n and (".default." in n or ".value." in n)) or n == "heads.value.weight"}
+    assert changed == {
+        n for n in before if ("lora_" in n and (".default." in n or ".value." in n)) or n == "heads.value.weight"
+    }
 
 
 def test_every_epoch_reshuffles_the_same_rollout(make_trainer):
@@ -118,7 +120,9 @@ def test_a_rollout_holds_what_it_says(make_trainer, tokenizer):
             rollout["prompt_ids"], rollout["prompt_mask"], rollout["completion_ids"], mask, strict=True
         )
     ]
-    scores = [trainer.model.scores(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)).item() for row in rows]
+    scores = [
+        trainer.model.scores(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)).item() for row in rows
+    ]
     penalty = 0.5 * trainer._metrics["train"]["kl"][-1]
     assert abs(penalty) > 1e-3
     # With gamma = lambda = 1 the return of the first token is the whole reward: score less KL penalty.
@@ -228,7 +232,15 @@ def test_trl_has_what_we_override():
     }.items():
         assert list(inspect.signature(getattr(RLOOTrainer, name)).parameters) == arguments, name
     source = inspect.getsource(RLOOTrainer)
-    for attribute in ("_buffered_inputs", "_step", "_metrics", "_logs", "reward_weights", "eos_token_ids", "temperature"):
+    for attribute in (
+        "_buffered_inputs",
+        "_step",
+        "_metrics",
+        "_logs",
+        "reward_weights",
+        "eos_token_ids",
+        "temperature",
+    ):
         assert f"self.{attribute}" in source, attribute
     assert 'model.add_adapter("ref", default_config)' in source
 

@@ -77,13 +77,18 @@ def test_the_backbone_is_bit_identical_after_the_stage(stage, run, tiny, monkeyp
         expected.pop("lm_head.weight", None)
     assert trained.keys() == expected.keys()
     assert all(torch.equal(trained[name], expected[name]) for name in expected)
-    moved = [p.abs().max() for name, p in kept.items() if "lora_B" in name and (".default." in name or ".value." in name)]
+    moved = [
+        p.abs().max() for name, p in kept.items() if "lora_B" in name and (".default." in name or ".value." in name)
+    ]
     assert min(moved) > 0
 
 
 BAD_PAIRS = {
     "a missing column": ([{"prompt": "A", "chosen": " b"}], r"no column 'rejected'"),
-    "an empty completion": ([*PAIRS, {"prompt": "A", "chosen": " ", "rejected": " b"}], r"row 65 .*'chosen' must not be empty"),
+    "an empty completion": (
+        [*PAIRS, {"prompt": "A", "chosen": " ", "rejected": " b"}],
+        r"row 65 .*'chosen' must not be empty",
+    ),
     "equal completions": ([{"prompt": "A", "chosen": " b", "rejected": " b"}], r"row 1 .*must differ from 'chosen'"),
 }
 
