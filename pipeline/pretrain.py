@@ -23,9 +23,9 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-from trl import TrlParser
 
 from data.human_ratings import load_split
+from pipeline.configs import parse
 
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -155,4 +155,4 @@ def main(shape: BackboneConfig, args: TrainingArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*TrlParser((BackboneConfig, TrainingArguments)).parse_args_and_config())
+    main(*parse(BackboneConfig, TrainingArguments))
