@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 
 import yaml
 from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, RLOOConfig, TrlParser
 
 
@@ -40,6 +43,10 @@ class RewardModelArguments:
     use_margin: bool = field(
         default=False,
         metadata={"help": "Subtract the `margin` column in the loss (Llama 2). It costs calibration: scores stretch."},
+    )
+    lora_embeddings: bool = field(
+        default=False,
+        metadata={"help": "LoRA on the input embeddings as well: a small backbone's words are taught their worth."},
     )
 
 
@@ -109,11 +116,21 @@ def check_max_length(max_length: int | None, context: int) -> None:
         raise ValueError(f"max_length={max_length} exceeds the model's context of {context} tokens; lower it.")
 
 
-def lora_config(model: ModelConfig, *, task_type: str) -> LoraConfig:
-    """LoRA as `lora_*` in ModelConfig says. A reward adapter (SEQ_CLS) trains and saves its head too."""
+def lora_config(model: ModelConfig, *, task_type: str, embeddings_of: PreTrainedModel | None = None) -> LoraConfig:
+    """LoRA as `lora_*` in ModelConfig says, and on the input embeddings of a model that is given.
+
+    A reward adapter (SEQ_CLS) trains and saves its head too.
+    """
     modules = model.lora_target_modules
     if isinstance(modules, str) and modules != "all-linear":
         modules = [modules]  # ModelConfig unwraps a list of one, and peft would take the bare name for a pattern
+    if embeddings_of is not None:
+        layers = dict(embeddings_of.named_modules())
+        if modules in (None, "all-linear"):  # peft takes that word alone, not in a list
+            linear = {name.split(".")[-1] for name, layer in layers.items() if isinstance(layer, (nn.Linear, Conv1D))}
+            modules = sorted(linear - {"score", "lm_head"})
+        # By its full name: peft would store the frozen embeddings with an adapter that targets a bare `embed_tokens`.
+        modules = [*modules, next(n for n, layer in layers.items() if layer is embeddings_of.get_input_embeddings())]
     return LoraConfig(
         task_type=task_type,
         r=model.lora_r,

@@ -63,7 +63,7 @@ def main(data: DataArguments, pairs: RewardModelArguments, model: ModelConfig, a
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=lora_config(model, task_type="SEQ_CLS"),
+        peft_config=lora_config(model, task_type="SEQ_CLS", embeddings_of=base if pairs.lora_embeddings else None),
     )
     # With `train_sampling_strategy: group_by_length`, pairs of like length share a batch and padding costs little.
     trainer.train_dataset = trainer.train_dataset.map(
