@@ -145,6 +145,26 @@ def test_rewards_are_weighed_and_clipped(make_trainer):
     assert scores.tolist() == [2 - 6, -5]
 
 
+async def short_words(completions, **kwargs):
+    return [None if len(completion) > 25 else 2 * len(completion.split()) for completion in completions]
+
+
+def test_each_reward_is_logged_by_itself(make_trainer):
+    trainer = make_trainer(reward_funcs=[words, short_words, words], reward_weights=[1.0, 0.5, 0.0])
+    trainer.train()
+    row = [row for row in trainer.state.log_history if "score" in row][-1]
+    texts = list(trainer._logs["completion"])  # of the last rollout
+    counts = words(texts)
+    doubles = [2 * n if len(text) <= 25 else None for n, text in zip(counts, texts, strict=True)]
+    applied = [value for value in doubles if value is not None]
+    assert 0 < len(applied) < len(texts) == 8
+    for name, values in {"words": counts, "short_words": doubles, "words_2": counts}.items():
+        assert [None if value != value else value for value in trainer._logs["rewards"][name]] == values
+    assert row["rewards/words/mean"] == row["rewards/words_2/mean"] == pytest.approx(sum(counts) / 8, abs=1e-4)
+    assert row["rewards/short_words/mean"] == pytest.approx(sum(applied) / len(applied), abs=1e-4)
+    assert row["score"] == pytest.approx((sum(counts) + 0.5 * sum(applied)) / 8, abs=1e-4)
+
+
 def test_how_a_minibatch_is_cut_changes_nothing(make_trainer):
     """One step on 8 rows at once, and the same 8 rows of uneven length accumulated in 4 pieces."""
     results = []
