@@ -196,7 +196,8 @@ class Composite:
         return guarded
 
     def total(self, columns: Tensor, prompts: list, completions: list) -> Tensor:
-        """The weighted sum of what the functions gave, (all B, functions) -> (all B,); NaN, for None, counts nothing.
+        """The weighted sum of what the functions gave, (all B, functions) -> (all B,). NaN, for None, adds
+        nothing.
 
         All processes call it together: `columns` are gathered, `prompts` and `completions` are those of this process.
 
@@ -208,8 +209,9 @@ class Composite:
         messages = gather_object([str(failure) for failure in failures])
         if messages:
             raise failures[0] if failures else ValueError(messages[0])
-        scores = (columns * self.weights.to(columns)).nansum(dim=1)  # their device and precision
-        bad = columns.isnan().all(dim=1) | ~scores.isfinite()
+        none = columns.isnan()
+        scores = (columns.masked_fill(none, 0) * self.weights.to(columns)).sum(dim=1)  # their device and precision
+        bad = none.all(dim=1) | ~scores.isfinite()
         if bad.any():  # of gathered columns, and so the same on all processes
             row = int(bad.nonzero()[0])
             prompt, completion = gather_object(list(zip(prompts, completions, strict=True)))[row]

@@ -46,8 +46,8 @@ def get_regex(pattern: str) -> Callable:
 
 
 def get_length(target: int) -> Callable:
-    """A function that gives 1 to a completion of `target` tokens, and less in proportion to the distance from it: 0 to
-    an empty completion and to one of twice the target or more.
+    """A function that gives 1 to a completion of `target` tokens, its end-of-text token among them, and less in
+    proportion to the distance from it: 0 to an empty completion and to one of twice the target or more.
 
     Raises:
         ValueError: target is below 1.
@@ -85,9 +85,9 @@ def get_token_similarity(tokenizer: str) -> Callable:
         R = 1/K * sum over k of similarity(y_k, z_k),   y_k the k-th reference token, z_k the k-th completion token
 
     The formula leaves K and the similarity open. We read K as the length of the longer one and give 0 where only one
-    has a token, so that neither stopping early nor running on pays. Two tokens are as similar as their spellings, a leading space counted
-    as a letter (Ratcliff and Obershelp's 2M/T: twice the matching characters over all characters): 1 for the same
-    token, and more than 0 for one that comes near, so that there is a way to climb.
+    has a token, so that neither stopping early nor running on pays. Two tokens are as similar as their spellings, a
+    leading space counted as a letter (Ratcliff and Obershelp's 2M/T: twice the matching characters over all
+    characters): 1 for the same token, and more than 0 for one that comes near, so that there is a way to climb.
 
     Special tokens, such as end-of-text, count on neither side. A reference is written as a completion is: with the
     space it starts with.

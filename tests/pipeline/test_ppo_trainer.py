@@ -9,6 +9,7 @@ from trl import ModelConfig, RLOOTrainer
 from pipeline.backbone import Backbone, load_pretrained, read_adapter
 from pipeline.configs import PPOConfig
 from pipeline.ppo_trainer import PPOTrainer
+from reward_models.composite import PROTOCOL
 from reward_models.learned import LearnedReward
 
 
@@ -165,6 +166,20 @@ def test_each_reward_is_logged_by_itself(make_trainer):
     assert row["score"] == pytest.approx((sum(counts) + 0.5 * sum(applied)) / 8, abs=1e-4)
 
 
+def test_reward_functions_get_what_we_check_them_against(make_trainer):
+    given = {}
+
+    def curious(**kwargs):
+        given.update(kwargs)
+        return [1.0]
+
+    trainer = make_trainer(reward_funcs=[curious])
+    row = {"prompt": "A", "solution": "s", "completion": "c", "completion_ids": [9]}
+    trainer._scores([row], ["A"], ["b"], [[5]])
+    assert given.keys() == {*PROTOCOL, "solution"}
+    assert (given["completions"], given["completion_ids"], given["solution"]) == (["b"], [[5]], ["s"])
+
+
 def test_how_a_minibatch_is_cut_changes_nothing(make_trainer):
     """One step on 8 rows at once, and the same 8 rows of uneven length accumulated in 4 pieces."""
     results = []
@@ -257,7 +272,7 @@ def test_trl_has_what_we_override():
         "_step",
         "_metrics",
         "_logs",
-        "reward_weights",
+        "reward_func_names",
         "eos_token_ids",
         "temperature",
     ):

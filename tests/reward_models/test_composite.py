@@ -347,6 +347,11 @@ def test_a_sum_beyond_the_precision_is_an_error():
         composite.total(torch.tensor([[1.0, 1.0], [1e30, 1.0]]), ["p", "q"], ["a", "b"])
 
 
+def test_a_weight_that_is_no_number_is_an_error():
+    with pytest.raises(ValueError, match=r"no finite score \(words 1;"):
+        scores_of([words], ["p"], ["a"], [float("nan")])
+
+
 def test_a_mistake_is_raised_once():
     composite = Composite([raises, words])
     composite.functions[0](prompts=["p"], completions=["a"])
