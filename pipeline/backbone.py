@@ -1,8 +1,8 @@
-"""One frozen backbone, four roles.
+"""One frozen backbone, four roles or more.
 
-Policy, reference, reward and value are LoRA adapters on a single pretrained causal language model, and two linear heads
-(reward, value) read its last hidden state. A role is chosen by naming its adapter on every LoRA layer, without touching
-`requires_grad`, so several roles can run inside one differentiable forward pass.
+Policy, reference, rewards and value are LoRA adapters on a single pretrained causal language model, and linear heads
+(one for each reward, one for the value) read its last hidden state. A role is chosen by naming its adapter on every
+LoRA layer, without touching `requires_grad`, so several roles can run inside one differentiable forward pass.
 """
 
 import gc
@@ -32,7 +32,8 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import selective_log_softmax_and_entropy
 
 
-# peft calls the first adapter "default", and TRL's online trainers train that one and clone it as "ref".
+# peft calls the first adapter "default", and TRL's online trainers train that one and clone it as "ref". Further reward
+# roles (reward_2, ...) are called what their adapters are.
 ADAPTERS = {"policy": "default", "reference": "ref", "reward": "reward", "value": "value"}
 
 WEIGHTS = "adapter_model.safetensors"
@@ -163,7 +164,7 @@ def read_adapter(folder: str, *, needs_head: bool = False, base: PreTrainedModel
 
 # ----------------------------------------------------------------------------------------------- the backbone
 class Backbone(PeftModelForCausalLM):
-    """A frozen causal language model that plays up to four roles, each a LoRA adapter on it.
+    """A frozen causal language model that plays several roles, each a LoRA adapter on it.
 
     It is a `PeftModel` like any other: `generate`, `save_pretrained` and TRL's trainers work on its policy adapter.
     `forward(..., completion_ids=...)` is PPO's training pass.
@@ -178,7 +179,7 @@ class Backbone(PeftModelForCausalLM):
 
     def add_role(self, role: str, adapter: Adapter) -> None:
         """Add a role from an adapter read by `read_adapter`; its head, if it has one, comes along."""
-        self.add_adapter(ADAPTERS[role], _language_config(adapter.config))
+        self.add_adapter(ADAPTERS.get(role, role), _language_config(adapter.config))
         self._set_weights(role, adapter.weights, adapter.source)
         if adapter.head is not None:
             self._add_head(role, adapter.head)
@@ -199,17 +200,24 @@ class Backbone(PeftModelForCausalLM):
         self.heads[role] = head.to(self.get_base_model().device)
 
     def _set_weights(self, role: str, weights: dict[str, Tensor], source: str) -> None:
-        expected = get_peft_model_state_dict(self, adapter_name=ADAPTERS[role]).keys()
+        expected = get_peft_model_state_dict(self, adapter_name=self._adapter(role)).keys()
         if weights.keys() != expected:
             odd = sorted(weights.keys() ^ expected)
             raise ValueError(
                 f"{source}: {len(odd)} tensors of the adapter do not match the backbone, first {odd[0]!r}."
             )
-        set_peft_model_state_dict(self, weights, adapter_name=ADAPTERS[role])
+        set_peft_model_state_dict(self, weights, adapter_name=self._adapter(role))
+
+    def _adapter(self, role: str) -> str:
+        """peft's name of a role's adapter. LoRA layers skip one that they lack, so a role of `ADAPTERS` without an
+        adapter is the bare backbone, and any other name must be an error."""
+        if role not in ADAPTERS and role not in self.peft_config:
+            raise ValueError(f"role {role!r}: the backbone's adapters are {', '.join(self.peft_config)}.")
+        return ADAPTERS.get(role, role)
 
     def train_only(self, *roles: str) -> None:
         """Make the adapters and heads of these roles trainable, and everything else frozen."""
-        names = {ADAPTERS[role] for role in roles}
+        names = {self._adapter(role) for role in roles}
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not names.isdisjoint(name.split(".")) and _is_ours(name))
 
@@ -220,16 +228,17 @@ class Backbone(PeftModelForCausalLM):
         peft's `set_adapter` would toggle `requires_grad` and so drop gradients of the role before; we name the adapter
         on each LoRA layer instead. The attribute is private to peft, hence the pin on its minor version.
         """
+        active = [self._adapter(role)] if role else []
         layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
         before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
         for layer in layers:
-            layer._active_adapter = [ADAPTERS[role]] if role else []
+            layer._active_adapter = active
             layer._disable_adapters = role is None
         try:
             yield
         finally:
-            for layer, (active, disabled) in zip(layers, before, strict=True):
-                layer._active_adapter, layer._disable_adapters = active, disabled
+            for layer, (name, disabled) in zip(layers, before, strict=True):
+                layer._active_adapter, layer._disable_adapters = name, disabled
 
     def hidden_states(self, role: str | None, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states of a role, (B, S) -> (B, S, D). Positions count real tokens, wherever the padding is."""
@@ -269,14 +278,14 @@ class Backbone(PeftModelForCausalLM):
         hidden = self.hidden_states("value", input_ids, attention_mask)[:, -length - 1 : -1]
         return self._read("value", hidden)
 
-    def scores(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """The reward model's score of right-padded sequences, (B, S) -> (B,), read at the last token that is not the
+    def scores(self, input_ids: Tensor, attention_mask: Tensor, role: str = "reward") -> Tensor:
+        """A reward model's score of right-padded sequences, (B, S) -> (B,), read at the last token that is not the
         pad token: where transformers' sequence-classification models read it."""
-        hidden = self.hidden_states("reward", input_ids, attention_mask)
+        hidden = self.hidden_states(role, input_ids, attention_mask)
         real = input_ids != self.get_base_model().config.get_text_config().pad_token_id
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (positions * real).argmax(dim=-1)
-        return self._read("reward", hidden[torch.arange(len(last), device=last.device), last])
+        return self._read(role, hidden[torch.arange(len(last), device=last.device), last])
 
     def _read(self, role: str, hidden: Tensor) -> Tensor:
         """A role's head on hidden states (..., D) -> (...), in the head's own precision, also under autocast."""
@@ -300,10 +309,10 @@ class Backbone(PeftModelForCausalLM):
         `AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)` loads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        config = deepcopy(self.peft_config[ADAPTERS[role]])
+        config = deepcopy(self.peft_config[self._adapter(role)])
         base = self.get_base_model()
         config.inference_mode, config.base_model_name_or_path = True, base.config._name_or_path
-        weights = get_peft_model_state_dict(self, adapter_name=ADAPTERS[role])
+        weights = get_peft_model_state_dict(self, adapter_name=self._adapter(role))
         if role in self.heads:
             config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
             weights[HEAD] = self.heads[role].weight

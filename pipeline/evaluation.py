@@ -6,6 +6,7 @@ The independent judge is VADER's rule-based compound (-1..1) of prompt and compl
 and plots in `output_dir`.
 """
 
+import asyncio
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,6 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig
 from trl.trainer.utils import pad
-from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from data.prompts import check_prompt_lengths, load_prompts, tokenize_prompts
 from pipeline import report as drawing
@@ -26,7 +26,8 @@ from pipeline.artifacts import read_metrics, seconds_running
 from pipeline.backbone import Backbone, load_pretrained, read_adapter
 from pipeline.configs import parse
 from pipeline.metrics import bootstrap_interval, distinct_n, wins
-from reward_models.functions import RewardArguments, reward_functions
+from reward_models.composite import Composite, RewardArguments, call_rewards, learned_rewards, load_functions
+from reward_models.rules import sentiment
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Completions:
         self.kl: list[float] = []  # nats a sequence, to the SFT policy
         self.nll: list[float] = []  # nats a sequence, under the bare backbone
         self.scores = self.judge = np.zeros(0)
+        self.rewards: dict[str, float] = {}  # mean of each reward, before its weight
 
     @property
     def texts(self) -> list[str]:
@@ -70,6 +72,7 @@ class Completions:
             "distinct_2": distinct_n(self.texts, 2),
             "perplexity": float(np.exp(np.sum(self.nll) / lengths.sum())),
             "mean_length": float(lengths.mean()),
+            "rewards": self.rewards,
         }
 
 
@@ -110,42 +113,34 @@ def complete(role: str, backbone: Backbone, prompts: Dataset, tokenizer, args: E
 def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig) -> None:
     prompts = load_prompts(args.dataset_name, args.dataset_eval_split)
     prompts = prompts.select(range(min(args.max_prompts, len(prompts))))
+    functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)
     base, tokenizer = load_pretrained(model)
     context = base.config.get_text_config().max_position_embeddings
     check_prompt_lengths(prompts, tokenizer, context, args.max_completion_length, args.dataset_name)
     policy = read_adapter(args.ppo_adapter, base=base)
-    reward = read_adapter(rewards.reward_adapter, needs_head=True, base=base) if rewards.reward_adapter else None
     backbone = Backbone(base, policy)
     if args.sft_adapter:
         backbone.add_role("reference", read_adapter(args.sft_adapter, base=base))
-    if reward:
-        backbone.add_role("reward", reward)
+    composite = Composite(
+        learned_rewards(rewards.reward_adapter, backbone, tokenizer) + functions, args.reward_weights
+    )
     backbone.to(Accelerator().device).eval()
 
-    judge = SentimentIntensityAnalyzer()
-    functions = reward_functions(rewards, backbone, tokenizer)
-    weights = np.array(args.reward_weights or [1.0] * len(functions))
-    if len(weights) != len(functions):
-        raise ValueError(
-            f"reward_weights={args.reward_weights} has {len(weights)} weights for {len(functions)} rewards."
-        )
-    columns = {name: prompts[name] for name in prompts.column_names if name != "prompt"}
-    results = {}
-    for name, role in (("sft", "reference"), ("ppo", "policy")):
-        done = results[name] = complete(role, backbone, prompts, tokenizer, args)
-        asked, answers = prompts["prompt"][:], done.texts
-        pairs = zip(asked, answers, strict=True)
-        texts = [prompt + answer if isinstance(prompt, str) else answer for prompt, answer in pairs]
-        done.judge = np.array([judge.polarity_scores(text)["compound"] for text in texts])
-        if not isinstance(asked[0], str):
-            answers = [[{"role": "assistant", "content": answer}] for answer in answers]
-        given = {"prompts": asked, "completions": answers, "completion_ids": done.ids, **columns}
-        # As in TRL's protocol, None means that a function does not apply to a row.
-        columns_of_scores = np.array([function(**given) for function in functions], dtype=float)
-        done.scores = np.nansum(weights[:, None] * columns_of_scores, axis=0)
+    results, asked = {}, prompts["prompt"][:]
+    with asyncio.Runner() as runner:
+        for name, role in (("sft", "reference"), ("ppo", "policy")):
+            done = results[name] = complete(role, backbone, prompts, tokenizer, args)
+            answers = done.texts
+            if not isinstance(asked[0], str):
+                answers = [[{"role": "assistant", "content": answer}] for answer in answers]
+            done.judge = np.array(sentiment(asked, answers))
+            columns = call_rewards(composite.functions, prompts, answers, done.ids, runner)
+            done.scores = composite.total(columns, asked, answers).numpy()
+            done.rewards = dict(zip(composite.names, columns.nanmean(dim=0).tolist(), strict=True))
 
     sft, ppo = results["sft"], results["ppo"]
-    stages = {"sft": args.sft_adapter, "reward": rewards.reward_adapter, "ppo": args.ppo_adapter}
+    first = next(iter(rewards.reward_adapter), None)  # of several, the one that the value started from
+    stages = {"sft": args.sft_adapter, "reward": first, "ppo": args.ppo_adapter}
     metrics = {stage: read_metrics(folder) if folder else {} for stage, folder in stages.items()}
     measured = {key: value for key, value in metrics["reward"].items() if key not in ("history", "seconds")}
     report = {

@@ -15,7 +15,7 @@ from pipeline.artifacts import finish_stage
 from pipeline.backbone import Backbone, fingerprint, load_pretrained, read_adapter
 from pipeline.configs import DataArguments, PPOConfig, lora_config, parse
 from pipeline.ppo_trainer import PPOTrainer
-from reward_models.functions import RewardArguments, reward_functions
+from reward_models.composite import RewardArguments, learned_rewards, load_functions
 
 
 @dataclass
@@ -31,6 +31,7 @@ def main(
     data: DataArguments, roles: RoleArguments, rewards: RewardArguments, model: ModelConfig, args: PPOConfig
 ) -> None:
     prompts = load_prompts(data.dataset_name, data.dataset_train_split)
+    functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)
     context = base.config.get_text_config().max_position_embeddings
     check_prompt_lengths(prompts, tokenizer, context, args.max_completion_length, data.dataset_name)
@@ -42,13 +43,10 @@ def main(
     policy = (
         read_adapter(roles.sft_adapter, base=base) if roles.sft_adapter else lora_config(model, task_type="CAUSAL_LM")
     )
-    reward = read_adapter(rewards.reward_adapter, needs_head=True, base=base) if rewards.reward_adapter else None
     backbone = Backbone(base, policy)
-    if reward:
-        backbone.add_role("reward", reward)
     trainer = PPOTrainer(
         backbone=backbone,
-        reward_funcs=reward_functions(rewards, backbone, tokenizer),
+        reward_funcs=learned_rewards(rewards.reward_adapter, backbone, tokenizer) + functions,
         args=args,
         train_dataset=prompts,
         processing_class=tokenizer,

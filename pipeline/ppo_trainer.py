@@ -20,6 +20,7 @@ from pipeline.configs import PPOConfig
 from pipeline.losses import approx_kl, policy_loss, value_loss
 from pipeline.masking import masked_mean, masked_sums, whiten
 from pipeline.rollout import Rollout
+from reward_models.composite import Composite
 
 
 class PPOTrainer(RLOOTrainer):
@@ -57,9 +58,10 @@ class PPOTrainer(RLOOTrainer):
     ):
         if "value" not in backbone.heads:
             backbone.add_value()
+        self.composite = Composite(reward_funcs, args.reward_weights)
         super().__init__(
             model=backbone,
-            reward_funcs=reward_funcs,
+            reward_funcs=self.composite.functions,
             args=args,
             train_dataset=train_dataset,
             processing_class=processing_class,
@@ -136,22 +138,13 @@ class PPOTrainer(RLOOTrainer):
         columns = self._calculate_rewards(
             inputs, prompts, completions, completion_rows
         )  # gathered, (all B, functions)
+        scores = self.composite.total(columns, prompts, completions)
         for name, column in zip(self.reward_func_names, columns.T, strict=True):
             self._logs["rewards"][name].extend(column.tolist())
             self._metrics[self._mode][f"rewards/{name}/mean"].append(column.nanmean().item())
         self._flush_reward_logs(len(prompts))
         start = self.accelerator.process_index * len(prompts)
-        columns = columns[start : start + len(prompts)]
-        # TRL's protocol lets a function return None where it does not apply, so only a row that no function scored,
-        # or an infinite score, is an error.
-        bad = columns.isnan().all(dim=1) | columns.isinf().any(dim=1)
-        if bad.any():
-            row = int(bad.nonzero()[0])
-            given = dict(zip(self.reward_func_names, columns[row].tolist(), strict=True))
-            raise ValueError(
-                f"reward functions gave {given} for prompt {prompts[row]!r}, completion {completions[row]!r}."
-            )
-        scores = (columns * self.reward_weights.to(columns.device)).nansum(dim=1)
+        scores = scores[start : start + len(prompts)]
         if self.args.missing_eos_penalty is not None:
             ended = torch.tensor([row[-1] in self.eos_token_ids for row in completion_rows], device=scores.device)
             scores = scores - self.args.missing_eos_penalty * ~ended

@@ -1,6 +1,7 @@
 """A learned reward as a reward function of TRL's protocol, on the backbone that is already in memory."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,21 +33,27 @@ def score_rows(
 
 
 class LearnedReward:
-    """Scores completions with the reward role of a backbone.
+    """Scores completions with a reward role of a backbone.
 
     Called as TRL calls any reward function. It reads the sampled tokens themselves, so what is scored is what was
     sampled.
     """
 
-    __name__ = "reward_model"
-
-    def __init__(self, backbone: Backbone, tokenizer: PreTrainedTokenizerBase, batch_size: int = 64):
-        self.backbone, self.tokenizer, self.batch_size = backbone, tokenizer, batch_size
+    def __init__(
+        self,
+        backbone: Backbone,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int = 64,
+        role: str = "reward",
+        name: str = "reward_model",
+    ):
+        self.backbone, self.tokenizer, self.batch_size, self.role = backbone, tokenizer, batch_size, role
+        self.__name__ = name  # TRL logs a reward function under it
 
     def __call__(self, prompts: list, completion_ids: list[list[int]], **kwargs) -> list[float]:
         prompt_ids = tokenize_prompts(prompts, self.tokenizer)
         return score_rows(
-            self.backbone.scores,
+            partial(self.backbone.scores, role=self.role),
             [prompt + chosen for prompt, chosen in zip(prompt_ids, completion_ids, strict=True)],
             pad_token_id=self.tokenizer.pad_token_id,
             batch_size=self.batch_size,

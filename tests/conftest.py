@@ -64,6 +64,11 @@ def reward_adapter(tiny, tmp_path_factory) -> str:
     return make_adapter(tiny, tmp_path_factory.mktemp("reward"), head=True, seed=2)
 
 
+@pytest.fixture(scope="session")
+def other_reward_adapter(tiny, tmp_path_factory) -> str:
+    return make_adapter(tiny, tmp_path_factory.mktemp("other_reward"), head=True, seed=3)
+
+
 @pytest.fixture
 def tokenizer(tiny):
     return AutoTokenizer.from_pretrained(tiny)

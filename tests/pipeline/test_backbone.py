@@ -151,6 +151,11 @@ def test_a_role_is_left_as_it_was_entered_even_after_an_error(backbone):
     assert [p.requires_grad for p in backbone.parameters()] == grads
 
 
+def test_a_role_that_there_is_not(backbone):
+    with pytest.raises(ValueError, match="^role 'rewrad': the backbone's adapters are default, reward, value"):
+        backbone.scores(torch.tensor([[5]]), torch.ones(1, 1), role="rewrad")
+
+
 @pytest.mark.parametrize("role", ["policy", "value", "reward"])
 def test_a_saved_role_loads_with_plain_peft(backbone, tokenizer, tmp_path, role):
     backbone.save_role(role, tmp_path)

@@ -9,7 +9,7 @@ import pytest
 from trl import ModelConfig, RLOOConfig
 
 from pipeline.configs import DataArguments, PPOConfig, lora_config, parse
-from reward_models.functions import load_function
+from reward_models.composite import load_function
 
 
 ROOT = Path(__file__).parents[2]

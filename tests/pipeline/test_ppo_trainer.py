@@ -9,6 +9,7 @@ from trl import ModelConfig, RLOOTrainer
 from pipeline.backbone import Backbone, load_pretrained, read_adapter
 from pipeline.configs import PPOConfig
 from pipeline.ppo_trainer import PPOTrainer
+from reward_models.composite import PROTOCOL
 from reward_models.learned import LearnedReward
 
 
@@ -145,6 +146,40 @@ def test_rewards_are_weighed_and_clipped(make_trainer):
     assert scores.tolist() == [2 - 6, -5]
 
 
+async def short_words(completions, **kwargs):
+    return [None if len(completion) > 25 else 2 * len(completion.split()) for completion in completions]
+
+
+def test_each_reward_is_logged_by_itself(make_trainer):
+    trainer = make_trainer(reward_funcs=[words, short_words, words], reward_weights=[1.0, 0.5, 0.0])
+    trainer.train()
+    row = [row for row in trainer.state.log_history if "score" in row][-1]
+    texts = list(trainer._logs["completion"])  # of the last rollout
+    counts = words(texts)
+    doubles = [2 * n if len(text) <= 25 else None for n, text in zip(counts, texts, strict=True)]
+    applied = [value for value in doubles if value is not None]
+    assert 0 < len(applied) < len(texts) == 8
+    for name, values in {"words": counts, "short_words": doubles, "words_2": counts}.items():
+        assert [None if value != value else value for value in trainer._logs["rewards"][name]] == values
+    assert row["rewards/words/mean"] == row["rewards/words_2/mean"] == pytest.approx(sum(counts) / 8, abs=1e-4)
+    assert row["rewards/short_words/mean"] == pytest.approx(sum(applied) / len(applied), abs=1e-4)
+    assert row["score"] == pytest.approx((sum(counts) + 0.5 * sum(applied)) / 8, abs=1e-4)
+
+
+def test_reward_functions_get_what_we_check_them_against(make_trainer):
+    given = {}
+
+    def curious(**kwargs):
+        given.update(kwargs)
+        return [1.0]
+
+    trainer = make_trainer(reward_funcs=[curious])
+    row = {"prompt": "A", "solution": "s", "completion": "c", "completion_ids": [9]}
+    trainer._scores([row], ["A"], ["b"], [[5]])
+    assert given.keys() == {*PROTOCOL, "solution"}
+    assert (given["completions"], given["completion_ids"], given["solution"]) == (["b"], [[5]], ["s"])
+
+
 def test_how_a_minibatch_is_cut_changes_nothing(make_trainer):
     """One step on 8 rows at once, and the same 8 rows of uneven length accumulated in 4 pieces."""
     results = []
@@ -237,7 +272,7 @@ def test_trl_has_what_we_override():
         "_step",
         "_metrics",
         "_logs",
-        "reward_weights",
+        "reward_func_names",
         "eos_token_ids",
         "temperature",
     ):

@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from trl import ModelConfig, RewardConfig, SFTConfig
 
-from pipeline import ppo, reward, sft
+from pipeline import evaluation, ppo, reward, sft
 from pipeline.backbone import HEAD, WEIGHTS, load_pretrained
 from pipeline.configs import DataArguments, PPOConfig, RewardModelArguments, parse
-from reward_models.functions import RewardArguments
+from reward_models.composite import RewardArguments
 
 
 TYPES = {
@@ -153,3 +153,60 @@ def test_a_reward_adapter_of_another_base(run, no_training, tiny, tmp_path):
 def test_a_run_without_any_reward(run, no_training):
     with pytest.raises(ValueError, match="Name a reward: set reward_adapter, reward_funcs or both"):
         run("ppo", reward_adapter="")
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        ("reward_models.rules.containz", "cannot import 'reward_models.rules.containz'"),
+        ("reward_models.rules.contains", r"missing a required argument: 'contains'.*rows\.jsonl \(needle\)"),
+        ("reward_models.rules.get_length(tokens=3)", "unexpected keyword argument 'tokens'"),
+    ],
+)
+def test_a_reward_function_that_cannot_be_called(function, message, run, no_training, tmp_path):
+    """Said before the model is read: there is none."""
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": "A", "needle": "b"}])
+    with pytest.raises(ValueError, match=message):
+        run("ppo", reward_funcs=function, dataset_name=rows, model_name_or_path=tmp_path / "no model")
+
+
+async def shortness(completions, log_metric, **kwargs):
+    log_metric("called", 1.0)
+    return [-len(completion) for completion in completions]
+
+
+@pytest.mark.slow
+def test_evaluation_weighs_the_rewards_of_ppo(
+    tiny, sft_adapter, reward_adapter, other_reward_adapter, tmp_path, monkeypatch
+):
+    """Two adapters, an async function and one made from options, in a recipe that both stages can read."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(reward_adapter, "kind")
+    shutil.copytree(other_reward_adapter, "brief")
+    rewards = f"""
+model_name_or_path: {tiny}
+sft_adapter: {sft_adapter}
+dataset_name: {write(tmp_path / "rows.jsonl", [{"prompt": text} for text in ("A", "The film", "It's", "Not")])}
+reward_adapter: [kind, brief]
+reward_funcs: [{__name__}.shortness, "reward_models.rules.get_length(target=3)"]
+reward_weights: [1.0, -2.0, 0.5, 4.0]
+max_completion_length: 4
+"""
+    training = "per_device_train_batch_size: 4\nmax_steps: 2\nnum_iterations: 1\nlogging_steps: 1\n"
+    training += "output_dir: ppo\nreport_to: none\nuse_cpu: true\nbf16: false\nsave_strategy: 'no'\n"
+    (tmp_path / "ppo.yaml").write_text(rewards + training)
+    (tmp_path / "evaluation.yaml").write_text(rewards + "ppo_adapter: ppo\noutput_dir: out\n")
+    ppo.main(*parse(*TYPES["ppo"], args=["--config", "ppo.yaml"]))
+    types = (evaluation.EvaluationArguments, RewardArguments, ModelConfig)
+    evaluation.main(*parse(*types, args=["--config", "evaluation.yaml"]))
+
+    log = json.loads(Path("ppo/metrics.json").read_text())["history"]
+    report = json.loads(Path("out/report.json").read_text())
+    names = ("kind", "brief", "shortness", "length")
+    logged = [row | {name: row[f"rewards/{name}/mean"] for name in names} for row in log if "score" in row]
+    reported = [report[role]["rewards"] | {"score": report[role]["score"]} for role in ("sft", "ppo")]
+    assert len(logged) == 2
+    for means in logged + reported:
+        score = means["kind"] - 2 * means["brief"] + 0.5 * means["shortness"] + 4 * means["length"]
+        assert means["score"] == pytest.approx(score, abs=1e-3)
+        assert means["kind"] != means["brief"] and means["shortness"] < 0 <= means["length"] <= 1
