@@ -34,6 +34,8 @@ _BOTH = {
     "lam": "lam",
     "whiten_rewards": "whiten_rewards",
     "exp_name": "run_name",
+    "torch_dtype": "dtype",
+    "warmup_ratio": "warmup_steps",
 }
 # Old key -> ours, the value unchanged.
 RENAMED = {
@@ -56,8 +58,6 @@ RENAMED = {
         "temperature": "temperature",
         "missing_eos_penalty": "missing_eos_penalty",
         "ds3_gather_for_generation": "ds3_gather_for_generation",
-        "torch_dtype": "dtype",
-        "warmup_ratio": "warmup_steps",
     },
 }
 
@@ -118,6 +118,7 @@ DEFAULTS = {
         "learning_rate": 3e-6,
         "kl_coef": 0.05,
         "kl_estimator": "k1",
+        "stop_token": None,
         "gradient_checkpointing": True,
         "logging_steps": 10,
         "save_steps": 500,
@@ -134,8 +135,47 @@ _BEST = "there is no push of the best only; set `push_to_hub` and `hub_model_id`
 _NEVER_READ = "TRL never read it. Nothing to do."
 
 # Old key -> why there is no such key here, and what to do.
+_DROPPED = {
+    "dataset_num_proc": _PREPROCESSING,
+    "eval_strategy": _EVALUATION,
+    "evaluation_strategy": _EVALUATION,
+    "eval_steps": _EVALUATION,
+    "eval_on_start": _EVALUATION,
+    "eval_delay": _EVALUATION,
+    "do_eval": _EVALUATION,
+    "dataset_test_split": _EVALUATION + " Its name there is dataset_eval_split.",
+    "dataset_config": "a data set has no configurations here; save its rows as .jsonl or .parquet and name that.",
+    "dataset_streaming": "rows are not streamed. Nothing to do.",
+    "ignore_bias_buffers": _NEVER_READ,
+    "gradient_checkpointing_use_reentrant": _NEVER_READ,
+    "use_peft": "every role is a LoRA adapter; see lora_r, lora_alpha, lora_target_modules.",
+    "use_dora": "an adapter is plain LoRA, or rank-stabilised with use_rslora.",
+    "lora_task_type": "the roles have their own task types. Nothing to do.",
+    "lora_modules_to_save": "the backbone is frozen but for its adapters. Nothing to do.",
+    "lora_target_parameters": "adapters go to modules; name them in lora_target_modules.",
+    "load_in_8bit": _QUANTISED,
+    "load_in_4bit": _QUANTISED,
+    "bnb_4bit_quant_type": _QUANTISED,
+    "bnb_4bit_quant_storage": _QUANTISED,
+    "use_bnb_nested_quant": _QUANTISED,
+}
+# TrainingArguments of transformers 4 that transformers 5 has no more.
+_DROPPED |= dict.fromkeys(
+    (
+        *("adafactor", "dispatch_batches", "fp16_backend", "fp16_opt_level", "fsdp_min_num_params"),
+        *("fsdp_transformer_layer_cls_to_wrap", "group_by_length", "half_precision_backend", "jit_mode_eval"),
+        *("include_inputs_for_metrics", "include_tokens_per_second", "logging_dir", "mp_parameters", "no_cuda"),
+        *("overwrite_output_dir", "past_index", "per_gpu_eval_batch_size", "per_gpu_train_batch_size"),
+        *("push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token", "ray_scope"),
+        *("save_safetensors", "split_batches", "torchdynamo", "tpu_metrics_debug", "tpu_num_cores", "use_ipex"),
+        *("use_legacy_prediction_loop", "use_mps_device"),
+    ),
+    "transformers 5 has no such argument; see its migration guide.",
+)
 DROPPED = {
-    OLD: {
+    OLD: _DROPPED
+    | {
+        "max_steps": "no key of TRL's PPO then: `steps` counted.",
         "task_name": "a label for trackers only; put it into `run_name`.",
         "reward_model": "a label for trackers only: the scores came from your own loop. Train a reward adapter with "
         "pipeline.reward and name it in `reward_adapter`, or name your function in `reward_funcs`.",
@@ -156,12 +196,10 @@ DROPPED = {
         "backward_batch_size": _COMPUTED,
         "global_backward_batch_size": _COMPUTED,
         "global_batch_size": _COMPUTED,
-        "dataset_num_proc": _PREPROCESSING,
-        "use_peft": "every role is a LoRA adapter; see lora_r, lora_alpha, lora_target_modules.",
         "use_seq2seq": "encoder-decoder models are not supported; take a decoder-only one.",
     },
-    NEW: {
-        "dataset_num_proc": _PREPROCESSING,
+    NEW: _DROPPED
+    | {
         "local_rollout_forward_batch_size": "completions are sampled all at once and scored "
         "`per_device_train_batch_size` at a time; lower that, and raise `steps_per_generation`, if memory is short.",
         "num_sample_generations": "TRL sampled from the evaluation rows as it went; set `log_completions` for samples "
@@ -178,41 +216,7 @@ DROPPED = {
         "max_steps": "TRL's PPO never read it: it counted total_episodes or num_train_epochs.",
         "model_adapter_name": "the roles name their adapters; the policy starts from `sft_adapter`.",
         "ref_adapter_name": "the roles name their adapters; the reference is where the policy starts.",
-        "eval_strategy": _EVALUATION,
-        "evaluation_strategy": _EVALUATION,
-        "eval_steps": _EVALUATION,
-        "eval_on_start": _EVALUATION,
-        "eval_delay": _EVALUATION,
-        "do_eval": _EVALUATION,
-        "dataset_test_split": _EVALUATION + " Its name there is dataset_eval_split.",
-        "dataset_config": "a data set has no configurations here; save its rows as .jsonl or .parquet and name that.",
-        "dataset_streaming": "rows are not streamed. Nothing to do.",
-        "ignore_bias_buffers": _NEVER_READ,
-        "gradient_checkpointing_use_reentrant": _NEVER_READ,
-        "use_peft": "every role is a LoRA adapter; see lora_r, lora_alpha, lora_target_modules.",
-        "use_dora": "an adapter is plain LoRA, or rank-stabilised with use_rslora.",
-        "lora_task_type": "the roles have their own task types. Nothing to do.",
-        "lora_modules_to_save": "the backbone is frozen but for its adapters. Nothing to do.",
-        "lora_target_parameters": "adapters go to modules; name them in lora_target_modules.",
-        "load_in_8bit": _QUANTISED,
-        "load_in_4bit": _QUANTISED,
-        "bnb_4bit_quant_type": _QUANTISED,
-        "bnb_4bit_quant_storage": _QUANTISED,
-        "use_bnb_nested_quant": _QUANTISED,
-    }
-    # TrainingArguments of transformers 4 that transformers 5 has no more.
-    | dict.fromkeys(
-        (
-            *("adafactor", "dispatch_batches", "fp16_backend", "fp16_opt_level", "fsdp_min_num_params"),
-            *("fsdp_transformer_layer_cls_to_wrap", "group_by_length", "half_precision_backend", "jit_mode_eval"),
-            *("include_inputs_for_metrics", "include_tokens_per_second", "logging_dir", "mp_parameters", "no_cuda"),
-            *("overwrite_output_dir", "past_index", "per_gpu_eval_batch_size", "per_gpu_train_batch_size"),
-            *("push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token", "ray_scope"),
-            *("save_safetensors", "split_batches", "torchdynamo", "tpu_metrics_debug", "tpu_num_cores", "use_ipex"),
-            *("use_legacy_prediction_loop", "use_mps_device"),
-        ),
-        "transformers 5 has no such argument; see its migration guide.",
-    ),
+    },
 }
 
 # The recipe's order; what is in no group comes last.
@@ -361,6 +365,8 @@ def _rest_new(recipe: Recipe) -> None:
         recipe.set("model_name_or_path", given["model_name_or_path"])
     recipe.remark("reward_adapter", "TO DO: a LoRA adapter on this backbone, by pipeline.reward, not a whole model")
     recipe.set("max_grad_norm", 0.0, "TRL's PPO clipped no gradient; 1.0 is a good start")
+    if "stop_token_id" in given and "stop_token" not in given:
+        del recipe.notes["stop_token"]
     if "max_grad_norm" in given:
         recipe.notes["max_grad_norm"] = "TRL's PPO never read it, so it is 0.0 above. Set it if you want it."
 

@@ -289,6 +289,12 @@ def test_passes_over_the_prompts_stay(tmp_path):
     assert yaml.safe_load(text)["max_steps"] == 40  # 80 / 8 updates x 4 epochs
 
 
+def test_steps_of_0_11_are_counted_whatever_else_is_given():
+    text = migrate({"ppo_epochs": 2, "steps": 1280, "max_steps": 7, "eval_strategy": "steps"})
+    assert yaml.safe_load(text)["max_steps"] == 20  # 1280 / 128 updates x 2 epochs
+    assert "# max_steps: 7\n" in text and "eval_strategy" not in yaml.safe_load(text)
+
+
 def test_updates_become_optimizer_steps():
     given = {"num_mini_batches": 2, "num_ppo_epochs": 3, "save_steps": 5, "warmup_steps": 4, "logging_steps": 0.05}
     found = yaml.safe_load(migrate(given))
@@ -337,6 +343,13 @@ def test_gradients_that_were_never_clipped():
     found = migrate({"num_ppo_epochs": 4, "max_grad_norm": 0.5})
     assert yaml.safe_load(found)["max_grad_norm"] == 0 and "# max_grad_norm: 0.5\n" in found
     assert yaml.safe_load(migrate({"ppo_epochs": 4, "max_grad_norm": 0.5}))["max_grad_norm"] == 0.5
+
+
+def test_where_a_completion_ends():
+    assert "# stop_token: None (TRL's default)\n" in migrate({"num_ppo_epochs": 4})
+    assert "# stop_token: 'eos'\n" in migrate({"stop_token": "eos"})
+    found = migrate({"stop_token_id": 7})
+    assert "# stop_token_id: 7\n" in found and "# stop_token:" not in found
 
 
 def test_learning_rate_of_all_weights():
