@@ -1,0 +1,521 @@
+"""Coming from old TRL: its PPOConfig as a recipe of ours.
+
+    python -m pipeline.migrate old.yaml > new.yaml
+    python -m pipeline.migrate -- --learning_rate 1e-5 --num_ppo_epochs 4 > new.yaml
+
+Reads YAML, JSON or a command line, in the words of TRL up to 0.11 (`ppo_epochs`, `init_kl_coef`) or of 0.12 to 1.12
+(`num_ppo_epochs`, `kl_coef`; PPOv2Config too). Every key comes out: as the key it is here, with its old name beside it,
+or in a comment that says why there is none and what to do. What was left out comes out with TRL's default, where ours
+is another.
+"""
+
+import difflib
+import math
+import re
+import sys
+import textwrap
+from dataclasses import fields
+from pathlib import Path
+
+import yaml
+from transformers import TrainingArguments
+
+from pipeline.configs import UNSUPPORTED
+
+
+OLD, NEW = "0.11", "1.12"
+
+# ------------------------------------------------------------------------------------------------ keys that have one
+_BOTH = {
+    "cliprange": "epsilon",
+    "cliprange_value": "value_clip",
+    "vf_coef": "vf_coef",
+    "gamma": "gamma",
+    "lam": "lam",
+    "whiten_rewards": "whiten_rewards",
+    "exp_name": "run_name",
+    "torch_dtype": "dtype",
+    "warmup_ratio": "warmup_steps",
+}
+# Old key -> ours, the value unchanged.
+RENAMED = {
+    OLD: _BOTH
+    | {
+        "model_name": "model_name_or_path",
+        "query_dataset": "dataset_name",
+        "ppo_epochs": "num_iterations",
+        "init_kl_coef": "beta",
+        "log_with": "report_to",
+    },
+    NEW: _BOTH
+    | {
+        "sft_model_path": "model_name_or_path",
+        "reward_model_path": "reward_adapter",
+        "num_ppo_epochs": "num_iterations",
+        "kl_coef": "beta",
+        "kl_estimator": "kl_estimator",
+        "response_length": "max_completion_length",
+        "temperature": "temperature",
+        "missing_eos_penalty": "missing_eos_penalty",
+        "ds3_gather_for_generation": "ds3_gather_for_generation",
+    },
+}
+
+# Read together, by `_sizes_old`, `_sizes_new`, `_rest_old` and `_rest_new`.
+COUNTED = {
+    OLD: {
+        *("batch_size", "mini_batch_size", "forward_batch_size", "gradient_accumulation_steps", "steps", "world_size"),
+        *("adap_kl_ctrl", "target", "horizon", "kl_penalty", "early_stopping", "target_kl", "score_clip"),
+        "max_grad_norm",
+    },
+    NEW: {
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches", "world_size"),
+        *("total_episodes", "num_train_epochs", "model_name_or_path", "max_grad_norm"),
+    },
+}
+
+# Keys of TRL's model and script arguments, and of transformers' TrainingArguments, that mean the same here.
+KEPT = {field.name for field in fields(TrainingArguments)} | {
+    *("trust_remote_code", "model_name_or_path", "model_revision", "dtype", "attn_implementation"),
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
+    *("dataset_name", "dataset_train_split", "env"),
+}
+
+# TRL's trainer counted updates with these, ours optimizer steps. Fractions of the run are left as they are.
+STEPS = ("logging_steps", "save_steps", "warmup_steps")
+
+# What TRL did where a key was left out, if we do or may come to do something else.
+_DEFAULTS = {"cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "gamma": 1.0, "lam": 0.95}
+_DEFAULTS |= {"whiten_rewards": False, "gradient_accumulation_steps": 1}
+DEFAULTS = {
+    OLD: _DEFAULTS
+    | {
+        "model_name": "gpt2",
+        "steps": 20000,
+        "learning_rate": 1.41e-5,
+        "adap_kl_ctrl": True,
+        "init_kl_coef": 0.2,
+        "target": 6.0,
+        "horizon": 10000.0,
+        "kl_penalty": "kl",
+        "batch_size": 128,
+        "mini_batch_size": 128,
+        "ppo_epochs": 4,
+        "ratio_threshold": 10.0,
+        "lr_scheduler_type": "constant",
+        "seed": 0,
+    },
+    NEW: _DEFAULTS
+    | {
+        "sft_model_path": "EleutherAI/pythia-160m",
+        "reward_model_path": "EleutherAI/pythia-160m",
+        "per_device_train_batch_size": 8,
+        "num_mini_batches": 1,
+        "num_train_epochs": 3.0,
+        "num_ppo_epochs": 4,
+        "response_length": 53,
+        "temperature": 0.7,
+        "learning_rate": 3e-6,
+        "kl_coef": 0.05,
+        "kl_estimator": "k1",
+        "stop_token": None,
+        "gradient_checkpointing": True,
+        "logging_steps": 10,
+        "save_steps": 500,
+    },
+}
+
+# ------------------------------------------------------------------------------------------------ keys that have none
+_COMPUTED = "TRL worked it out and wrote over what was given. Nothing to do."
+_PREPROCESSING = "prompts are tokenized as they are sampled. Nothing to do."
+_TRACKER = "set it where the tracker reads it (WANDB_PROJECT and the like), or in `accelerate config`."
+_EVALUATION = "nothing is evaluated while PPO trains. Run pipeline.evaluation on what it leaves."
+_QUANTISED = "the backbone is loaded unquantised; choose its precision with `dtype`."
+_BEST = "there is no push of the best only; set `push_to_hub` and `hub_model_id`."
+_NEVER_READ = "TRL never read it. Nothing to do."
+
+# Old key -> why there is no such key here, and what to do.
+_DROPPED = {
+    "dataset_num_proc": _PREPROCESSING,
+    "eval_strategy": _EVALUATION,
+    "evaluation_strategy": _EVALUATION,
+    "eval_steps": _EVALUATION,
+    "eval_on_start": _EVALUATION,
+    "eval_delay": _EVALUATION,
+    "do_eval": _EVALUATION,
+    "dataset_test_split": _EVALUATION + " Its name there is dataset_eval_split.",
+    "dataset_config": "a data set has no configurations here; save its rows as .jsonl or .parquet and name that.",
+    "dataset_streaming": "rows are not streamed. Nothing to do.",
+    "ignore_bias_buffers": _NEVER_READ,
+    "gradient_checkpointing_use_reentrant": _NEVER_READ,
+    "use_peft": "every role is a LoRA adapter; see lora_r, lora_alpha, lora_target_modules.",
+    "use_dora": "an adapter is plain LoRA, or rank-stabilised with use_rslora.",
+    "lora_task_type": "the roles have their own task types. Nothing to do.",
+    "lora_modules_to_save": "the backbone is frozen but for its adapters. Nothing to do.",
+    "lora_target_parameters": "adapters go to modules; name them in lora_target_modules.",
+    "load_in_8bit": _QUANTISED,
+    "load_in_4bit": _QUANTISED,
+    "bnb_4bit_quant_type": _QUANTISED,
+    "bnb_4bit_quant_storage": _QUANTISED,
+    "use_bnb_nested_quant": _QUANTISED,
+}
+# TrainingArguments of transformers 4 that transformers 5 has no more.
+_DROPPED |= dict.fromkeys(
+    (
+        *("adafactor", "dispatch_batches", "fp16_backend", "fp16_opt_level", "fsdp_min_num_params"),
+        *("fsdp_transformer_layer_cls_to_wrap", "group_by_length", "half_precision_backend", "jit_mode_eval"),
+        *("include_inputs_for_metrics", "include_tokens_per_second", "logging_dir", "mp_parameters", "no_cuda"),
+        *("overwrite_output_dir", "past_index", "per_gpu_eval_batch_size", "per_gpu_train_batch_size"),
+        *("push_to_hub_model_id", "push_to_hub_organization", "push_to_hub_token", "ray_scope"),
+        *("save_safetensors", "split_batches", "torchdynamo", "tpu_metrics_debug", "tpu_num_cores", "use_ipex"),
+        *("use_legacy_prediction_loop", "use_mps_device"),
+    ),
+    "transformers 5 has no such argument; see its migration guide.",
+)
+DROPPED = {
+    OLD: _DROPPED
+    | {
+        "max_steps": "no key of TRL's PPO then: `steps` counted.",
+        "task_name": "a label for trackers only; put it into `run_name`.",
+        "reward_model": "a label for trackers only: the scores came from your own loop. Train a reward adapter with "
+        "pipeline.reward and name it in `reward_adapter`, or name your function in `reward_funcs`.",
+        "tracker_kwargs": _TRACKER,
+        "accelerator_kwargs": _TRACKER,
+        "project_kwargs": _TRACKER,
+        "tracker_project_name": _TRACKER,
+        "push_to_hub_if_best_kwargs": _BEST,
+        "optimize_cuda_cache": "it emptied the device's cache in every step; set `torch_empty_cache_steps`.",
+        "optimize_device_cache": "it emptied the device's cache in every step; set `torch_empty_cache_steps`.",
+        "compare_steps": _BEST,
+        "ratio_threshold": "it left out minibatches with a mean ratio above it. `max_approx_kl` ends an update before.",
+        "use_score_scaling": "scores are not divided by their running deviation. Scale the reward function, weigh it "
+        "with `reward_weights`, or set `reward_clip_range`.",
+        "use_score_norm": "scores are not shifted by their running mean: the value function learns it. Nothing to do.",
+        "is_encoder_decoder": "encoder-decoder models are not supported; take a decoder-only one.",
+        "is_peft_model": "every role is a LoRA adapter; see lora_r, lora_alpha, lora_target_modules.",
+        "backward_batch_size": _COMPUTED,
+        "global_backward_batch_size": _COMPUTED,
+        "global_batch_size": _COMPUTED,
+        "use_seq2seq": "encoder-decoder models are not supported; take a decoder-only one.",
+    },
+    NEW: _DROPPED
+    | {
+        "local_rollout_forward_batch_size": "completions are sampled all at once and scored "
+        "`per_device_train_batch_size` at a time; lower that, and raise `steps_per_generation`, if memory is short.",
+        "num_sample_generations": "TRL sampled from the evaluation rows as it went; set `log_completions` for samples "
+        "of the rollouts, and run pipeline.evaluation afterwards.",
+        "stop_token": "a completion always ends with the tokenizer's end-of-text token, as with 'eos'; without it TRL "
+        "sampled on to response_length.",
+        "stop_token_id": "a completion ends with the tokenizer's end-of-text token; make this token its eos_token.",
+        "num_total_batches": _COMPUTED,
+        "micro_batch_size": _COMPUTED,
+        "local_batch_size": _COMPUTED,
+        "batch_size": _COMPUTED,
+        "local_mini_batch_size": _COMPUTED,
+        "mini_batch_size": _COMPUTED,
+        "max_steps": "TRL's PPO never read it: it counted total_episodes or num_train_epochs.",
+        "model_adapter_name": "the roles name their adapters; the policy starts from `sft_adapter`.",
+        "ref_adapter_name": "the roles name their adapters; the reference is where the policy starts.",
+    },
+}
+
+# The recipe's order; what is in no group comes last.
+GROUPS = {
+    "roles on one backbone": ("model_name_or_path", "model_revision", "dtype", "attn_implementation")
+    + ("sft_adapter", "reward_adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
+    "data": ("dataset_name", "dataset_train_split"),
+    "rollouts": ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
+    + ("max_completion_length", "temperature", "missing_eos_penalty", "reward_clip_range"),
+    "PPO": ("max_steps", "num_train_epochs", "num_iterations", "beta", "kl_estimator", "kl_controller", "kl_target")
+    + ("kl_horizon", "epsilon", "gamma", "lam", "whiten_rewards", "vf_coef", "value_clip", "max_approx_kl")
+    + ("learning_rate", "lr_scheduler_type", "max_grad_norm"),
+}
+
+
+class Recipe:
+    """What comes out: `lines` of our keys, each a value and a remark, and `notes` on old keys that are not among them."""
+
+    def __init__(self, given: dict, dialect: str):
+        self.given, self.dialect = given, dialect
+        self.old = DEFAULTS[dialect] | given
+        self.lines: dict[str, tuple[object, str]] = {}
+        self.notes: dict[str, str] = {}
+
+    def set(self, key: str, value, *remarks: str, old_key: str | None = None) -> None:
+        """Our `key`, and beside it the old one, if it had another name or was left out."""
+        source = [] if old_key in (None, key) else [old_key]
+        if old_key is not None and old_key not in self.given:
+            source.append("TRL's default")
+        self.lines[key] = (value, "; ".join([", ".join(source), *remarks] if source else remarks))
+
+    def remark(self, key: str, remark: str) -> None:
+        value, before = self.lines[key]
+        self.lines[key] = (value, f"{before}; {remark}" if before else remark)
+
+
+# ------------------------------------------------------------------------------------------------ what is read together
+def _exact(number: int, divisor: int, names: str, divisor_names: str) -> int:
+    if number % divisor:
+        raise ValueError(f"{names} = {number} is no multiple of {divisor_names} = {divisor}; TRL refused it too.")
+    return number // divisor
+
+
+def _sizes_old(recipe: Recipe) -> int:
+    """Optimizer steps an update. `batch_size` completions a process, cut into pieces of `mini_batch_size`."""
+    old = recipe.old
+    piece_key = "forward_batch_size" if "forward_batch_size" in old else "mini_batch_size"
+    rows, piece, accumulation, epochs = (
+        old[key] for key in ("batch_size", piece_key, "gradient_accumulation_steps", "ppo_epochs")
+    )
+    minibatch = f"{piece_key} x gradient_accumulation_steps"
+    minibatches = _exact(rows, piece * accumulation, "batch_size", minibatch)
+    recipe.set("per_device_train_batch_size", piece, old_key=piece_key)
+    recipe.set("gradient_accumulation_steps", accumulation, old_key="gradient_accumulation_steps")
+    recipe.set("steps_per_generation", rows // piece, f"{rows} / {piece}", old_key="batch_size")
+    updates = math.ceil(old["steps"] / rows)
+    recipe.set(
+        "max_steps",
+        updates * epochs * minibatches,
+        f"{updates} updates of {rows} completions x {epochs} epochs x {minibatches} minibatches",
+        "a loop of yours over the data loader made one update a batch: count those",
+        old_key="steps",
+    )
+    if piece_key == "forward_batch_size" and "mini_batch_size" in recipe.given:
+        recipe.notes["mini_batch_size"] = "forward_batch_size took its place."
+    if "world_size" in recipe.given:
+        recipe.notes["world_size"] = _COMPUTED
+    return epochs * minibatches
+
+
+def _sizes_new(recipe: Recipe) -> int:
+    """Optimizer steps an update. A minibatch is cut into equal pieces, the largest that are no larger than TRL's."""
+    old = recipe.old
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
+    piece, accumulation, minibatches = (old[name] for name in names)
+    epochs, processes = old["num_ppo_epochs"], old.get("world_size", 1)
+    rows = piece * accumulation
+    minibatch = _exact(rows, minibatches, " x ".join(names[:2]), names[2])
+    ours = next(size for size in range(min(piece, minibatch), 0, -1) if minibatch % size == 0)
+    recipe.set(names[0], ours, *([f"{piece} before"] if ours != piece else []), old_key=names[0])
+    recipe.set(names[1], minibatch // ours, f"minibatches of {minibatch} / {ours}", old_key=names[1])
+    recipe.set("steps_per_generation", rows // ours, f"rollouts of {rows} / {ours}", old_key=names[2])
+    updates_of = f"updates of {rows * processes} completions x {epochs} epochs x {minibatches} minibatches"
+    if "total_episodes" in recipe.given:
+        updates = math.ceil(old["total_episodes"] / (rows * processes))
+        recipe.set("max_steps", updates * epochs * minibatches, f"{updates} {updates_of}", old_key="total_episodes")
+        if "num_train_epochs" in recipe.given:
+            recipe.notes["num_train_epochs"] = "TRL did not read it beside total_episodes."
+    else:
+        recipe.set("num_train_epochs", old["num_train_epochs"], "passes over the prompts", old_key="num_train_epochs")
+    if "world_size" in recipe.given:
+        recipe.notes["world_size"] = f"max_steps is worked out for {processes} processes; launch as many."
+    taken = minibatches * math.ceil(minibatch / piece) / accumulation
+    if taken != minibatches:
+        recipe.notes[names[2]] = (
+            f"the recipe makes {minibatches} optimizer steps an epoch, as documented. TRL 1.12 made one in "
+            f"{accumulation} backward passes, whatever num_mini_batches said: about {taken:g} an epoch."
+        )
+    return epochs * minibatches
+
+
+def _rest_old(recipe: Recipe) -> None:
+    """KL control, early stop, bounds of score and gradient; and what stood in the code, not in the config."""
+    old = recipe.old
+    adaptive, stops = old["adap_kl_ctrl"], old.get("early_stopping", False)
+    recipe.set("kl_controller", "adaptive" if adaptive else "fixed", old_key="adap_kl_ctrl")
+    if adaptive:
+        recipe.set("kl_target", old["target"], "nats a sequence", old_key="target")
+        recipe.set("kl_horizon", old["horizon"], "sequences", old_key="horizon")
+    if old["kl_penalty"] == "kl":
+        recipe.set("kl_estimator", "k1", old_key="kl_penalty")
+    else:
+        recipe.notes["kl_penalty"] = (
+            "`kl_estimator` is k1, the difference of log-probabilities, or k3, which is never negative and the nearest "
+            "to this. It is left at its default."
+        )
+    if stops:
+        recipe.set(
+            "max_approx_kl",
+            round(1.5 * old.get("target_kl", 1.0), 10),
+            "1.5 x target_kl",
+            "TRL compared the mean log-ratio of the last minibatch, we half the mean square",
+            old_key="early_stopping",
+        )
+    if "score_clip" in old:
+        recipe.set("reward_clip_range", [-old["score_clip"], old["score_clip"]], old_key="score_clip")
+    recipe.set("max_grad_norm", old.get("max_grad_norm", 0.0), "0 clips nothing", old_key="max_grad_norm")
+    for switch, on, keys in (
+        ("adap_kl_ctrl", adaptive, ("target", "horizon")),
+        ("early_stopping", stops, ("early_stopping", "target_kl")),
+    ):
+        for key in keys:
+            if not on and key in recipe.given:
+                recipe.notes[key] = f"TRL used it with {switch} only. Nothing to do."
+    recipe.set("reward_adapter", "./runs/reward", "TO DO: yours, or reward_funcs; the scores came from your own loop")
+    recipe.set("max_completion_length", 256, "TO DO: max_new_tokens of your generation arguments")
+    recipe.set("temperature", 1.0, "TO DO: of your generation arguments; TRL left it out of the log-probabilities")
+
+
+def _rest_new(recipe: Recipe) -> None:
+    """Where the policy and the reward come from, and the bound of the gradient."""
+    given = recipe.given
+    if "model_name_or_path" in given and "sft_model_path" in given:
+        recipe.notes["model_name_or_path"] = "TRL read only the tokenizer from it; ours is the backbone's."
+    elif "model_name_or_path" in given:
+        recipe.set("model_name_or_path", given["model_name_or_path"])
+    recipe.remark("reward_adapter", "TO DO: a LoRA adapter on this backbone, by pipeline.reward, not a whole model")
+    recipe.set("max_grad_norm", 0.0, "TRL's PPO clipped no gradient; 1.0 is a good start")
+    if "stop_token_id" in given and "stop_token" not in given:
+        del recipe.notes["stop_token"]
+    if "max_grad_norm" in given:
+        recipe.notes["max_grad_norm"] = "TRL's PPO never read it, so it is 0.0 above. Set it if you want it."
+
+
+# ------------------------------------------------------------------------------------------------ from old to new
+def known_keys(dialect: str) -> set[str]:
+    """Every key that is understood in this dialect."""
+    return {*RENAMED[dialect], *COUNTED[dialect], *DROPPED[dialect], *KEPT}
+
+
+def dialect_of(given: dict) -> str:
+    """Whose keys these are.
+
+    Raises:
+        ValueError: a key that neither has; or keys of both.
+    """
+    for key in given:
+        if key not in known_keys(OLD) | known_keys(NEW):
+            nearest = difflib.get_close_matches(key, sorted(known_keys(OLD) | known_keys(NEW)), n=1)
+            hint = f" Did you mean {nearest[0]}?" if nearest else " Take it out if it is your own."
+            raise ValueError(f"unknown key {key!r}: no PPOConfig of TRL had it.{hint}")
+    only_old = [key for key in given if key not in known_keys(NEW)]
+    counted = COUNTED[NEW] - COUNTED[OLD] - {"model_name_or_path"}
+    only_new = [key for key in given if key not in known_keys(OLD) or key in counted]
+    if only_old and only_new:
+        raise ValueError(
+            f"{only_old[0]!r} is a key of TRL up to 0.11, {only_new[0]!r} of 0.12 to 1.12; they are not of one config."
+        )
+    sizes = not only_new and ("batch_size" in given or "mini_batch_size" in given)  # later TRL worked these out itself
+    return OLD if only_old or sizes else NEW
+
+
+def migrate(given: dict) -> str:
+    """A recipe for pipeline.ppo, in YAML, from the keys and values of an old PPOConfig.
+
+    Raises:
+        ValueError: a key that no old config had, keys of two of them, or sizes that do not divide.
+    """
+    dialect = dialect_of(given)
+    recipe = Recipe({key: value for key, value in given.items() if value is not None}, dialect)
+    steps_an_update = (_sizes_old if dialect == OLD else _sizes_new)(recipe)
+    recipe.set("dataset_name", "human_ratings", "TO DO: your prompts; this is the embedded default")
+    came_from = {}
+    for key, value in recipe.old.items():
+        ours = RENAMED[dialect].get(key, key)
+        if key in COUNTED[dialect]:
+            continue
+        if key in DROPPED[dialect]:
+            recipe.notes[key] = DROPPED[dialect][key]
+            continue
+        if value and key.replace("activation", "gradient") in UNSUPPORTED:
+            recipe.notes[key] = "PPO does not support it."
+            continue
+        if key in recipe.given and came_from.setdefault(ours, key) != key:
+            raise ValueError(f"{came_from[ours]!r} and {key!r} are both {ours} here; keep the one that counts.")
+        if ours in STEPS and value >= 1:
+            remark = f"{value:g} x {steps_an_update} optimizer steps an update"
+            recipe.set(ours, int(value) * steps_an_update, remark, old_key=key)
+        else:
+            recipe.set(ours, value, old_key=key)
+    (_rest_old if dialect == OLD else _rest_new)(recipe)
+    if not recipe.given.get("use_peft"):
+        recipe.remark("learning_rate", "of all weights; LoRA usually wants 10 to 100 times as much")
+    return _write(recipe)
+
+
+def _write(recipe: Recipe) -> str:
+    words = {OLD: "TRL up to 0.11", NEW: "TRL 0.12 to 1.12"}[recipe.dialect]
+    text = [
+        "# accelerate launch -m pipeline.ppo --config <this file>",
+        f"# By pipeline.migrate from a PPOConfig of {words}. Beside a key stands the old one, if it had another name.",
+    ]
+    grouped = {key for keys in GROUPS.values() for key in keys}
+    for title, keys in {**GROUPS, "the trainer's own": [key for key in recipe.lines if key not in grouped]}.items():
+        present = [key for key in keys if key in recipe.lines]
+        text += ["", f"# {title}"] if present else []
+        for key in present:
+            value, remark = recipe.lines[key]
+            value = yaml.safe_dump([value], default_flow_style=True, width=math.inf).strip()[1:-1]
+            text.append(f"{key}: {value}" + (f"  # {remark}" if remark else ""))
+    if recipe.notes:
+        text += ["", "# old keys that have no counterpart, or did something else"]
+    for key, why in recipe.notes.items():
+        default = "" if key in recipe.given else " (TRL's default)"
+        text.append(f"# {key}: {recipe.old[key]!r}{default}")
+        text += textwrap.wrap(why, width=100, initial_indent="#   ", subsequent_indent="#   ")
+    return "\n".join(text) + "\n"
+
+
+# ------------------------------------------------------------------------------------------------ reading
+def _value(value):
+    """YAML 1.1 reads 1e-5, without a dot, as text."""
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+\.?\d*[eE][+-]?\d+", value):
+        return float(value)
+    return value
+
+
+def read_command_line(words: list[str]) -> dict:
+    """Keys and values of `--key value`, `--key=value`, `--key a b` (a list), `--flag` and `--no_flag`.
+
+    Raises:
+        ValueError: a word before the first option.
+    """
+    given, key = {}, None
+    for word in words:
+        if word.startswith("--"):
+            key, _, value = word[2:].partition("=")
+            key = key.replace("-", "_")
+            given[key] = [value] if value else []
+        elif key is None:
+            raise ValueError(
+                f"{word!r} stands before any --key; give the options only, as in -- --learning_rate 1e-5."
+            )
+        else:
+            given[key].append(word)
+    options = {}
+    for key, values in given.items():
+        values = [_value(yaml.safe_load(value)) for value in values]
+        if not values and key.startswith("no_") and key != "no_cuda":
+            options[key.removeprefix("no_")] = False
+        else:
+            options[key] = True if not values else values[0] if len(values) == 1 else values
+    return options
+
+
+def read_file(path: str) -> dict:
+    """Keys and values of a YAML or JSON file.
+
+    Raises:
+        ValueError: it is no mapping.
+    """
+    given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: an old config is a mapping of keys to values.")
+    return {str(key): _value(value) for key, value in given.items()}
+
+
+def main(words: list[str]) -> None:
+    try:
+        if words and words[0] == "--":
+            given = read_command_line(words[1:])
+        elif len(words) == 1 and not words[0].startswith("-"):
+            given = read_file(words[0])
+        else:
+            raise ValueError("give one file, or -- and the options. See the head of pipeline/migrate.py.")
+        print(migrate(given), end="")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        sys.exit(f"pipeline.migrate: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
