@@ -6,11 +6,21 @@ Real tokens stand at the left of each row, padding at the right; what stands und
 import torch
 from torch import Tensor
 
+from pipeline.kl import kl_per_token
 
-def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, kl_coef: float) -> Tensor:
+
+def token_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    kl_estimator: str = "k1",
+) -> Tensor:
     """Per-token reward: the KL penalty, plus the score at the last real token.
 
-    r_t = -kl_coef * (log pi(a_t|s_t) - log pi_ref(a_t|s_t)) + [t is the last real token] * score
+    r_t = -kl_coef * kl_t + [t is the last real token] * score,  kl_t as in `pipeline.kl.kl_per_token`
 
     Ziegler et al. 2019 (arXiv 1909.08593), eq. 2, with the penalty spread over tokens as in Stiennon et al. 2020.
 
@@ -21,7 +31,7 @@ def token_rewards(scores: Tensor, logprobs: Tensor, ref_logprobs: Tensor, mask: 
     Returns:
         (B, T), 0 on padding.
     """
-    rewards = -kl_coef * (logprobs - ref_logprobs).masked_fill(~mask, 0)
+    rewards = -kl_coef * kl_per_token(logprobs, ref_logprobs, mask, estimator=kl_estimator)
     last = (mask.sum(dim=1) - 1).clamp(min=0)
     scores = torch.where(mask.any(dim=1), scores, 0)
     return rewards.scatter_add(1, last.unsqueeze(1), scores.unsqueeze(1).to(rewards.dtype))

@@ -184,13 +184,29 @@ class Backbone(PeftModelForCausalLM):
         if adapter.head is not None:
             self._add_head(role, adapter.head)
 
-    def add_value(self) -> None:
-        """Add the value role. It starts from the reward adapter and its head, so that the first values are scores;
-        where there is no reward adapter, from the policy's adapter with a head of zeros."""
-        origin = "reward" if "reward" in self.heads else "policy"
-        self.add_adapter(ADAPTERS["value"], deepcopy(self.peft_config[ADAPTERS[origin]]))
-        weights = get_peft_model_state_dict(self, adapter_name=ADAPTERS[origin])
-        self._set_weights("value", weights, origin)
+    def load_role(self, role: str, adapter: Adapter) -> None:
+        """Give a role that is there the weights of an adapter, and of its head."""
+        self._set_weights(role, adapter.weights, adapter.source)
+        if adapter.head is not None:
+            self.heads[role].weight.data.copy_(adapter.head)
+
+    def add_value(self, *, init: str = "auto", critic: str = "adapter") -> None:
+        """Add the value role.
+
+        As an `adapter` it starts from the `reward` adapter and its head, so that the first values are scores, or from
+        the `policy` adapter with a head of zeros; `auto` takes the reward where there is one. As a `head` it is a head
+        of zeros on the policy's own hidden states, which it shapes too: one forward pass less, and one adapter less.
+
+        Raises:
+            ValueError: `init` is `reward` and the backbone has no reward role.
+        """
+        if init == "reward" and "reward" not in self.heads:
+            raise ValueError("value_init='reward' needs a reward adapter; name one, or set value_init to policy.")
+        origin = "reward" if init != "policy" and critic == "adapter" and "reward" in self.heads else "policy"
+        if critic == "adapter":
+            self.add_adapter(ADAPTERS["value"], deepcopy(self.peft_config[ADAPTERS[origin]]))
+            weights = get_peft_model_state_dict(self, adapter_name=ADAPTERS[origin])
+            self._set_weights("value", weights, origin)
         hidden_size = self.get_base_model().config.get_text_config().hidden_size
         self._add_head("value", self.heads["reward"].weight if origin == "reward" else torch.zeros(1, hidden_size))
 
@@ -211,15 +227,22 @@ class Backbone(PeftModelForCausalLM):
     def _adapter(self, role: str) -> str:
         """peft's name of a role's adapter. LoRA layers skip one that they lack, so a role of `ADAPTERS` without an
         adapter is the bare backbone, and any other name must be an error."""
+        if role == "value" and "value" in self.heads and ADAPTERS[role] not in self.peft_config:
+            role = "policy"  # a value that is only a head
         if role not in ADAPTERS and role not in self.peft_config:
             raise ValueError(f"role {role!r}: the backbone's adapters are {', '.join(self.peft_config)}.")
         return ADAPTERS.get(role, role)
 
+    def role_parameters(self, *roles: str) -> list[nn.Parameter]:
+        """The adapters and heads of these roles."""
+        names = {self._adapter(role) for role in roles} | set(roles)
+        return [p for name, p in self.named_parameters() if _is_ours(name) and not names.isdisjoint(name.split("."))]
+
     def train_only(self, *roles: str) -> None:
         """Make the adapters and heads of these roles trainable, and everything else frozen."""
-        names = {self._adapter(role) for role in roles}
-        for name, parameter in self.named_parameters():
-            parameter.requires_grad_(not names.isdisjoint(name.split(".")) and _is_ours(name))
+        self.requires_grad_(False)
+        for parameter in self.role_parameters(*roles):
+            parameter.requires_grad_(True)
 
     @contextmanager
     def role(self, role: str | None) -> Iterator[None]:
@@ -259,18 +282,23 @@ class Backbone(PeftModelForCausalLM):
         attention_mask: Tensor,
         completion_ids: Tensor,
         temperature: float = 1.0,
+        entropy_requires_grad: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of each completion token and entropy at its position, in nats, both (B, T).
 
         `input_ids` (B, P + T) ends with `completion_ids` (B, T). The vocabulary projection runs on the T positions
         only. Logits are divided by `temperature`, as they are in sampling.
         """
-        hidden = self.hidden_states(role, input_ids, attention_mask)
-        hidden = hidden[:, -completion_ids.shape[1] - 1 : -1]
+        hidden = self.hidden_states(role, input_ids, attention_mask)[:, -completion_ids.shape[1] - 1 : -1]
+        return self._logprobs(hidden, completion_ids, temperature, entropy_requires_grad)
+
+    def _logprobs(
+        self, hidden: Tensor, completion_ids: Tensor, temperature: float, entropy_requires_grad: bool
+    ) -> tuple[Tensor, Tensor]:
         logits = self.get_base_model().get_output_embeddings()(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return selective_log_softmax_and_entropy(
-            logits, completion_ids, entropy_requires_grad=False, temperature=temperature
+            logits, completion_ids, entropy_requires_grad=entropy_requires_grad, temperature=temperature
         )
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
@@ -293,16 +321,34 @@ class Backbone(PeftModelForCausalLM):
         with torch.autocast(hidden.device.type, enabled=False):
             return head(hidden.to(head.weight.dtype)).squeeze(-1)
 
-    def forward(self, input_ids=None, attention_mask=None, completion_ids=None, temperature=1.0, **kwargs):
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        completion_ids=None,
+        temperature=1.0,
+        entropy_requires_grad=False,
+        texts=None,
+        **kwargs,
+    ):
         """The policy's language-model forward; with `completion_ids` (B, T), PPO's training pass.
 
-        The training pass returns logprobs, entropy and values, each (B, T). Both roles run in this one call, so that
-        DDP, FSDP and DeepSpeed see a single forward of the module they wrap.
+        The training pass returns logprobs, entropy and values, each (B, T); with `texts`, a pair of right-padded ids
+        and mask (N, S), the policy's logprobs of them (N, S - 1) too. All of it runs in this one call, so that DDP,
+        FSDP and DeepSpeed see a single forward of the module they wrap.
         """
         if completion_ids is None:
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
-        logprobs, entropy = self.logprobs("policy", input_ids, attention_mask, completion_ids, temperature)
-        return logprobs, entropy, self.values(input_ids, attention_mask, completion_ids.shape[1])
+        length = completion_ids.shape[1]
+        hidden = self.hidden_states("policy", input_ids, attention_mask)[:, -length - 1 : -1]
+        logprobs, entropy = self._logprobs(hidden, completion_ids, temperature, entropy_requires_grad)
+        if ADAPTERS["value"] in self.peft_config:
+            values = self.values(input_ids, attention_mask, length)
+        else:
+            values = self._read("value", hidden)
+        if texts is None:
+            return logprobs, entropy, values
+        return logprobs, entropy, values, self.logprobs("policy", *texts, texts[0][:, 1:])[0]
 
     def save_role(self, role: str, folder: str | Path) -> None:
         """Save one role as a standard peft folder. A role with a head becomes a sequence-classification adapter, which

@@ -48,6 +48,12 @@ class RewardModelArguments:
         default=False,
         metadata={"help": "LoRA on the input embeddings as well: a small backbone's words are taught their worth."},
     )
+    sft_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Policy whose completions PPO will start from: measure the mean and deviation of their scores."},
+    )
+    sft_completions: int = field(default=256, metadata={"help": "How many of its completions."})
+    max_completion_length: int = field(default=64, metadata={"help": "Tokens sampled at most for each."})
 
 
 # Options of RLOOConfig and Trainer that PPO would have to ignore.
@@ -60,7 +66,6 @@ UNSUPPORTED = (
     "router_aux_loss_coef",
     "chat_template_kwargs",
     "resume_from_checkpoint",
-    "load_best_model_at_end",
 )
 
 
@@ -73,18 +78,60 @@ class PPOConfig(RLOOConfig):
     `max_completion_length`, `reward_weights`, `reward_clip_range` (bounds of the score).
     """
 
+    # what TRL's class has, with PPO's defaults
     num_generations: int = field(default=1, metadata={"help": "Completions a prompt. PPO's baseline is the value."})
     num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout."})
     normalize_advantages: bool = field(default=True, metadata={"help": "Whiten advantages over each rollout."})
     disable_dropout: bool = field(default=True, metadata={"help": "Turn dropout off, so that ratios start at 1."})
+    adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam, as in OpenAI's PPO."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Not supported with several roles yet."})
-    gamma: float = field(default=1.0, metadata={"help": "Discount factor."})
-    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
-    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
-    value_clip: float = field(default=0.2, metadata={"help": "Clip range of the value loss."})
+
+    # the reward of a token
+    kl_estimator: str = field(default="k1", metadata={"help": "KL of a token: k1 (unbiased) or k3 (never negative)."})
+    kl_target: float | None = field(
+        default=None, metadata={"help": "Nats a sequence that beta is adapted to hold; unset: beta stays as it is."}
+    )
+    kl_horizon: float = field(
+        default=10_000, metadata={"help": "Sequences over which an adaptive beta may change by a factor of e^0.2."}
+    )
     missing_eos_penalty: float | None = field(
         default=None, metadata={"help": "Taken from the score of a completion that did not end by itself."}
     )
+    whiten_rewards: bool = field(default=False, metadata={"help": "Scale rewards to unit variance; the mean stays."})
+
+    # the advantage and the value
+    gamma: float = field(default=1.0, metadata={"help": "Discount factor."})
+    lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+    critic: str = field(
+        default="adapter",
+        metadata={"help": "adapter: a value adapter and head of its own. head: only a head, on the policy's trunk."},
+    )
+    value_init: str = field(
+        default="auto",
+        metadata={"help": "Start of the value adapter: reward, policy (with a zero head), or auto: reward if any."},
+    )
+    critic_warmup_updates: int = field(default=0, metadata={"help": "First updates in which the value alone trains."})
+    vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
+    value_clip: float = field(default=0.2, metadata={"help": "Clip range of the value loss."})
+
+    # the update
+    max_approx_kl: float | None = field(
+        default=None, metadata={"help": "Skip the rest of an update once a minibatch's approxkl (nats) exceeds this."}
+    )
+    entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
+    ptx_coef: float = field(
+        default=0.0, metadata={"help": "Weight of the language-model loss on texts of ptx_dataset_name."}
+    )
+
+    # before and during training
+    min_reward_accuracy: float = field(
+        default=0.55, metadata={"help": "Refuse a reward model that orders fewer held-out pairs rightly."}
+    )
+    sample_updates: int = field(
+        default=0, metadata={"help": "Write completions of fixed prompts to samples.jsonl every so many updates."}
+    )
+    sample_prompts: int = field(default=8, metadata={"help": "How many fixed prompts."})
+    eval_prompts: int = field(default=256, metadata={"help": "The first so many held-out prompts (eval_strategy)."})
 
     def __post_init__(self):
         if self.num_generations < 1:
@@ -98,6 +145,22 @@ class PPOConfig(RLOOConfig):
         for name in UNSUPPORTED:
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported by PPO; leave it unset.")
+        for name, known in (
+            ("kl_estimator", ("k1", "k3")),
+            ("critic", ("adapter", "head")),
+            ("value_init", ("auto", "reward", "policy")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}.")
+        if self.critic == "head" and self.value_init != "auto":
+            raise ValueError(
+                f"value_init={self.value_init!r} starts a value adapter, which critic='head' has not; leave it unset."
+            )
+        for name in ("kl_target", "max_approx_kl", "kl_horizon"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.kl_target and self.beta <= 0:
+            raise ValueError(f"beta={self.beta} cannot be adapted to kl_target={self.kl_target}; start above 0.")
         minibatches = self.steps_per_generation / self.gradient_accumulation_steps
         if minibatches != int(minibatches):
             raise ValueError(

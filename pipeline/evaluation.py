@@ -16,9 +16,8 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 from trl import ModelConfig
-from trl.trainer.utils import pad
 
 from data.prompts import check_prompt_lengths, load_prompts, tokenize_prompts
 from pipeline import report as drawing
@@ -26,6 +25,7 @@ from pipeline.artifacts import read_metrics, seconds_running
 from pipeline.backbone import Backbone, load_pretrained, read_adapter
 from pipeline.configs import parse
 from pipeline.metrics import bootstrap_interval, distinct_n, wins
+from pipeline.sampling import sample
 from reward_models.composite import Composite, RewardArguments, call_rewards, learned_rewards, load_functions
 from reward_models.rules import sentiment
 
@@ -80,31 +80,23 @@ class Completions:
 def complete(role: str, backbone: Backbone, prompts: Dataset, tokenizer, args: EvaluationArguments) -> Completions:
     """Sample one completion a prompt as `role`, with its KL to the reference and likelihood under the backbone."""
     set_seed(args.seed)
-    result, device = Completions(tokenizer), backbone.get_base_model().device
-    generation = GenerationConfig(
-        max_new_tokens=args.max_completion_length,
-        do_sample=True,
+    result, prompt_ids = Completions(tokenizer), tokenize_prompts(prompts["prompt"][:], tokenizer)
+    batches = sample(
+        backbone,
+        role,
+        prompt_ids,
+        tokenizer,
+        max_completion_length=args.max_completion_length,
         temperature=args.temperature,
-        top_k=0,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        batch_size=args.batch_size,
     )
-    prompt_ids = tokenize_prompts(prompts["prompt"][:], tokenizer)
-    for start in tqdm(range(0, len(prompts), args.batch_size), desc=f"{role} completions", unit="batch"):
-        rows = [torch.tensor(ids) for ids in prompt_ids[start : start + args.batch_size]]
-        ids = pad(rows, padding_value=tokenizer.pad_token_id, padding_side="left").to(device)
-        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
-        with backbone.role(role):
-            sequences = backbone.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
-        chosen = sequences[:, ids.shape[1] :]
-        ended = (chosen == tokenizer.eos_token_id).cumsum(dim=1)
-        real = (ended == 0) | ((ended == 1) & (chosen == tokenizer.eos_token_id))
-        attention = torch.cat([mask, real.long()], dim=1)
+    total = -(-len(prompt_ids) // args.batch_size)
+    for batch in tqdm(batches, total=total, desc=f"{role} completions", unit="batch"):
         policy, reference, bare = (
-            backbone.logprobs(adapter, sequences, attention, chosen, temperature)[0].masked_fill(~real, 0).sum(dim=1)
+            backbone.logprobs(adapter, *batch[:3], temperature)[0].masked_fill(~batch.mask, 0).sum(dim=1)
             for adapter, temperature in ((role, args.temperature), ("reference", args.temperature), (None, 1.0))
         )
-        result.ids += [row[keep].tolist() for row, keep in zip(chosen, real, strict=True)]
+        result.ids += batch.rows()
         result.kl += (policy - reference).tolist()
         result.nll += (-bare).tolist()
     return result
@@ -122,7 +114,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     if args.sft_adapter:
         backbone.add_role("reference", read_adapter(args.sft_adapter, base=base))
     composite = Composite(
-        learned_rewards(rewards.reward_adapter, backbone, tokenizer) + functions, args.reward_weights
+        learned_rewards(rewards, backbone, tokenizer) + functions, args.reward_weights
     )
     backbone.to(Accelerator().device).eval()
 

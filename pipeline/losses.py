@@ -1,4 +1,4 @@
-"""PPO's two clipped losses. All arguments are (B, T); `mask` is True on real tokens; losses are means over them."""
+"""PPO's two clipped losses and what may join them. All arguments are (B, T); `mask` is True on real tokens."""
 
 import torch
 from torch import Tensor
@@ -43,3 +43,12 @@ def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     http://joschu.net/blog/kl-approx.html
     """
     return 0.5 * masked_mean((logprobs - old_logprobs).masked_fill(~mask, 0).square(), mask)
+
+
+def text_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """PTX: the negative log-likelihood of texts, in nats a token, averaged within each text and then over texts.
+
+    Added to PPO's loss with a coefficient, it keeps the policy a model of these texts while it chases the reward:
+    Ouyang et al. 2022 (arXiv 2203.02155), eq. 2. Each text weighs the same, so that batches may be cut anywhere.
+    """
+    return -(logprobs.masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()

@@ -226,7 +226,7 @@ GROUPS = {
     "data": ("dataset_name", "dataset_train_split"),
     "rollouts": ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
     + ("max_completion_length", "temperature", "missing_eos_penalty", "reward_clip_range"),
-    "PPO": ("max_steps", "num_train_epochs", "num_iterations", "beta", "kl_estimator", "kl_controller", "kl_target")
+    "PPO": ("max_steps", "num_train_epochs", "num_iterations", "beta", "kl_estimator", "kl_target")
     + ("kl_horizon", "epsilon", "gamma", "lam", "whiten_rewards", "vf_coef", "value_clip", "max_approx_kl")
     + ("learning_rate", "lr_scheduler_type", "max_grad_norm"),
 }
@@ -322,8 +322,11 @@ def _rest_old(recipe: Recipe) -> None:
     """KL control, early stop, bounds of score and gradient; and what stood in the code, not in the config."""
     old = recipe.old
     adaptive, stops = old["adap_kl_ctrl"], old.get("early_stopping", False)
-    recipe.set("kl_controller", "adaptive" if adaptive else "fixed", old_key="adap_kl_ctrl")
+    if not adaptive and "adap_kl_ctrl" in recipe.given:
+        recipe.notes["adap_kl_ctrl"] = "beta is fixed while kl_target is unset. Nothing to do."
     if adaptive:
+        if "adap_kl_ctrl" in recipe.given:
+            recipe.notes["adap_kl_ctrl"] = "beta is adapted where kl_target is set, as it is here."
         recipe.set("kl_target", old["target"], "nats a sequence", old_key="target")
         recipe.set("kl_horizon", old["horizon"], "sequences", old_key="horizon")
     if old["kl_penalty"] == "kl":

@@ -5,26 +5,36 @@
 Leaves the policy adapter in `output_dir` and the value adapter with its head in `output_dir/value`.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
+from accelerate.logging import get_logger
+from transformers import set_seed
 from trl import ModelConfig
 
 from data.prompts import check_prompt_lengths, load_prompts
+from data.texts import load_texts, tokenize_texts
 from pipeline.artifacts import finish_stage
 from pipeline.backbone import Backbone, fingerprint, load_pretrained, read_adapter
 from pipeline.configs import DataArguments, PPOConfig, lora_config, parse
 from pipeline.ppo_trainer import PPOTrainer
+from pipeline.preflight import preflight
+from pipeline.samples import SampleTable
 from reward_models.composite import RewardArguments, learned_rewards, load_functions
+
+
+logger = get_logger(__name__)
 
 
 @dataclass
 class RoleArguments:
-    """Where the policy starts."""
+    """Where the policy starts, and what it is not to forget."""
 
     sft_adapter: str | None = field(
         default=None, metadata={"help": "Adapter the policy starts from and is held to; unset: the bare backbone."}
     )
+    ptx_dataset_name: str | None = field(default=None, metadata={"help": "Texts of the language-model loss (ptx_coef)."})
+    ptx_dataset_split: str = field(default="train", metadata={"help": "Split of them (a single file has none)."})
 
 
 def main(
@@ -35,6 +45,15 @@ def main(
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)
     context = base.config.get_text_config().max_position_embeddings
     check_prompt_lengths(prompts, tokenizer, context, args.max_completion_length, data.dataset_name)
+    held_out = None
+    if args.eval_strategy != "no":
+        held_out = load_prompts(data.eval_source, data.dataset_eval_split)
+        held_out = held_out.select(range(min(args.eval_prompts, len(held_out))))
+        check_prompt_lengths(held_out, tokenizer, context, args.max_completion_length, data.eval_source)
+    texts = None
+    if roles.ptx_dataset_name:
+        rows = load_texts(roles.ptx_dataset_name, roles.ptx_dataset_split)
+        texts = tokenize_texts(rows, tokenizer, context)
     if len(prompts) < args.generation_batch_size:  # TRL samples each prompt once a pass and drops a short last batch
         prompts = prompts.repeat(-(-args.generation_batch_size // len(prompts)))
 
@@ -46,13 +65,22 @@ def main(
     backbone = Backbone(base, policy)
     trainer = PPOTrainer(
         backbone=backbone,
-        reward_funcs=learned_rewards(rewards.reward_adapter, backbone, tokenizer) + functions,
+        reward_funcs=learned_rewards(rewards, backbone, tokenizer) + functions,
         args=args,
         train_dataset=prompts,
+        eval_dataset=held_out,
         processing_class=tokenizer,
+        texts=texts,
     )
+    checks = preflight(backbone, prompts["prompt"][:], tokenizer, args, next(iter(rewards.reward_adapter), None))
+    for check in checks:
+        if check.result == "warning":
+            logger.warning(str(check))
+    if args.sample_updates:
+        trainer.add_callback(SampleTable(trainer, prompts.select(range(min(args.sample_prompts, len(prompts))))))
+    set_seed(args.seed)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
-    finish_stage(trainer, identity, trainer.summary())
+    finish_stage(trainer, identity, {"preflight": [asdict(check) for check in checks], **trainer.summary()})
 
 
 if __name__ == "__main__":

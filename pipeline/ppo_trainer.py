@@ -7,6 +7,7 @@ makes PPO of it is here: roles on one backbone, a reward for each token, general
 from pathlib import Path
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
@@ -15,12 +16,17 @@ from trl import RLOOTrainer
 from trl.trainer.utils import pad, shuffle_sequence_dict, split_tensor_dict
 
 from pipeline.advantages import gae, token_rewards
-from pipeline.backbone import Backbone, backbone_copies
+from pipeline.backbone import Backbone, backbone_copies, read_adapter
 from pipeline.configs import PPOConfig
-from pipeline.losses import approx_kl, policy_loss, value_loss
+from pipeline.kl import adapted_kl_coef, kl_per_token
+from pipeline.losses import approx_kl, policy_loss, text_loss, value_loss
 from pipeline.masking import masked_mean, masked_sums, whiten
 from pipeline.rollout import Rollout
+from pipeline.watch import Watch
 from reward_models.composite import Composite
+
+
+logger = get_logger(__name__)
 
 
 class PPOTrainer(RLOOTrainer):
@@ -28,11 +34,13 @@ class PPOTrainer(RLOOTrainer):
 
     Each update: sample completions, score them, give every token its reward, estimate advantages, then
     `num_iterations` epochs of minibatches, reshuffled each epoch. Policy and value adapters train; all else is frozen.
+    `DETAILS.md` lists what it does and why.
 
     Args:
         backbone: its policy adapter is trained, and cloned before as the reference.
         reward_funcs: functions of TRL's reward protocol; `reward_models.learned.LearnedReward` is one.
         train_dataset: rows with a `prompt`; other columns reach the reward functions.
+        texts: token rows that PTX draws from, with `ptx_coef`.
     """
 
     _tag_names = ["trl", "ppo", "spine"]
@@ -54,10 +62,13 @@ class PPOTrainer(RLOOTrainer):
         args: PPOConfig,
         train_dataset: Dataset,
         processing_class: PreTrainedTokenizerBase,
+        texts: list[list[int]] | None = None,
         **kwargs,
     ):
+        if args.ptx_coef and not texts:
+            raise ValueError(f"ptx_coef={args.ptx_coef} needs texts; set ptx_dataset_name.")
         if "value" not in backbone.heads:
-            backbone.add_value()
+            backbone.add_value(init=args.value_init, critic=args.critic)
         self.composite = Composite(reward_funcs, args.reward_weights)
         super().__init__(
             model=backbone,
@@ -68,19 +79,49 @@ class PPOTrainer(RLOOTrainer):
             **kwargs,
         )
         backbone.train_only("policy", "value")  # adding adapters toggles requires_grad
+        self.texts = texts
+        self.watch = Watch()
 
     # ------------------------------------------------------------------------------------------ one update
+    @property
+    def steps_per_update(self) -> int:
+        """Forward and backward passes of one update: all epochs, all minibatches, all pieces of them."""
+        return self.args.steps_per_generation * self.num_iterations
+
     def _prepare_inputs(self, generation_batch):
         """The next minibatch: of a fresh rollout at the start of an update, reshuffled at the start of each epoch."""
         if not self.model.training:
             return self._generate_and_score_completions(generation_batch)
         steps = self.args.steps_per_generation
-        position = self._step % (steps * self.num_iterations)
+        position = self._step % self.steps_per_update
         if position == 0:
             self._rollout = self._generate_and_score_completions(generation_batch)
         if position % steps == 0:
             self._buffered_inputs = self._minibatches()
         return self._buffered_inputs[position % steps]
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """One forward and backward pass; none where this update has ended early or the loss is not finite.
+
+        Without gradients the optimizer leaves weights and its own state as they are.
+        """
+        position = self._step % self.steps_per_update
+        if position == 0:
+            self._far = self._skip = False
+        if position % self.args.gradient_accumulation_steps == 0:
+            self._skip = self._far  # a step that has begun is taken
+        if self._skip:
+            self._step += 1
+            return torch.zeros((), device=self.accelerator.device)
+        warming_up = self._step < self.args.critic_warmup_updates * self.steps_per_update
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if warming_up:
+            for parameter in self.model.role_parameters("policy"):
+                parameter.grad = None
+        if self.watch.stop:
+            model.zero_grad(set_to_none=True)
+            self.control.should_training_stop = self.control.should_save = True
+        return loss
 
     def _minibatches(self) -> list[dict[str, Tensor]]:
         """The rollout, shuffled and cut. Each piece carries its share of the tokens of its optimizer step over all
@@ -112,19 +153,44 @@ class PPOTrainer(RLOOTrainer):
                 values.append(self.model.values(ids, attend, chosen.shape[1]))
         logprobs, ref_logprobs, values = (torch.cat(chunks) for chunks in (logprobs, ref_logprobs, values))
         scores = self._scores(inputs, prompts, completions, completion_rows)
-        rewards = token_rewards(scores, logprobs, ref_logprobs, mask, kl_coef=self.beta)
+        rewards = token_rewards(
+            scores, logprobs, ref_logprobs, mask, kl_coef=self.beta, kl_estimator=self.args.kl_estimator
+        )
+        if self.args.whiten_rewards:
+            rewards = self._whiten(rewards, mask, shift_mean=False)
         advantages, returns = gae(rewards, values, mask, gamma=self.args.gamma, lam=self.args.lam)
         if self.args.normalize_advantages:
-            sums = self.accelerator.reduce(masked_sums(advantages, mask), reduction="sum")
-            advantages = whiten(advantages, mask, sums)
+            advantages = self._whiten(advantages, mask)
 
-        kl = (logprobs - ref_logprobs).masked_fill(~mask, 0).sum(dim=1)
+        kl = kl_per_token(logprobs, ref_logprobs, mask).sum(dim=1)
         self._record(score=scores, kl=kl, reward=rewards.sum(dim=1), value=masked_mean(values, mask))
+        self._metrics[self._mode]["beta"].append(self.beta)
+        if self.model.training:
+            self._end_of_rollout(*self.accelerator.gather(torch.stack([kl, scores.to(kl), mask.sum(dim=1)], dim=1)).T)
         self._logs["prompt"].extend(gather_object(prompts))
         self._logs["completion"].extend(gather_object(completions))
         self._logs["advantages"].extend(gather_object(advantages.sum(dim=1).tolist()))
         rollout = Rollout(prompt_ids, prompt_mask, completion_ids, mask, logprobs, values, advantages, returns)
         return rollout._asdict()
+
+    def _whiten(self, values: Tensor, mask: Tensor, **options) -> Tensor:
+        return whiten(values, mask, self.accelerator.reduce(masked_sums(values, mask), reduction="sum"), **options)
+
+    def _end_of_rollout(self, kl: Tensor, scores: Tensor, lengths: Tensor) -> None:
+        """Look at a rollout of all processes, each (all B,), and adapt the KL coefficient for the next one."""
+        self._warn(kl=kl.tolist(), scores=scores.tolist(), length=lengths.mean().item())
+        if self.args.kl_target:
+            self.beta = adapted_kl_coef(
+                self.beta,
+                kl.mean().item(),
+                target=self.args.kl_target,
+                horizon=self.args.kl_horizon,
+                batch_size=len(kl),
+            )
+
+    def _warn(self, **measured) -> None:
+        for message in self.watch.observe(**measured):
+            logger.warning(message, main_process_only=True)
 
     def _pad(self, rows: list[list[int]], *, side: str) -> tuple[Tensor, Tensor]:
         tensors = [torch.tensor(row) for row in rows]
@@ -165,31 +231,59 @@ class PPOTrainer(RLOOTrainer):
 
     def _compute_loss(self, model, inputs: dict[str, Tensor]) -> Tensor:
         rollout = Rollout(**{name: inputs[name] for name in Rollout._fields})
-        mask = rollout.completion_mask
+        mask, args = rollout.completion_mask, self.args
+        texts = self._next_texts() if args.ptx_coef and self.model.training else None
         with self.accelerator.autocast():
-            logprobs, entropy, values = model(
+            logprobs, entropy, values, *of_texts = model(
                 input_ids=torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1),
                 attention_mask=torch.cat([rollout.prompt_mask, mask], dim=1),
                 completion_ids=rollout.completion_ids,
                 temperature=self.temperature,
+                entropy_requires_grad=args.entropy_coef != 0,
+                texts=texts,
             )
-        policy, policy_clipped = policy_loss(
-            logprobs, rollout.logprobs, rollout.advantages, mask, clip=self.args.epsilon
+        policy, policy_clipped = policy_loss(logprobs, rollout.logprobs, rollout.advantages, mask, clip=args.epsilon)
+        value, value_clipped = value_loss(values, rollout.values, rollout.returns, mask, clip=args.value_clip)
+        entropy = masked_mean(entropy, mask)
+        of_policy = policy - args.entropy_coef * entropy if args.entropy_coef else policy
+        of_texts = text_loss(*of_texts, texts[1][:, 1:]) if texts else torch.zeros_like(policy)
+        approxkl = approx_kl(logprobs, rollout.logprobs, mask).detach()
+        self._record(
+            **{"loss/policy": policy, "loss/value": value, **({"loss/ptx": of_texts} if texts else {})},
+            **{"clipfrac/policy": policy_clipped, "clipfrac/value": value_clipped},
+            approxkl=approxkl,
+            entropy=entropy,
         )
-        value, value_clipped = value_loss(values, rollout.values, rollout.returns, mask, clip=self.args.value_clip)
-        with torch.no_grad():
-            self._record(
-                **{"loss/policy": policy, "loss/value": value},
-                **{"clipfrac/policy": policy_clipped, "clipfrac/value": value_clipped},
-                approxkl=approx_kl(logprobs, rollout.logprobs, mask),
-                entropy=masked_mean(entropy, mask),
-            )
-        return (policy + self.args.vf_coef * value) * inputs.get("share", 1.0)
+        share = inputs.get("share", 1.0)
+        loss = (of_policy + args.vf_coef * value) * share + args.ptx_coef * of_texts
+        if self.model.training:
+            self._far |= args.max_approx_kl is not None and self._last("approxkl") > args.max_approx_kl
+            self._warn(entropy=self._last("entropy"), loss=self._last("loss/policy") + self._last("loss/value"))
+        return loss
+
+    def _next_texts(self) -> tuple[Tensor, Tensor]:
+        """Texts for this pass, right-padded ids and mask: as many as the minibatch has completions, in a shuffled
+        order that depends on the seed and the pass alone."""
+        world, size = self.accelerator.num_processes, self.args.per_device_train_batch_size
+        first = (self._step * world + self.accelerator.process_index) * size
+        epochs = {}
+        rows = []
+        for i in range(first, first + size):
+            epoch, index = divmod(i, len(self.texts))
+            if epoch not in epochs:
+                generator = torch.Generator().manual_seed(self.args.seed + epoch)
+                epochs[epoch] = torch.randperm(len(self.texts), generator=generator)
+            rows.append(self.texts[epochs[epoch][index]])
+        return self._pad(rows, side="right")
 
     # ------------------------------------------------------------------------------------------ logs and artifacts
     @property
     def _mode(self) -> str:
         return "train" if self.model.training else "eval"
+
+    def _last(self, name: str) -> float:
+        """What `_record` wrote last, over all processes."""
+        return self._metrics[self._mode][name][-1]
 
     def _record(self, **metrics: Tensor) -> None:
         for name, value in metrics.items():
@@ -203,9 +297,26 @@ class PPOTrainer(RLOOTrainer):
         self.model.save_role("value", folder / "value")
         self.processing_class.save_pretrained(folder)
 
+    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
+        """Trainer's, with what completions to the held-out prompts were worth (`eval_score`, `eval_kl` ...), so that
+        `metric_for_best_model` can name it."""
+        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        return {**self.state.log_history[-1], **metrics}
+
+    def _load_best_model(self) -> None:
+        """Take the policy and value of the best checkpoint."""
+        best = self.state.best_model_checkpoint
+        self.model.load_role("policy", read_adapter(best))
+        self.model.load_role("value", read_adapter(f"{best}/value", needs_head=True))
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r}: PPO cannot resume yet; start anew.")
 
     def summary(self) -> dict:
         """What the metrics file states of the run: backbones held by this process, and the log of every update."""
-        return {"backbone_copies": backbone_copies(self.model), "history": self.state.log_history}
+        return {
+            "backbone_copies": backbone_copies(self.model),
+            "stopped": self.watch.stop,
+            "warnings": sorted(self.watch.said),
+            "history": self.state.log_history,
+        }

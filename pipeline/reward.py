@@ -8,14 +8,17 @@ pairs: accuracy beside the human ceiling, by rating gap, and calibration.
 
 import numpy as np
 import torch
+from transformers import set_seed
 from trl import ModelConfig, RewardConfig, RewardTrainer
 
 from data.preferences import load_preferences
+from data.prompts import check_prompt_lengths
 from pipeline.artifacts import finish_stage
-from pipeline.backbone import fingerprint, load_pretrained
+from pipeline.backbone import Backbone, fingerprint, load_pretrained, read_adapter
 from pipeline.configs import DataArguments, RewardModelArguments, check_max_length, lora_config, parse
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows
+from reward_models.normalization import Normalization, measure
 
 
 def held_out_report(trainer: RewardTrainer) -> dict:
@@ -48,6 +51,16 @@ def held_out_report(trainer: RewardTrainer) -> dict:
     return report
 
 
+def normalization_of(pairs: RewardModelArguments, model: ModelConfig, args: RewardConfig, prompts: list) -> Normalization:
+    """Mean and deviation of the trained adapter's scores on completions of the SFT policy."""
+    set_seed(args.seed)
+    base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)
+    backbone = Backbone(base, read_adapter(pairs.sft_adapter, base=base))
+    backbone.add_role("reward", read_adapter(args.output_dir, needs_head=True, base=base))
+    backbone.to(args.device).eval()
+    return measure(backbone, prompts, tokenizer, max_completion_length=pairs.max_completion_length)
+
+
 def main(data: DataArguments, pairs: RewardModelArguments, model: ModelConfig, args: RewardConfig) -> None:
     train = load_preferences(data.dataset_name, data.dataset_train_split)
     held_out = load_preferences(data.eval_source, data.dataset_eval_split) if data.eval_source else None
@@ -57,6 +70,17 @@ def main(data: DataArguments, pairs: RewardModelArguments, model: ModelConfig, a
     base, tokenizer = load_pretrained(model, head=True, trust_remote_code=args.trust_remote_code)
     check_max_length(args.max_length, base.config.get_text_config().max_position_embeddings)
     identity = fingerprint(base)
+    if pairs.sft_adapter:
+        read_adapter(pairs.sft_adapter, base=base)  # an adapter that does not fit is refused before training
+        if "prompt" not in train.column_names:
+            raise ValueError(f"{data.dataset_name}: sft_adapter needs prompts to complete; give the pairs a column `prompt`.")
+        check_prompt_lengths(
+            train.select(range(min(pairs.sft_completions, len(train)))),
+            tokenizer,
+            base.config.get_text_config().max_position_embeddings,
+            pairs.max_completion_length,
+            data.dataset_name,
+        )
     trainer = RewardTrainer(
         model=base,
         args=args,
@@ -72,6 +96,10 @@ def main(data: DataArguments, pairs: RewardModelArguments, model: ModelConfig, a
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = held_out_report(trainer) if held_out else {}
     finish_stage(trainer, identity, {**metrics, "history": trainer.state.log_history})
+    if pairs.sft_adapter and trainer.is_world_process_zero():
+        trainer.accelerator.free_memory()
+        del trainer, base  # the backbone is loaded again, as a language model
+        normalization_of(pairs, model, args, train["prompt"][: pairs.sft_completions]).save(args.output_dir)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 from pipeline.backbone import Backbone, read_adapter
 from reward_models.learned import LearnedReward
+from reward_models.normalization import read_normalization
 
 
 # What TRL's trainers give a reward function by name, beside the columns of the dataset.
@@ -43,6 +44,11 @@ class RewardArguments:
             "help": "Reward functions in TRL's protocol by dotted path, such as trl.rewards.think_format_reward; "
             "with options, functions that make one: trl.rewards.get_repetition_penalty_reward(ngram_size=2)."
         },
+    )
+
+    normalize_scores: bool = field(
+        default=False,
+        metadata={"help": "Scale each adapter's scores to mean 0, deviation 1 on completions of the SFT policy."},
     )
 
     def __post_init__(self):
@@ -119,16 +125,25 @@ def load_functions(texts: list[str], rows: Dataset, name: str) -> list[Callable]
     return functions
 
 
-def learned_rewards(folders: list[str], backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> list[LearnedReward]:
+def learned_rewards(
+    rewards: RewardArguments, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
+) -> list[LearnedReward]:
     """Each adapter as a role of the backbone (`reward`, `reward_2`, ...) with a head of its own, called as its folder.
 
-    Raises what `read_adapter` raises.
+    Normalised, the head in memory gives scores of deviation 1, and a value that starts from it values of that scale.
+
+    Raises what `read_adapter` and `read_normalization` raise.
     """
     learned = []
-    for number, folder in enumerate(folders, 1):
+    for number, folder in enumerate(rewards.reward_adapter, 1):
         role = "reward" if number == 1 else f"reward_{number}"
         backbone.add_role(role, read_adapter(folder, needs_head=True, base=backbone.get_base_model()))
-        learned.append(LearnedReward(backbone, tokenizer, role=role, name=Path(folder).absolute().name))
+        shift = 0.0
+        if rewards.normalize_scores:
+            scale = read_normalization(folder)
+            backbone.heads[role].weight.data /= scale.std
+            shift = scale.mean / scale.std
+        learned.append(LearnedReward(backbone, tokenizer, role=role, name=Path(folder).absolute().name, shift=shift))
     return learned
 
 
@@ -195,9 +210,12 @@ class Composite:
         guarded.__name__ = name
         return guarded
 
+    def weigh(self, columns: Tensor) -> Tensor:
+        """The weighted sum, (B, functions) -> (B,). NaN, for None, adds nothing."""
+        return (columns.masked_fill(columns.isnan(), 0) * self.weights.to(columns)).sum(dim=1)
+
     def total(self, columns: Tensor, prompts: list, completions: list) -> Tensor:
-        """The weighted sum of what the functions gave, (all B, functions) -> (all B,). NaN, for None, adds
-        nothing.
+        """`weigh` of what the functions gave, (all B, functions) -> (all B,), or an error.
 
         All processes call it together: `columns` are gathered, `prompts` and `completions` are those of this process.
 
@@ -209,9 +227,8 @@ class Composite:
         messages = gather_object([str(failure) for failure in failures])
         if messages:
             raise failures[0] if failures else ValueError(messages[0])
-        none = columns.isnan()
-        scores = (columns.masked_fill(none, 0) * self.weights.to(columns)).sum(dim=1)  # their device and precision
-        bad = none.all(dim=1) | ~scores.isfinite()
+        scores = self.weigh(columns)
+        bad = columns.isnan().all(dim=1) | ~scores.isfinite()
         if bad.any():  # of gathered columns, and so the same on all processes
             row = int(bad.nonzero()[0])
             prompt, completion = gather_object(list(zip(prompts, completions, strict=True)))[row]

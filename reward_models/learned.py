@@ -46,16 +46,19 @@ class LearnedReward:
         batch_size: int = 64,
         role: str = "reward",
         name: str = "reward_model",
+        shift: float = 0.0,
     ):
         self.backbone, self.tokenizer, self.batch_size, self.role = backbone, tokenizer, batch_size, role
+        self.shift = shift  # taken from every score
         self.__name__ = name  # TRL logs a reward function under it
 
     def __call__(self, prompts: list, completion_ids: list[list[int]], **kwargs) -> list[float]:
         prompt_ids = tokenize_prompts(prompts, self.tokenizer)
-        return score_rows(
+        scores = score_rows(
             partial(self.backbone.scores, role=self.role),
             [prompt + chosen for prompt, chosen in zip(prompt_ids, completion_ids, strict=True)],
             pad_token_id=self.tokenizer.pad_token_id,
             batch_size=self.batch_size,
             device=self.backbone.get_base_model().device,
         )
+        return [score - self.shift for score in scores]

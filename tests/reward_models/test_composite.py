@@ -200,7 +200,7 @@ def test_several_adapters_score_as_each_does_alone(tiny, sft_adapter, reward_ada
     def learned(*folders):
         base, _ = load_pretrained(ModelConfig(tiny))
         backbone = Backbone(base, read_adapter(sft_adapter, base=base))
-        return learned_rewards(list(folders), backbone, tokenizer), backbone.eval()
+        return learned_rewards(RewardArguments(list(folders)), backbone, tokenizer), backbone.eval()
 
     given = {"prompts": ["A film", "It's"], "completion_ids": [tokenizer(" of wit")["input_ids"], [5]]}
     both, backbone = learned(other_reward_adapter, reward_adapter)

@@ -1,0 +1,25 @@
+"""How far the policy is from its reference, and how hard that is punished."""
+
+import torch
+from torch import Tensor
+
+
+def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, estimator: str = "k1") -> Tensor:
+    """Sampled KL of the policy from the reference at each token, in nats, (B, T); 0 on padding.
+
+    With x = logprobs - ref_logprobs: k1 = x is unbiased and can be negative; k3 = exp(-x) - 1 + x is unbiased, never
+    negative, and varies less (http://joschu.net/blog/kl-approx.html).
+    """
+    log_ratio = (logprobs - ref_logprobs).masked_fill(~mask, 0)
+    return log_ratio if estimator == "k1" else torch.expm1(-log_ratio) + log_ratio
+
+
+def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, batch_size: int) -> float:
+    """The coefficient after an update whose mean KL was `kl` nats a sequence: a proportional controller in log space.
+
+    e = clip(kl / target - 1, -0.2, 0.2);  coefficient *= 1 + e * batch_size / horizon
+
+    Ziegler et al. 2019 (arXiv 1909.08593), section 2.2. `horizon` and `batch_size` count sequences.
+    """
+    error = min(max(kl / target - 1, -0.2), 0.2)
+    return kl_coef * (1 + error * batch_size / horizon)

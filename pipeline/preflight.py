@@ -1,0 +1,196 @@
+"""Checks before PPO, in seconds: what is wrong here would make every later curve a riddle."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase, set_seed
+from trl.trainer.utils import pad
+
+from data.prompts import tokenize_prompts
+from pipeline.artifacts import read_metrics
+from pipeline.backbone import Backbone
+from pipeline.configs import PPOConfig
+from pipeline.sampling import Sample, sample
+from reward_models.learned import score_rows
+
+
+PROMPTS, BATCH = 64, 8
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: what was measured, the bound it is held to, its result, and why it matters."""
+
+    name: str
+    measured: float | None
+    bound: str
+    result: str  # passed, warning or refused
+    why: str
+
+    def __str__(self) -> str:
+        measured = "unknown" if self.measured is None else f"{self.measured:.4g}"
+        return f"{self.name}: {measured}, bound {self.bound}. {self.why}"
+
+
+@torch.no_grad()
+def preflight(
+    backbone: Backbone,
+    prompts: list,
+    tokenizer: PreTrainedTokenizerBase,
+    args: PPOConfig,
+    reward_adapter: str | None = None,
+) -> list[Check]:
+    """Look at the policy at step 0, and at its reward model, on completions of the first 64 prompts.
+
+    Raises:
+        ValueError: a check refuses; the message has every one that does.
+    """
+    set_seed(args.seed)
+    was_training = backbone.training
+    backbone.train()  # as in PPO, so that dropout shows
+    rows = tokenize_prompts(prompts[:PROMPTS], tokenizer)
+    batches = list(
+        sample(
+            backbone,
+            "policy",
+            rows,
+            tokenizer,
+            max_completion_length=args.max_completion_length,
+            temperature=args.temperature,
+            batch_size=BATCH,
+            keep_logprobs=True,
+        )
+    )
+    checks = list(_policy_checks(backbone, batches, args))
+    if reward_adapter:
+        completions = [row for batch in batches for row in batch.rows()]
+        checks += _reward_model_checks(read_metrics(reward_adapter), args)
+        checks += _score_checks(backbone, rows, completions, tokenizer, args)
+    backbone.train(was_training)
+    refused = [str(check) for check in checks if check.result == "refused"]
+    if refused:
+        raise ValueError("PPO is refused before it starts. " + " ".join(refused))
+    return checks
+
+
+def _tolerance(args: PPOConfig, backbone: Backbone) -> float:
+    """The difference of logprobs or scores that arithmetic alone explains."""
+    exact = backbone.get_base_model().dtype in (torch.float32, torch.float64) and not (args.bf16 or args.fp16)
+    return 1e-3 if exact else 0.25
+
+
+def _held(name: str, measured: float, bound: float, failing: str, why: str, *, least: bool = False) -> Check:
+    fine = measured >= bound if least else measured <= bound
+    return Check(name, measured, f"{'at least' if least else 'at most'} {bound:g}", "passed" if fine else failing, why)
+
+
+def _policy_checks(backbone: Backbone, batches: list[Sample], args: PPOConfig) -> Iterator[Check]:
+    """On logprobs of the same tokens: sampled, rescored, rescored again, and by the reference."""
+    bound, largest = _tolerance(args, backbone), {"sampled": 0.0, "again": 0.0, "reference": 0.0}
+    for batch in batches:
+        inputs = (*batch[:3], args.temperature)
+        policy = backbone.logprobs("policy", *inputs)[0]
+        for name, other in (
+            ("sampled", batch.logprobs),
+            ("again", backbone.logprobs("policy", *inputs)[0]),
+            ("reference", backbone.logprobs("reference", *inputs)[0]),
+        ):
+            difference = (policy - other).masked_fill(~batch.mask, 0).abs().max().item()
+            largest[name] = max(largest[name], difference)
+    yield _held(
+        "dropout is off",
+        largest["again"],
+        bound,
+        "refused",
+        "Largest difference of a token's logprob between two passes in training mode (nats). Above the bound, ratios "
+        "do not start at 1: set disable_dropout: true, and the model's own dropout options to 0.",
+    )
+    yield _held(
+        "sampled and rescored logprobs agree",
+        largest["sampled"],
+        bound,
+        "refused",
+        "Largest difference (nats) of a token's logprob in generation and in the pass that PPO trains. Above the "
+        "bound, the policy that samples is not the one that learns: look at positions, padding and attention.",
+    )
+    yield _held(
+        "KL is 0 at step 0",
+        largest["reference"],
+        bound,
+        "refused",
+        "Largest difference (nats) of a token's logprob by policy and reference, which start as one adapter.",
+    )
+
+
+def _reward_model_checks(metrics: dict[str, Any], args: PPOConfig) -> Iterator[Check]:
+    """What the reward stage measured on held-out pairs."""
+    why = "Share of held-out pairs that the reward model orders as people do; 0.5 is chance."
+    if "accuracy" not in metrics:
+        note = "Its folder has no metrics.json with it: this reward model may be no better than chance."
+        yield Check("reward model's accuracy", None, f"at least {args.min_reward_accuracy:g}", "warning", note)
+        return
+    yield _held(
+        "reward model's accuracy",
+        metrics["accuracy"],
+        args.min_reward_accuracy,
+        "refused",
+        f"{why} Train it longer or on more pairs, or lower min_reward_accuracy.",
+        least=True,
+    )
+    yield _held(
+        "reward model's calibration error",
+        metrics["ece"],
+        0.15,
+        "warning",
+        "Mean gap between how sure it is and how often people agree. An overconfident model rewards small "
+        "differences too much.",
+    )
+
+
+def _score_checks(
+    backbone: Backbone,
+    prompt_rows: list[list[int]],
+    completions: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    args: PPOConfig,
+) -> Iterator[Check]:
+    """On the scores of the completions."""
+    rows = [prompt + chosen for prompt, chosen in zip(prompt_rows, completions, strict=True)]
+    device, pad_id = backbone.get_base_model().device, tokenizer.pad_token_id
+    alone, together = (
+        np.array(score_rows(backbone.scores, rows, pad_token_id=pad_id, batch_size=size, device=device))
+        for size in (1, len(rows))
+    )
+    tensors = [torch.tensor(row) for row in rows]
+    ids = pad(tensors, padding_value=pad_id, padding_side="left").to(device)
+    mask = pad([torch.ones_like(row) for row in tensors], padding_value=0, padding_side="left").to(device)
+    left = backbone.scores(ids, mask).cpu().numpy()
+    spread = float(together.std())
+    yield _held(
+        "scores vary on SFT completions",
+        spread,
+        1e-3,
+        "refused",
+        f"Standard deviation of the scores; their mean is {together.mean():.3f}. Without it there is nothing to learn.",
+        least=True,
+    )
+    yield _held(
+        "scores do not depend on batch and padding",
+        float(max(np.abs(together - alone).max(), np.abs(left - alone).max())),
+        _tolerance(args, backbone) * max(1.0, spread),
+        "refused",
+        "Largest difference of a text's score alone, in a batch padded at the right, and padded at the left.",
+    )
+    lengths = np.array([len(row) for row in completions], dtype=float)
+    related = float(np.corrcoef(lengths, together)[0, 1]) if lengths.std() and spread else 0.0
+    yield _held(
+        "scores are not lengths",
+        abs(related),
+        0.5,
+        "warning",
+        f"Size of the correlation of score and completion length ({related:+.2f}): a policy that chases such a score "
+        f"will write {'longer' if related > 0 else 'shorter'} before it writes better.",
+    )

@@ -1,0 +1,87 @@
+"""A table of completions to fixed prompts as training goes on: what curves do not tell."""
+
+import asyncio
+import json
+from importlib import import_module
+from pathlib import Path
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from data.prompts import tokenize_prompts
+from pipeline.kl import kl_per_token
+from pipeline.sampling import sample
+from reward_models.composite import call_rewards
+from reward_models.rules import sentiment
+
+
+class SampleTable(TrainerCallback):
+    """Samples the same prompts with the same seed before training and every `sample_updates` updates.
+
+    Each row is step, prompt, completion, score, KL (nats) and the judge's compound (-1 to 1). Rows are appended to
+    `samples.jsonl` in the run's folder, and go as a table to trackio and wandb and as text to tensorboard, where
+    `report_to` names them. The state of the random generators is put back, so that training is as without it.
+    """
+
+    def __init__(self, trainer, prompts: Dataset):
+        self.trainer, self.prompts = trainer, prompts
+        self.path = Path(trainer.args.output_dir) / "samples.jsonl"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("")
+        self._add(state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        steps = self.trainer.steps_per_update // args.gradient_accumulation_steps * args.sample_updates
+        if state.global_step % steps == 0:
+            self._add(state.global_step)
+
+    def _add(self, step: int) -> None:
+        rows = self._rows(step)  # on all processes, since sharded models generate together
+        if self.trainer.is_world_process_zero():
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+            self._report(step, pd.DataFrame(rows))
+
+    def _report(self, step: int, table: pd.DataFrame) -> None:
+        for name in ("trackio", "wandb"):
+            if name in self.trainer.args.report_to:
+                tracker = import_module(name)
+                tracker.log({"samples": tracker.Table(dataframe=table)})
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer:
+                callback.tb_writer.add_text("samples", table.to_html(index=False), step)
+
+    @torch.no_grad()
+    def _rows(self, step: int) -> list[dict]:
+        trainer, model, args = self.trainer, self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.args
+        asked, was_training = self.prompts["prompt"][:], model.training
+        model.eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            (batch,) = sample(
+                model,
+                "policy",
+                tokenize_prompts(asked, trainer.processing_class),
+                trainer.processing_class,
+                max_completion_length=args.max_completion_length,
+                temperature=args.temperature,
+                batch_size=len(asked),
+            )
+        inputs = (*batch[:3], args.temperature)
+        policy, reference = (model.logprobs(role, *inputs)[0] for role in ("policy", "reference"))
+        kl = kl_per_token(policy, reference, batch.mask).sum(dim=1)
+        texts = trainer.processing_class.batch_decode(batch.rows(), skip_special_tokens=True)
+        completions = texts if isinstance(asked[0], str) else [[{"role": "assistant", "content": t}] for t in texts]
+        with asyncio.Runner() as runner:
+            columns = call_rewards(trainer.composite.functions, self.prompts, completions, batch.rows(), runner)
+        scores = trainer.composite.weigh(columns)
+        model.train(was_training)
+        columns = zip(asked, texts, scores.tolist(), kl.tolist(), sentiment(asked, completions), strict=True)
+        names = ("prompt", "completion", "score", "kl", "judge")
+        return [{"step": step, **dict(zip(names, row, strict=True))} for row in columns]

@@ -1,0 +1,65 @@
+"""Completions of any role to any prompts, outside of training: one place for all who sample to look."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from trl.trainer.utils import pad
+
+from pipeline.backbone import Backbone
+
+
+class Sample(NamedTuple):
+    """A batch of B completions of at most T tokens. Prompts are padded at the left, completions at the right."""
+
+    input_ids: Tensor  # (B, P + T) prompts and completions
+    attention_mask: Tensor  # (B, P + T)
+    completion_ids: Tensor  # (B, T)
+    mask: Tensor  # (B, T) bool, True up to and with the end-of-text token
+    logprobs: Tensor | None  # (B, T) of the tokens as they were sampled, in nats, where they are kept
+
+    def rows(self) -> list[list[int]]:
+        """The real tokens of each completion."""
+        return [row[keep].tolist() for row, keep in zip(self.completion_ids, self.mask, strict=True)]
+
+
+@torch.no_grad()
+def sample(
+    backbone: Backbone,
+    role: str,
+    prompt_ids: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_completion_length: int,
+    temperature: float,
+    batch_size: int,
+    keep_logprobs: bool = False,
+) -> Iterator[Sample]:
+    """One completion to each prompt, in batches, from the whole vocabulary at `temperature`."""
+    device = backbone.get_base_model().device
+    generation = GenerationConfig(
+        max_new_tokens=max_completion_length,
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        return_dict_in_generate=True,
+        output_logits=keep_logprobs,
+    )
+    for start in range(0, len(prompt_ids), batch_size):
+        rows = [torch.tensor(ids) for ids in prompt_ids[start : start + batch_size]]
+        ids = pad(rows, padding_value=tokenizer.pad_token_id, padding_side="left").to(device)
+        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
+        with backbone.role(role):
+            output = backbone.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
+        chosen = output.sequences[:, ids.shape[1] :]
+        is_end = chosen == tokenizer.eos_token_id
+        real = is_end.cumsum(dim=1) - is_end.long() == 0  # no end-of-text token before this one
+        logprobs = None
+        if keep_logprobs:
+            logits = torch.stack(output.logits, dim=1).float() / temperature
+            logprobs = logits.log_softmax(dim=-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+        yield Sample(output.sequences, torch.cat([mask, real.long()], dim=1), chosen, real, logprobs)

@@ -1,0 +1,74 @@
+"""Scores in units of the SFT policy: mean 0 and deviation 1 on its completions (Ziegler et al. 2019, section 2.1).
+
+A reward model is trained on differences, so its scale and zero are arbitrary, and with them what a KL coefficient
+means. The two numbers are stored beside the adapter, not in its head: the head keeps its calibration.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from data.prompts import tokenize_prompts
+from pipeline.backbone import Backbone
+from pipeline.sampling import sample
+from reward_models.learned import score_rows
+
+
+FILE = "score_normalization.json"
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """Mean and standard deviation of a reward adapter's scores on completions of the SFT policy."""
+
+    mean: float
+    std: float
+    completions: int
+
+    def save(self, folder: str | Path) -> None:
+        (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def read_normalization(folder: str) -> Normalization:
+    """What `pipeline.reward` stored beside a reward adapter (a folder or a hub id).
+
+    Raises:
+        ValueError: there is none, or its numbers are of no use.
+    """
+    path = cached_file(folder, FILE, _raise_exceptions_for_missing_entries=False)
+    if path is None:
+        raise ValueError(
+            f"normalize_scores: {folder} has no {FILE}. Train the reward model with --sft_adapter, which measures its "
+            f"scores on that policy's completions, or set normalize_scores: false."
+        )
+    found = Normalization(**json.loads(Path(path).read_text()))
+    if not np.isfinite([found.mean, found.std]).all() or found.std <= 0:
+        raise ValueError(f"{path}: mean {found.mean} and std {found.std} are no scale of scores; measure them anew.")
+    return found
+
+
+def measure(
+    backbone: Backbone,
+    prompts: list,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_completion_length: int,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+) -> Normalization:
+    """Sample a completion to each prompt as the policy role, and score it as the reward role."""
+    prompt_ids = tokenize_prompts(prompts, tokenizer)
+    options = {"max_completion_length": max_completion_length, "temperature": temperature, "batch_size": batch_size}
+    completions = [row for batch in sample(backbone, "policy", prompt_ids, tokenizer, **options) for row in batch.rows()]
+    scores = score_rows(
+        backbone.scores,
+        [prompt + chosen for prompt, chosen in zip(prompt_ids, completions, strict=True)],
+        pad_token_id=tokenizer.pad_token_id,
+        batch_size=batch_size,
+        device=backbone.get_base_model().device,
+    )
+    return Normalization(float(np.mean(scores)), float(np.std(scores)), len(scores))
