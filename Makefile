@@ -16,7 +16,8 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 # SFT, reward model, PPO and evaluation on the embedded default; leaves $(OUT)/report.md and report.json.
 demo: .venv/installed
 	$(LAUNCH) pipeline.sft --config $(RECIPES)/demo/sft.yaml --seed $(SEED) --output_dir $(OUT)/sft
-	$(LAUNCH) pipeline.reward --config $(RECIPES)/demo/reward.yaml --seed $(SEED) --output_dir $(OUT)/reward
+	$(LAUNCH) pipeline.reward --config $(RECIPES)/demo/reward.yaml --seed $(SEED) --output_dir $(OUT)/reward \
+		--sft_adapter $(OUT)/sft
 	$(LAUNCH) pipeline.ppo --config $(RECIPES)/demo/ppo.yaml --seed $(SEED) --output_dir $(OUT)/ppo \
 		--sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward
 	$(LAUNCH) pipeline.evaluation --config $(RECIPES)/demo/evaluation.yaml --seed $(SEED) --output_dir $(OUT) \
