@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 SEED ?= 0
 OUT ?= runs/demo
+SEEDS ?= 0 1 2 3 4 5 6 7 8 9
 
 LAUNCH = .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml -m
 RECIPES = pipeline/recipes
@@ -11,7 +12,7 @@ RECIPES = pipeline/recipes
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 
-.PHONY: demo reward-long backbone test
+.PHONY: demo seeds reward-long backbone test
 
 # SFT, reward model, PPO and evaluation on the embedded default; leaves $(OUT)/report.md and report.json.
 demo: .venv/installed
@@ -22,6 +23,11 @@ demo: .venv/installed
 		--sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward
 	$(LAUNCH) pipeline.evaluation --config $(RECIPES)/demo/evaluation.yaml --seed $(SEED) --output_dir $(OUT) \
 		--sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward --ppo_adapter $(OUT)/ppo
+
+# The README's table: the demo under ten seeds, about an hour.
+seeds: .venv/installed
+	for seed in $(SEEDS); do $(MAKE) demo SEED=$$seed OUT=runs/seeds/$$seed || exit 1; done
+	.venv/bin/python -m pipeline.report $(SEEDS:%=runs/seeds/%/report.json)
 
 # A longer reward model, about half an hour; leaves runs/reward-long/metrics.json.
 reward-long: .venv/installed

@@ -145,6 +145,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         "score_win_rate": bootstrap_interval(wins(ppo.scores, sft.scores)),
         **({"reward_model": measured} if measured else {}),
         "backbone_copies": metrics["ppo"].get("backbone_copies"),
+        "preflight": metrics["ppo"].get("preflight", []),
         "seconds": {stage: found["seconds"] for stage, found in metrics.items() if found},
     }
     folder = Path(args.output_dir)

@@ -17,7 +17,7 @@ from pipeline.sampling import Sample, sample
 from reward_models.learned import score_rows
 
 
-PROMPTS, BATCH = 64, 8
+PROMPTS, BATCH = 64, 32
 
 
 @dataclass(frozen=True)

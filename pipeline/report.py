@@ -1,12 +1,17 @@
-"""The evaluation stage's report: four figures and the text of report.md.
+"""The evaluation stage's report: four figures and the text of report.md; and a table of several seeds' reports.
+
+    python -m pipeline.report runs/seeds/*/report.json
 
 Figures go through matplotlib's object API (`Figure`, Agg), so nothing here touches pyplot's global state or a display.
 They are about 900 px wide, the width of a README, with the type at its final size.
 """
 
+import json
 import math
+import sys
 from collections.abc import Sequence
 from os import PathLike
+from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -294,6 +299,15 @@ def _samples(samples: list[dict]) -> str:
     return _table(["prompt", "SFT", title, "PPO", title], rows, numbers=(2, 4))
 
 
+def _checks(checks: list[dict]) -> str:
+    """The preflight's table: what was looked at before PPO began, and why."""
+    rows = [
+        [check["name"], _number(check["measured"], ".3g"), check["bound"], check["result"], markdown_cell(check["why"])]
+        for check in checks
+    ]
+    return _table(["check", "measured", "bound", "result", "why"], rows, numbers=(1,))
+
+
 def markdown_report(report: dict, samples: list[dict]) -> str:
     """The text of report.md, which lies beside the four figures.
 
@@ -301,7 +315,7 @@ def markdown_report(report: dict, samples: list[dict]) -> str:
         report: `sft` and `ppo` (dicts with the keys of `METRICS`), and as far as there are any: `judge_gain` and
             `win_rate` (see `pipeline.metrics.bootstrap_interval`, at its level of 95%), `reward_model` (see
             `reward_models.calibration.reward_model_report`), `seconds` (stage -> seconds), `prompts`, `seed`,
-            `backbone_copies`. What is missing is left out; a metric that only one model has shows as a dash.
+            `backbone_copies`, `preflight` (see `pipeline.preflight.Check`). What is missing is left out; a metric that only one model has shows as a dash.
         samples: dicts with `prompt`, `sft`, `ppo` (strings) and `sft_score`, `sft_judge`, `ppo_score`, `ppo_judge`.
     """
     sft, ppo = report["sft"], report["ppo"]
@@ -316,9 +330,56 @@ def markdown_report(report: dict, samples: list[dict]) -> str:
     parts.append(_figure_link("ppo_curves", "Mean score, KL to the reference and value loss during PPO"))
     if report.get("reward_model"):
         parts += ["## Reward model", *_reward_model(report["reward_model"])]
+    if report.get("preflight"):
+        parts += ["## Before training", _checks(report["preflight"])]
     if samples:
         parts += ["## Samples", _samples(samples)]
     if report.get("seconds"):
         seconds = [[markdown_cell(stage), f"{value:,.1f}"] for stage, value in report["seconds"].items()]
         parts += ["## Time", _table(["stage", "seconds"], seconds, numbers=(1,))]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+# ----------------------------------------------------------------------------------------------- several seeds
+def seeds_table(reports: Sequence[dict]) -> str:
+    """The README's table and chart of one recipe under several seeds, from the report.json of each."""
+
+    def interval(report: dict, key: str, form: str) -> str:
+        mean, low, high = (format(report[key][end], form) for end in ("mean", "low", "high"))
+        return f"{mean} [{low}, {high}]"
+
+    def change(report: dict, key: str, form: str) -> str:
+        return f"{report['sft'][key]:{form}} → {report['ppo'][key]:{form}}"
+
+    reports = sorted(reports, key=lambda report: report["seed"])
+    header = ("seed", "score, SFT → PPO", "judge, SFT → PPO", "gain, 95% interval", "PPO beats SFT", "KL, nats")
+    rows = [
+        [
+            str(report["seed"]),
+            change(report, "score", "+.2f"),
+            change(report, "judge", "+.2f"),
+            interval(report, "judge_gain", "+.2f"),
+            interval(report, "win_rate", ".0%"),
+            f"{report['ppo']['kl']:.1f}",
+            change(report, "distinct_2", ".2f"),
+            f"{report['reward_model']['accuracy']:.3f}",
+        ]
+        for report in reports
+    ]
+    bars = {model: ", ".join(f"{report[model]['judge']:.2f}" for report in reports) for model in ("ppo", "sft")}
+    chart = (
+        "```mermaid",
+        "xychart-beta",
+        '    title "Judge on held-out prompts: SFT (front), PPO (behind)"',
+        f'    x-axis "seed" [{", ".join(str(report["seed"]) for report in reports)}]',
+        '    y-axis "VADER compound" 0 --> 0.7',
+        f"    bar [{bars['ppo']}]",
+        f"    bar [{bars['sft']}]",
+        "```",
+    )
+    table = _table((*header, "distinct-2, SFT → PPO", "reward model accuracy"), rows)
+    return table + "\n\n" + "\n".join(chart)
+
+
+if __name__ == "__main__":
+    print(seeds_table([json.loads(Path(path).read_text()) for path in sys.argv[1:]]))

@@ -16,7 +16,12 @@ from pipeline.backbone import Backbone, load_pretrained, read_adapter
 
 
 ROOT = Path(__file__).parents[1]
-LAUNCH = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", "accelerate_configs/cpu.yaml", "-m"]
+README = (ROOT / "README.md").read_text()
+# What the README says to type, by stage and recipe.
+COMMANDS = {
+    tuple(re.search(r"-m pipeline\.(\w+) --config pipeline/recipes/(\S+)", line).groups()): line
+    for line in re.findall(r"^accelerate launch .*$", README, re.MULTILINE)
+}
 
 PLAIN_PEFT = """
 import sys, torch
@@ -41,7 +46,9 @@ assert not {"pipeline", "reward_models", "data"} & set(sys.modules)
 
 
 def launch(stage, recipe, *options):
-    command = [*LAUNCH, f"pipeline.{stage}", "--config", f"pipeline/recipes/{recipe}", *map(str, options)]
+    """Run the README's command for this stage and recipe, with more options."""
+    words = COMMANDS[stage, recipe].split()[2:]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *words, *map(str, options)]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
@@ -60,9 +67,10 @@ def demo(tiny, tmp_path_factory):
     before = digest(tiny)
     printed = {
         "sft": launch("sft", "demo/sft.yaml", *short, 2, "--output_dir", out / "sft"),
-        "reward": launch("reward", "demo/reward.yaml", *short, 2, "--output_dir", out / "reward"),
+        "reward": launch("reward", "demo/reward.yaml", *short, 2, "--output_dir", out / "reward",
+                         "--sft_adapter", out / "sft", "--max_completion_length", 6),
         "ppo": launch("ppo", "demo/ppo.yaml", *short, 8, "--num_iterations", 2, "--max_completion_length", 6,
-                      "--output_dir", out / "ppo", "--sft_adapter", out / "sft", "--reward_adapter", out / "reward"),
+                      "--min_reward_accuracy", 0, "--output_dir", out / "ppo", "--sft_adapter", out / "sft", "--reward_adapter", out / "reward"),
         "evaluation": launch("evaluation", "demo/evaluation.yaml", *base, "--output_dir", out, "--max_prompts", 64,
                              "--max_completion_length", 6, "--sft_adapter", out / "sft",
                              "--reward_adapter", out / "reward", "--ppo_adapter", out / "ppo"),
@@ -90,6 +98,7 @@ def test_the_report_holds_what_the_readme_promises(demo):
     for picture in re.findall(r"\]\((\S+\.png)\)", text):
         assert (out / picture).read_bytes()[:4] == b"\x89PNG"
     assert text.count(".png)") == 4
+    assert len(report["preflight"]) == 8 and "## Before training" in text
     for stage in ("sft", "reward", "ppo", "evaluation"):
         assert re.search(r"\d+%\|", printed[stage].stderr), f"{stage} shows no progress bar"
 
@@ -141,6 +150,14 @@ def test_adapters_load_in_a_fresh_interpreter_without_our_code(demo, tiny, folde
     real = mask.bool()
     torch.testing.assert_close(logits[real], theirs["logits"][real], atol=1e-5, rtol=0)
     assert text.tolist() == theirs["text"].tolist()
+
+
+def test_no_command_of_the_readme_is_left_out():
+    demo = [(stage, f"demo/{stage}.yaml") for stage in ("sft", "reward", "ppo", "evaluation")]
+    assert list(COMMANDS) == [*demo, ("ppo", "hello_world/ppo.yaml")]  # all are run in this file
+    targets = set(re.findall(r"^make (\S+)", README, re.MULTILINE))
+    rules = set(re.findall(r"^(\S+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert targets >= {"demo", "test"} and targets <= rules
 
 
 @pytest.mark.slow
