@@ -73,7 +73,10 @@ def main(data: DataArguments, pairs: RewardModelArguments, model: ModelConfig, a
     if pairs.sft_adapter:
         read_adapter(pairs.sft_adapter, base=base)  # an adapter that does not fit is refused before training
         if "prompt" not in train.column_names:
-            raise ValueError(f"{data.dataset_name}: sft_adapter needs prompts to complete; give the pairs a column `prompt`.")
+            raise ValueError(
+                f"{data.dataset_name}: sft_adapter={pairs.sft_adapter!r} needs prompts to complete; give the pairs a "
+                f"column `prompt`, or set sft_adapter to '' and leave scores as they are."
+            )
         check_prompt_lengths(
             train.select(range(min(pairs.sft_completions, len(train)))),
             tokenizer,
