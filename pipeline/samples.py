@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from collections.abc import Coroutine
 from importlib import import_module
 from pathlib import Path
 
@@ -57,9 +58,17 @@ class SampleTable(TrainerCallback):
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer:
                 callback.tb_writer.add_text("samples", table.to_html(index=False), step)
 
+    def _run(self, coroutine: Coroutine) -> list:
+        """In TRL's event loop, to which async clients are bound."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self.trainer.async_loop).result()
+
     @torch.no_grad()
     def _rows(self, step: int) -> list[dict]:
-        trainer, model, args = self.trainer, self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.args
+        trainer, model, args = (
+            self.trainer,
+            self.trainer.accelerator.unwrap_model(self.trainer.model),
+            self.trainer.args,
+        )
         asked, was_training = self.prompts["prompt"][:], model.training
         model.eval()
         with torch.random.fork_rng():
@@ -78,9 +87,8 @@ class SampleTable(TrainerCallback):
         kl = kl_per_token(policy, reference, batch.mask).sum(dim=1)
         texts = trainer.processing_class.batch_decode(batch.rows(), skip_special_tokens=True)
         completions = texts if isinstance(asked[0], str) else [[{"role": "assistant", "content": t}] for t in texts]
-        with asyncio.Runner() as runner:
-            columns = call_rewards(trainer.composite.functions, self.prompts, completions, batch.rows(), runner)
-        scores = trainer.composite.weigh(columns)
+        columns = call_rewards(trainer.composite.functions, self.prompts, completions, batch.rows(), self._run)
+        scores = trainer.composite.total(columns, asked, completions)
         model.train(was_training)
         columns = zip(asked, texts, scores.tolist(), kl.tolist(), sentiment(asked, completions), strict=True)
         names = ("prompt", "completion", "score", "kl", "judge")
