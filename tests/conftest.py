@@ -77,6 +77,16 @@ def other_reward_adapter(tiny, tmp_path_factory) -> str:
     return make_adapter(tiny, tmp_path_factory.mktemp("other_reward"), head=True, seed=3)
 
 
+def make_likely(backbone: Backbone, *tokens: int) -> None:
+    """From here on, each of these tokens comes about a third as often as all others together."""
+
+    def hook(module, inputs, logits):
+        likely = torch.isin(torch.arange(logits.shape[-1]), torch.tensor(tokens))
+        return torch.where(likely, logits.logsumexp(dim=-1, keepdim=True) - 1.1, logits)  # e^-1.1 = 1/3
+
+    backbone.get_base_model().lm_head.register_forward_hook(hook)
+
+
 @pytest.fixture
 def tokenizer(tiny):
     return AutoTokenizer.from_pretrained(tiny)

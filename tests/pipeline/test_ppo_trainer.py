@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import PROMPTS
+from conftest import PROMPTS, make_likely
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer, TrainerCallback
 from trl import RLOOTrainer
@@ -563,12 +563,7 @@ def test_a_pad_token_that_is_the_end_of_text(make_trainer, tokenizer):
     penalty = {"missing_eos_penalty": 3.0, "beta": 0.0, "gamma": 1.0, "lam": 1.0}
     trainer = make_trainer(reward_funcs=[ones], learning_rate=1e-3, **penalty)
     trainer.model.get_base_model().config.pad_token_id = end
-
-    def end_often(module, inputs, logits):
-        often = torch.arange(logits.shape[-1]) == end
-        return torch.where(often, logits.amax(dim=-1, keepdim=True), logits)
-
-    trainer.model.get_base_model().lm_head.register_forward_hook(end_often)
+    make_likely(trainer.model, end)
     trainer.train()
     rollout = Rollout(**trainer._rollout)
     ids, mask = rollout.completion_ids, rollout.completion_mask
