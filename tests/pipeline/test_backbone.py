@@ -47,6 +47,17 @@ def test_roles_give_what_plain_peft_gives(backbone, tokenizer, sft_adapter, rewa
         torch.testing.assert_close(backbone.scores(ids, mask), scores, atol=1e-5, rtol=0)
 
 
+def test_a_fresh_score_head(tiny):
+    """32 hidden units: 30 heads of N(0, 1/33), without a bias; their deviation within four standard errors."""
+    torch.manual_seed(0)
+    heads = [load_pretrained(ModelConfig(tiny), head=True)[0].score for _ in range(30)]
+    weights = torch.cat([head.weight for head in heads])
+    error = 33**-0.5 / (2 * weights.numel()) ** 0.5
+    assert weights.std().item() == pytest.approx(33**-0.5, abs=4 * error)
+    assert weights.mean().abs().item() < 4 * 33**-0.5 / weights.numel() ** 0.5
+    assert all(head.bias is None for head in heads)
+
+
 def test_the_bare_backbone_is_the_base_model(backbone, tokenizer, tiny):
     ids, mask = padded(tokenizer, "right")
     base = GPT2LMHeadModel.from_pretrained(tiny).eval()

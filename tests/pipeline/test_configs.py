@@ -243,6 +243,7 @@ def test_defaults_of_what_is_an_option():
     assert (args.critic, args.value_init, args.critic_warmup_updates) == ("adapter", "auto", 0)
     assert (args.entropy_coef, args.ptx_coef, args.max_approx_kl) == (0, 0, None)
     assert not args.whiten_rewards
+    assert (args.adam_epsilon, args.lr_scheduler_type) == (1e-5, "linear")
     assert (args.min_reward_accuracy, args.sample_updates) == (0.55, 0)
 
 

@@ -70,6 +70,18 @@ def test_every_epoch_reshuffles_the_same_rollout(make_trainer):
     assert sorted(epochs[0]) != sorted(epochs[2])
 
 
+def test_each_pass_over_the_prompts_has_an_order_of_its_own(make_trainer):
+    passes = []
+
+    def noting(prompts, **kwargs):
+        passes.append(list(prompts))
+        return [0.0] * len(prompts)
+
+    make_trainer(reward_funcs=[noting], max_steps=12).train()
+    assert len(passes) == 3 and all(sorted(asked) == sorted(PROMPTS) for asked in passes)
+    assert passes[0] != passes[1] != passes[2]
+
+
 def test_a_seed_fixes_the_result(make_trainer):
     results = []
     for seed in (0, 0, 1):
