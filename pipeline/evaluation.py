@@ -113,7 +113,9 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     backbone = Backbone(base, policy)
     if args.sft_adapter:
         backbone.add_role("reference", read_adapter(args.sft_adapter, base=base))
-    composite = Composite(learned_rewards(rewards, backbone, tokenizer) + functions, args.reward_weights)
+    composite = Composite(
+        learned_rewards(rewards, backbone, tokenizer) + functions, args.reward_weights
+    )
     backbone.to(Accelerator().device).eval()
 
     results, asked = {}, prompts["prompt"][:]
@@ -124,7 +126,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
             if not isinstance(asked[0], str):
                 answers = [[{"role": "assistant", "content": answer}] for answer in answers]
             done.judge = np.array(sentiment(asked, answers))
-            columns = call_rewards(composite.functions, prompts, answers, done.ids, runner.run)
+            columns = call_rewards(composite.functions, prompts, answers, done.ids, runner)
             done.scores = composite.total(columns, asked, answers).numpy()
             done.rewards = dict(zip(composite.names, columns.nanmean(dim=0).tolist(), strict=True))
 

@@ -33,9 +33,7 @@ class RoleArguments:
     sft_adapter: str | None = field(
         default=None, metadata={"help": "Adapter the policy starts from and is held to; unset: the bare backbone."}
     )
-    ptx_dataset_name: str | None = field(
-        default=None, metadata={"help": "Texts of the language-model loss (ptx_coef)."}
-    )
+    ptx_dataset_name: str | None = field(default=None, metadata={"help": "Texts of the language-model loss (ptx_coef)."})
     ptx_dataset_split: str = field(default="train", metadata={"help": "Split of them (a single file has none)."})
 
 

@@ -5,6 +5,7 @@ import json
 from collections.abc import Coroutine
 from importlib import import_module
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -17,6 +18,15 @@ from pipeline.kl import kl_per_token
 from pipeline.sampling import sample
 from reward_models.composite import call_rewards
 from reward_models.rules import sentiment
+
+
+class TrainerLoop(NamedTuple):
+    """The event loop in which a trainer of TRL calls async rewards, to which their clients are bound."""
+
+    trainer: Any
+
+    def run(self, coroutine: Coroutine) -> list:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.trainer.async_loop).result()
 
 
 class SampleTable(TrainerCallback):
@@ -58,10 +68,6 @@ class SampleTable(TrainerCallback):
             if isinstance(callback, TensorBoardCallback) and callback.tb_writer:
                 callback.tb_writer.add_text("samples", table.to_html(index=False), step)
 
-    def _run(self, coroutine: Coroutine) -> list:
-        """In TRL's event loop, to which async clients are bound."""
-        return asyncio.run_coroutine_threadsafe(coroutine, self.trainer.async_loop).result()
-
     @torch.no_grad()
     def _rows(self, step: int) -> list[dict]:
         trainer, model, args = (
@@ -87,7 +93,7 @@ class SampleTable(TrainerCallback):
         kl = kl_per_token(policy, reference, batch.mask).sum(dim=1)
         texts = trainer.processing_class.batch_decode(batch.rows(), skip_special_tokens=True)
         completions = texts if isinstance(asked[0], str) else [[{"role": "assistant", "content": t}] for t in texts]
-        columns = call_rewards(trainer.composite.functions, self.prompts, completions, batch.rows(), self._run)
+        columns = call_rewards(trainer.composite.functions, self.prompts, completions, batch.rows(), TrainerLoop(trainer))
         scores = trainer.composite.total(columns, asked, completions)
         model.train(was_training)
         columns = zip(asked, texts, scores.tolist(), kl.tolist(), sentiment(asked, completions), strict=True)

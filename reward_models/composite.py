@@ -5,9 +5,10 @@ TRL's.
 """
 
 import ast
+import asyncio
 import inspect
 import math
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -273,18 +274,18 @@ def call_rewards(
     rows: Dataset,
     completions: list,
     completion_ids: list[list[int]],
-    run: Callable[[Coroutine], list],
+    runner: asyncio.Runner,
 ) -> Tensor:
     """What each function gives for the completions of the prompts in `rows`, (B, functions), NaN for None.
 
     It calls them as TRL's trainers do, sync or async, but there is no training: the trainer's state is a fresh one,
-    and what they log is dropped. `run` awaits async ones, in one event loop for all calls, to which their clients are bound.
+    and what they log is dropped. One `runner` for all calls, since async clients are bound to their event loop.
     """
     nothing = {"trainer_state": TrainerState(), "log_extra": lambda *args: None, "log_metric": lambda *args: None}
     given = {"prompts": rows["prompt"][:], "completions": completions, "completion_ids": completion_ids, **nothing}
     given |= {column: rows[column][:] for column in _columns(rows)}
     outputs = [function(**given) for function in functions]
-    outputs = [run(output) if inspect.iscoroutine(output) else output for output in outputs]
+    outputs = [runner.run(output) if inspect.iscoroutine(output) else output for output in outputs]
     numbers = [[math.nan if value is None else value for value in output] for output in outputs]
     return torch.tensor(numbers, dtype=torch.float64).T
 

@@ -228,7 +228,7 @@ def scores_of(functions, prompts, completions, weights=None):
     composite = Composite(functions, weights)
     rows = Dataset.from_dict({"prompt": prompts})
     with asyncio.Runner() as runner:
-        columns = call_rewards(composite.functions, rows, completions, [[1]] * len(prompts), runner.run)
+        columns = call_rewards(composite.functions, rows, completions, [[1]] * len(prompts), runner)
     return composite.total(columns, prompts, completions).tolist()
 
 
@@ -372,7 +372,7 @@ def test_without_a_trainer_functions_get_what_the_protocol_promises():
 
     rows = ROWS.add_column("completion_ids", [[9], [9]]).add_column("completion", ["x", "y"])
     with asyncio.Runner() as runner:
-        columns = call_rewards([curious], rows, ["a", "b"], [[1], [2, 3]], runner.run)
+        columns = call_rewards([curious], rows, ["a", "b"], [[1], [2, 3]], runner)
     assert seen == {"prompts": ["A", "B"], "completion_ids": [[1], [2, 3]], "contains": ["x", "y"], "step": 0}
     assert columns[0].tolist() == [1.0] and columns[1].isnan().all()
 
@@ -386,7 +386,7 @@ def test_async_functions_of_several_calls_share_an_event_loop():
 
     with asyncio.Runner() as runner:
         for _ in range(2):
-            call_rewards([client], ROWS, ["a", "b"], [[1], [2]], runner.run)
+            call_rewards([client], ROWS, ["a", "b"], [[1], [2]], runner)
         assert loops[0] is loops[1] and not loops[0].is_closed()
 
 
