@@ -51,9 +51,7 @@ def held_out_report(trainer: RewardTrainer) -> dict:
     return report
 
 
-def normalization_of(
-    pairs: RewardModelArguments, model: ModelConfig, args: RewardConfig, prompts: list
-) -> Normalization:
+def normalization_of(pairs: RewardModelArguments, model: ModelConfig, args: RewardConfig, prompts: list) -> Normalization:
     """Mean and deviation of the trained adapter's scores on completions of the SFT policy."""
     set_seed(args.seed)
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)
@@ -75,9 +73,7 @@ def main(data: DataArguments, pairs: RewardModelArguments, model: ModelConfig, a
     if pairs.sft_adapter:
         read_adapter(pairs.sft_adapter, base=base)  # an adapter that does not fit is refused before training
         if "prompt" not in train.column_names:
-            raise ValueError(
-                f"{data.dataset_name}: sft_adapter needs prompts to complete; give the pairs a column `prompt`."
-            )
+            raise ValueError(f"{data.dataset_name}: sft_adapter needs prompts to complete; give the pairs a column `prompt`.")
         check_prompt_lengths(
             train.select(range(min(pairs.sft_completions, len(train)))),
             tokenizer,

@@ -70,11 +70,8 @@ class SampleTable(TrainerCallback):
 
     @torch.no_grad()
     def _rows(self, step: int) -> list[dict]:
-        trainer, model, args = (
-            self.trainer,
-            self.trainer.accelerator.unwrap_model(self.trainer.model),
-            self.trainer.args,
-        )
+        trainer, args = self.trainer, self.trainer.args
+        model = trainer.accelerator.unwrap_model(trainer.model)
         asked, was_training = self.prompts["prompt"][:], model.training
         model.eval()
         with torch.random.fork_rng():
