@@ -303,14 +303,14 @@ def test_an_update_that_went_too_far_takes_no_further_step(make_trainer):
     assert [row["grad_norm"] > 0 for row in history if "grad_norm" in row] == [True, True, False, False] * 2
 
 
-def test_a_skipped_step_after_an_evaluation_logs_as_training(make_trainer):
-    trainer = make_trainer(
-        max_approx_kl=1e-12, held_out=PROMPTS[:2], eval_strategy="steps", eval_steps=2, per_device_eval_batch_size=2
-    )
+def test_what_was_measured_is_logged_though_an_evaluation_came_between(make_trainer):
+    """Steps 3 and 4 are skipped; the evaluation after step 2 left the model in evaluation mode, by which logs go."""
+    given = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2, "logging_steps": 4}
+    trainer = make_trainer(max_approx_kl=1e-12, held_out=PROMPTS[:2], **given)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "learning_rate" in row]
-    assert len(rows) == 8
-    assert not any(name.startswith("eval") for row in rows for name in row)
+    assert [row["step"] for row in rows] == [4, 8]
+    assert all(row.keys() >= {"kl", "approxkl", "score"} for row in rows)
 
 
 @pytest.mark.parametrize("critic", ["adapter", "head"])

@@ -54,11 +54,22 @@ def test_logprobs_are_those_of_the_role_that_scores(backbone, tokenizer, role, t
         torch.testing.assert_close(batch.logprobs[batch.mask], expected[batch.mask], atol=1e-4, rtol=0)
 
 
-def test_the_models_own_generation_config_cuts_nothing(backbone, tokenizer):
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("top_k", 1),
+        ("top_p", 0.1),
+        ("min_p", 0.9),
+        ("typical_p", 0.1),
+        ("repetition_penalty", 50.0),
+        ("no_repeat_ngram_size", 1),
+        ("temperature", 0.1),
+    ],
+)
+def test_the_models_own_generation_config_cuts_nothing(backbone, tokenizer, name, value):
+    make_likely(backbone, 100, 101, 102)  # so that tokens come again, and a few hold half of the probability
     expected = [batch.rows() for batch in samples(backbone, tokenizer)]
-    config = backbone.generation_config
-    config.top_k, config.top_p, config.min_p, config.typical_p = 1, 0.01, 0.9, 0.1
-    config.repetition_penalty, config.no_repeat_ngram_size, config.temperature = 5.0, 1, 0.1
+    setattr(backbone.generation_config, name, value)
     assert [batch.rows() for batch in samples(backbone, tokenizer)] == expected
 
 

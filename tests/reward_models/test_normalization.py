@@ -10,6 +10,7 @@ import torch
 from trl import ModelConfig
 
 from pipeline.backbone import Backbone, load_pretrained, read_adapter
+from pipeline.sampling import sample
 from reward_models.composite import RewardArguments, learned_rewards
 from reward_models.normalization import FILE, Normalization, measure, read_normalization
 
@@ -67,10 +68,13 @@ def test_what_is_measured_are_the_policys_completions(roles, reward_adapter, tok
         return original(ids, mask, **options)
 
     monkeypatch.setattr(backbone, "scores", scores)
+    torch.manual_seed(0)
     found = measure(backbone, ASKED[:4], tokenizer, max_completion_length=5)
     monkeypatch.undo()
     asked = [tokenizer(text)["input_ids"] for text in ASKED[:4]]
-    assert sorted(len(row) for row in rows) == sorted(len(ids) + 5 for ids in asked)  # none ended early
+    torch.manual_seed(0)
+    (batch,) = sample(backbone, "policy", asked, tokenizer, max_completion_length=5, temperature=1.0, batch_size=4)
+    assert sorted(rows) == sorted(ids + chosen for ids, chosen in zip(asked, batch.rows(), strict=True))
     expected = [original(torch.tensor([row]), torch.ones(1, len(row))).item() for row in rows]
     assert found.mean == pytest.approx(np.mean(expected), abs=1e-5)
     assert found.std == pytest.approx(np.std(expected), abs=1e-5)
