@@ -96,7 +96,7 @@ def with_a_dead_head(trainer):
 
 
 def with_nan_logprobs(trainer):
-    """In rescoring alone, and only in the last of the batches of the reference."""
+    """Of the reference alone, in its first batch."""
     original, calls = trainer.model.logprobs, []
 
     def logprobs(role, *args, **options):
