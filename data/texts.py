@@ -33,16 +33,16 @@ def check_texts(rows: Dataset, name: str) -> Dataset:
 
 
 def tokenize_texts(rows: Dataset, tokenizer, max_length: int) -> list[list[int]]:
-    """Token rows of texts, of prompt and completion together, or of conversations through the tokenizer's chat
-    template; with the end-of-text token where the text does not end in it, cut at `max_length`."""
+    """Token rows, cut at `max_length`: of texts, or of prompt and completion together, with the end-of-text token
+    unless they end in it; or of conversations through the tokenizer's chat template, which ends them its own way."""
     if isinstance(rows[0][rows.column_names[-1]], str):
         texts = ["".join(row[column] for column in ("prompt", "completion", "text") if column in row) for row in rows]
-        ids = tokenizer(texts)["input_ids"]
+        end = tokenizer.eos_token_id
+        ids = [row if row[-1:] == [end] else [*row, end] for row in tokenizer(texts)["input_ids"]]
     else:
         turns = [row.get("messages") or row["prompt"] + row["completion"] for row in rows]
         ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=True)["input_ids"]
-    end = tokenizer.eos_token_id
-    return [(row if row[-1:] == [end] else [*row, end])[:max_length] for row in ids]
+    return [row[:max_length] for row in ids]
 
 
 def _format_of(rows: Dataset, name: str) -> tuple[str, ...]:

@@ -50,7 +50,9 @@ class RewardModelArguments:
     )
     sft_adapter: str | None = field(
         default=None,
-        metadata={"help": "Policy whose completions PPO will start from: measure the mean and deviation of their scores."},
+        metadata={
+            "help": "Policy whose completions PPO will start from: measure the mean and deviation of their scores."
+        },
     )
     sft_completions: int = field(default=256, metadata={"help": "How many of its completions."})
     max_completion_length: int = field(default=64, metadata={"help": "Tokens sampled at most for each."})
@@ -58,6 +60,7 @@ class RewardModelArguments:
 
 # Options of RLOOConfig and Trainer that PPO would have to ignore.
 UNSUPPORTED = (
+    "fp16",  # its loss scaler expects gradients in every step, and infinite ones in some
     "gradient_checkpointing",
     "use_vllm",
     "mask_truncated_completions",

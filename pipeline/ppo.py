@@ -47,6 +47,11 @@ def main(
     check_prompt_lengths(prompts, tokenizer, context, args.max_completion_length, data.dataset_name)
     held_out = None
     if args.eval_strategy != "no":
+        if data.eval_source is None:
+            raise ValueError(
+                f"eval_strategy={args.eval_strategy.value!r}: {data.dataset_name} has no held-out prompts; name some in "
+                f"eval_dataset_name."
+            )
         held_out = load_prompts(data.eval_source, data.dataset_eval_split)
         held_out = held_out.select(range(min(args.eval_prompts, len(held_out))))
         check_prompt_lengths(held_out, tokenizer, context, args.max_completion_length, data.eval_source)

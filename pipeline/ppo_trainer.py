@@ -65,8 +65,8 @@ class PPOTrainer(RLOOTrainer):
         texts: list[list[int]] | None = None,
         **kwargs,
     ):
-        if args.ptx_coef and not texts:
-            raise ValueError(f"ptx_coef={args.ptx_coef} needs texts; set ptx_dataset_name.")
+        if bool(args.ptx_coef) != bool(texts):
+            raise ValueError(f"ptx_coef={args.ptx_coef} and ptx_dataset_name belong together; set both or neither.")
         if "value" not in backbone.heads:
             backbone.add_value(init=args.value_init, critic=args.critic)
         self.composite = Composite(reward_funcs, args.reward_weights)
@@ -81,12 +81,18 @@ class PPOTrainer(RLOOTrainer):
         backbone.train_only("policy", "value")  # adding adapters toggles requires_grad
         self.texts = texts
         self.watch = Watch()
+        self._far = self._skip = False  # whether this update has gone too far, and what is left of it is skipped
 
     # ------------------------------------------------------------------------------------------ one update
     @property
     def steps_per_update(self) -> int:
         """Forward and backward passes of one update: all epochs, all minibatches, all pieces of them."""
         return self.args.steps_per_generation * self.num_iterations
+
+    @property
+    def warming_up(self) -> bool:
+        """In the first updates the value alone trains (`critic_warmup_updates`)."""
+        return self._step < self.args.critic_warmup_updates * self.steps_per_update
 
     def _prepare_inputs(self, generation_batch):
         """The next minibatch: of a fresh rollout at the start of an update, reshuffled at the start of each epoch."""
@@ -111,17 +117,31 @@ class PPOTrainer(RLOOTrainer):
         if position % self.args.gradient_accumulation_steps == 0:
             self._skip = self._far  # a step that has begun is taken
         if self._skip:
+            model.train()  # as a pass would have: after an evaluation, logs go by it
             self._step += 1
             return torch.zeros((), device=self.accelerator.device)
-        warming_up = self._step < self.args.critic_warmup_updates * self.steps_per_update
+        warming_up = self.warming_up
         loss = super().training_step(model, inputs, num_items_in_batch)
         if warming_up:
             for parameter in self.model.role_parameters("policy"):
                 parameter.grad = None
         if self.watch.stop:
-            model.zero_grad(set_to_none=True)
-            self.control.should_training_stop = self.control.should_save = True
+            self._stop(model)
         return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Trainer's, which it calls just before the optimizer steps: gradients that are not finite stop training."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        self._warn(grad_norm=float(norm))
+        if not self.watch.stop:
+            return norm
+        self._stop(model)
+        return 0.0
+
+    def _stop(self, model) -> None:
+        """Leave the weights as they are, save them, and end training."""
+        model.zero_grad(set_to_none=True)
+        self.control.should_training_stop = self.control.should_save = True
 
     def _minibatches(self) -> list[dict[str, Tensor]]:
         """The rollout, shuffled and cut. Each piece carries its share of the tokens of its optimizer step over all
@@ -179,7 +199,7 @@ class PPOTrainer(RLOOTrainer):
     def _end_of_rollout(self, kl: Tensor, scores: Tensor, lengths: Tensor) -> None:
         """Look at a rollout of all processes, each (all B,), and adapt the KL coefficient for the next one."""
         self._warn(kl=kl.tolist(), scores=scores.tolist(), length=lengths.mean().item())
-        if self.args.kl_target:
+        if self.args.kl_target and not self.warming_up:  # then the policy cannot move, and its KL says nothing
             self.beta = adapted_kl_coef(
                 self.beta,
                 kl.mean().item(),
@@ -258,7 +278,7 @@ class PPOTrainer(RLOOTrainer):
         loss = (of_policy + args.vf_coef * value) * share + args.ptx_coef * of_texts
         if self.model.training:
             self._far |= args.max_approx_kl is not None and self._last("approxkl") > args.max_approx_kl
-            self._warn(entropy=self._last("entropy"), loss=self._last("loss/policy") + self._last("loss/value"))
+            self._warn(entropy=self._last("entropy"), loss=self._mean(loss))
         return loss
 
     def _next_texts(self) -> tuple[Tensor, Tensor]:
@@ -287,8 +307,11 @@ class PPOTrainer(RLOOTrainer):
 
     def _record(self, **metrics: Tensor) -> None:
         for name, value in metrics.items():
-            mean = self.accelerator.gather(value.detach().float().mean()).mean()
-            self._metrics[self._mode][name].append(mean.item())
+            self._metrics[self._mode][name].append(self._mean(value))
+
+    def _mean(self, value: Tensor) -> float:
+        """Over all processes."""
+        return self.accelerator.gather(value.detach().float().mean()).mean().item()
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         """The policy as a peft adapter, the value function as one with its head in `value/`, and the tokenizer."""
@@ -296,12 +319,6 @@ class PPOTrainer(RLOOTrainer):
         self.model.save_role("policy", folder)
         self.model.save_role("value", folder / "value")
         self.processing_class.save_pretrained(folder)
-
-    def evaluate(self, *args, metric_key_prefix: str = "eval", **kwargs) -> dict[str, float]:
-        """Trainer's, with what completions to the held-out prompts were worth (`eval_score`, `eval_kl` ...), so that
-        `metric_for_best_model` can name it."""
-        metrics = super().evaluate(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        return {**self.state.log_history[-1], **metrics}
 
     def _load_best_model(self) -> None:
         """Take the policy and value of the best checkpoint."""

@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+from collections.abc import Coroutine
 from importlib import import_module
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -16,6 +18,15 @@ from pipeline.kl import kl_per_token
 from pipeline.sampling import sample
 from reward_models.composite import call_rewards
 from reward_models.rules import sentiment
+
+
+class TrainerLoop(NamedTuple):
+    """The event loop in which a trainer of TRL calls async rewards, to which their clients are bound."""
+
+    trainer: Any
+
+    def run(self, coroutine: Coroutine) -> list:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.trainer.async_loop).result()
 
 
 class SampleTable(TrainerCallback):
@@ -59,7 +70,8 @@ class SampleTable(TrainerCallback):
 
     @torch.no_grad()
     def _rows(self, step: int) -> list[dict]:
-        trainer, model, args = self.trainer, self.trainer.accelerator.unwrap_model(self.trainer.model), self.trainer.args
+        trainer, args = self.trainer, self.trainer.args
+        model = trainer.accelerator.unwrap_model(trainer.model)
         asked, was_training = self.prompts["prompt"][:], model.training
         model.eval()
         with torch.random.fork_rng():
@@ -78,9 +90,8 @@ class SampleTable(TrainerCallback):
         kl = kl_per_token(policy, reference, batch.mask).sum(dim=1)
         texts = trainer.processing_class.batch_decode(batch.rows(), skip_special_tokens=True)
         completions = texts if isinstance(asked[0], str) else [[{"role": "assistant", "content": t}] for t in texts]
-        with asyncio.Runner() as runner:
-            columns = call_rewards(trainer.composite.functions, self.prompts, completions, batch.rows(), runner)
-        scores = trainer.composite.weigh(columns)
+        columns = call_rewards(trainer.composite.functions, self.prompts, completions, batch.rows(), TrainerLoop(trainer))
+        scores = trainer.composite.total(columns, asked, completions)
         model.train(was_training)
         columns = zip(asked, texts, scores.tolist(), kl.tolist(), sentiment(asked, completions), strict=True)
         names = ("prompt", "completion", "score", "kl", "judge")

@@ -37,15 +37,24 @@ def sample(
     batch_size: int,
     keep_logprobs: bool = False,
 ) -> Iterator[Sample]:
-    """One completion to each prompt, in batches, from the whole vocabulary at `temperature`."""
+    """One completion to each prompt, in batches, from the whole distribution at `temperature`, whatever the model's own
+    generation config would cut or penalise. A completion ends where TRL's trainers end it."""
+    ends = backbone.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    ends = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
     device = backbone.get_base_model().device
     generation = GenerationConfig(
         max_new_tokens=max_completion_length,
         do_sample=True,
         temperature=temperature,
         top_k=0,
+        top_p=1.0,
+        min_p=0.0,
+        typical_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=ends,
         return_dict_in_generate=True,
         output_logits=keep_logprobs,
     )
@@ -56,7 +65,7 @@ def sample(
         with backbone.role(role):
             output = backbone.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
         chosen = output.sequences[:, ids.shape[1] :]
-        is_end = chosen == tokenizer.eos_token_id
+        is_end = torch.isin(chosen, torch.tensor(ends, device=device))
         real = is_end.cumsum(dim=1) - is_end.long() == 0  # no end-of-text token before this one
         logprobs = None
         if keep_logprobs:

@@ -24,6 +24,7 @@ class Watch:
         length: float | None = None,
         entropy: float | None = None,
         loss: float | None = None,
+        grad_norm: float | None = None,
     ) -> list[str]:
         """New messages on what was measured.
 
@@ -33,17 +34,20 @@ class Watch:
             length: mean tokens of a completion.
             entropy: mean of the policy, in nats a token.
             loss: of one minibatch.
+            grad_norm: of the gradients of one step, over all parameters.
         """
         found = {}
-        if loss is not None and not math.isfinite(loss):
+        for name, value in (("loss", loss), ("gradient's norm", grad_norm)):
+            if value is None or math.isfinite(value):
+                continue
             self.stop = found["nan"] = (
-                f"The loss is {loss}: the step was not taken and training stops. The last checkpoint has finite "
+                f"The {name} is {value}: the step was not taken and training stops. The last checkpoint has finite "
                 f"weights. Lower learning_rate, set max_grad_norm, or train in float32 (bf16: false)."
             )
         if kl:
             mean = sum(kl) / len(kl)
             error = math.sqrt(sum((x - mean) ** 2 for x in kl) / len(kl) / max(len(kl) - 1, 1))
-            if mean < -0.1 and mean < -3 * error:
+            if len(kl) > 1 and mean < -0.1 and mean < -3 * error:
                 found["negative KL"] = (
                     f"The KL to the reference is {mean:.2f} nats a sequence, which sampling noise ({error:.2f}) does "
                     f"not explain: the tokens are not sampled from the policy that is scored. Sample from the whole "

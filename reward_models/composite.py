@@ -58,6 +58,8 @@ class RewardArguments:
             setattr(self, name, [entry for entry in given if entry])
         if not self.reward_adapter and not self.reward_funcs:
             raise ValueError("Name a reward: set reward_adapter, reward_funcs or both.")
+        if self.normalize_scores and not self.reward_adapter:
+            raise ValueError("normalize_scores scales reward adapters; name one in reward_adapter, or leave it unset.")
 
 
 def load_function(text: str) -> Callable:

@@ -63,7 +63,9 @@ def measure(
     """Sample a completion to each prompt as the policy role, and score it as the reward role."""
     prompt_ids = tokenize_prompts(prompts, tokenizer)
     options = {"max_completion_length": max_completion_length, "temperature": temperature, "batch_size": batch_size}
-    completions = [row for batch in sample(backbone, "policy", prompt_ids, tokenizer, **options) for row in batch.rows()]
+    completions = [
+        row for batch in sample(backbone, "policy", prompt_ids, tokenizer, **options) for row in batch.rows()
+    ]
     scores = score_rows(
         backbone.scores,
         [prompt + chosen for prompt, chosen in zip(prompt_ids, completions, strict=True)],

@@ -10,14 +10,20 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from datasets import Dataset  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel  # noqa: E402
 from trl import ModelConfig  # noqa: E402
 
 from pipeline.backbone import Backbone, fingerprint, load_pretrained, read_adapter, stamp  # noqa: E402
+from pipeline.configs import PPOConfig  # noqa: E402
+from pipeline.ppo_trainer import PPOTrainer  # noqa: E402
+from reward_models.composite import RewardArguments, learned_rewards  # noqa: E402
+from reward_models.normalization import Normalization  # noqa: E402
 
 
 ROOT = Path(__file__).parents[1]
+PROMPTS = ["The film", "A", "It's a", "One of the best", "This is", "An", "For all its", "Not"]
 
 
 @pytest.fixture(scope="session")
@@ -61,12 +67,24 @@ def sft_adapter(tiny, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def reward_adapter(tiny, tmp_path_factory) -> str:
-    return make_adapter(tiny, tmp_path_factory.mktemp("reward"), head=True, seed=2)
+    folder = make_adapter(tiny, tmp_path_factory.mktemp("reward"), head=True, seed=2)
+    Normalization(mean=0.5, std=2.0, completions=8).save(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def other_reward_adapter(tiny, tmp_path_factory) -> str:
     return make_adapter(tiny, tmp_path_factory.mktemp("other_reward"), head=True, seed=3)
+
+
+def make_likely(backbone: Backbone, *tokens: int) -> None:
+    """From here on, each of these tokens comes about a third as often as all others together."""
+
+    def hook(module, inputs, logits):
+        likely = torch.isin(torch.arange(logits.shape[-1]), torch.tensor(tokens))
+        return torch.where(likely, logits.logsumexp(dim=-1, keepdim=True) - 1.1, logits)  # e^-1.1 = 1/3
+
+    backbone.get_base_model().lm_head.register_forward_hook(hook)
 
 
 @pytest.fixture
@@ -83,3 +101,41 @@ def backbone(tiny, sft_adapter, reward_adapter) -> Backbone:
     backbone.add_value()
     backbone.train_only("policy", "value")
     return backbone.eval()
+
+
+@pytest.fixture
+def make_trainer(tiny, sft_adapter, reward_adapter, tokenizer, tmp_path):
+    """Makes a PPO trainer on a tiny GPT-2, of two updates of two epochs of two minibatches, each in two pieces."""
+
+    def make(reward_funcs=None, prompts=PROMPTS, *, held_out=None, texts=None, normalize_scores=False, **options):
+        base, _ = load_pretrained(ModelConfig(tiny))
+        backbone = Backbone(base, read_adapter(sft_adapter, base=base))
+        rewards = RewardArguments(reward_adapter=[reward_adapter], normalize_scores=normalize_scores)
+        learned = learned_rewards(rewards, backbone, tokenizer)
+        settings = {
+            "output_dir": str(tmp_path),
+            "per_device_train_batch_size": 2,
+            "steps_per_generation": 4,
+            "gradient_accumulation_steps": 2,
+            "num_iterations": 2,
+            "max_completion_length": 6,
+            "max_steps": 8,
+            "learning_rate": 1e-2,
+            "logging_steps": 1,
+            "report_to": "none",
+            "save_strategy": "no",
+            "bf16": False,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        return PPOTrainer(
+            backbone=backbone,
+            reward_funcs=reward_funcs or learned,
+            args=PPOConfig(**{**settings, **options}),
+            train_dataset=Dataset.from_dict({"prompt": prompts}),
+            eval_dataset=Dataset.from_dict({"prompt": held_out}) if held_out else None,
+            processing_class=tokenizer,
+            texts=texts,
+        )
+
+    return make

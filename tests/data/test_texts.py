@@ -4,8 +4,9 @@ import json
 
 import datasets
 import pytest
+from datasets import Dataset
 
-from data.texts import load_texts
+from data.texts import load_texts, tokenize_texts
 
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello."}]
@@ -78,3 +79,34 @@ def test_bad_row(tmp_path, good, bad, message):
 def test_column_of_the_other_kind(tmp_path, row, kind):
     with pytest.raises(ValueError, match=rf"t\.jsonl row 1 .* must be a {kind}"):
         load_texts(_save(tmp_path, row), "train")
+
+
+def test_texts_end_in_the_end_of_text_once(tokenizer):
+    end = tokenizer.eos_token_id
+    texts = ["A film.", "A film." + tokenizer.eos_token]
+    plain = tokenizer("A film.")["input_ids"]
+    assert plain[-1] != end
+    rows = Dataset.from_dict({"text": texts})
+    assert tokenize_texts(rows, tokenizer, 100) == [[*plain, end], [*plain, end]]
+
+
+def test_prompt_and_completion_are_one_text(tokenizer):
+    rows = Dataset.from_dict({"prompt": ["The film", ""], "completion": [" is good", "A film."]})
+    expected = tokenizer(["The film is good", "A film."])["input_ids"]
+    assert tokenize_texts(rows, tokenizer, 100) == [[*ids, tokenizer.eos_token_id] for ids in expected]
+
+
+@pytest.mark.parametrize(
+    "columns", [{"messages": [MESSAGES]}, {"prompt": [MESSAGES[:1]], "completion": [MESSAGES[1:]]}]
+)
+def test_conversations_end_as_their_template_ends_them(tokenizer, columns):
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    expected = tokenizer("user: Hi\nassistant: Hello.\n")["input_ids"]
+    assert tokenize_texts(Dataset.from_dict(columns), tokenizer, 100) == [expected]
+
+
+def test_texts_are_cut(tokenizer):
+    rows = Dataset.from_dict({"text": ["One of the best, and the funniest, of the year", "A"]})
+    long, short = tokenize_texts(rows, tokenizer, 4)
+    assert long == tokenizer("One of the best, and the funniest, of the year")["input_ids"][:4]
+    assert short == [*tokenizer("A")["input_ids"], tokenizer.eos_token_id]

@@ -9,6 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel
 from trl import ModelConfig
+from trl.trainer.utils import pad
 
 from pipeline.backbone import (
     ADAPTERS,
@@ -20,6 +21,7 @@ from pipeline.backbone import (
     load_pretrained,
     read_adapter,
 )
+from pipeline.losses import text_loss
 
 
 TEXTS = ["A film of wit", "It's dull", "One of the best, and the funniest, of the year"]
@@ -43,6 +45,17 @@ def test_roles_give_what_plain_peft_gives(backbone, tokenizer, sft_adapter, rewa
         scores = reward(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
         assert scores.std() > 1e-3
         torch.testing.assert_close(backbone.scores(ids, mask), scores, atol=1e-5, rtol=0)
+
+
+def test_a_fresh_score_head(tiny):
+    """32 hidden units: 30 heads of N(0, 1/33), without a bias; their deviation within four standard errors."""
+    torch.manual_seed(0)
+    heads = [load_pretrained(ModelConfig(tiny), head=True)[0].score for _ in range(30)]
+    weights = torch.cat([head.weight for head in heads])
+    error = 33**-0.5 / (2 * weights.numel()) ** 0.5
+    assert weights.std().item() == pytest.approx(33**-0.5, abs=4 * error)
+    assert weights.mean().abs().item() < 4 * 33**-0.5 / weights.numel() ** 0.5
+    assert all(head.bias is None for head in heads)
 
 
 def test_the_bare_backbone_is_the_base_model(backbone, tokenizer, tiny):
@@ -264,3 +277,216 @@ def test_the_identity_names_the_base(backbone, tiny, tmp_path):
     backbone.save_role("policy", tmp_path)
     record = json.loads((tmp_path / "backbone.json").read_text())
     assert record == {"model_name_or_path": tiny, "fingerprint": fingerprint(backbone.get_base_model())}
+
+
+# ------------------------------------------------------------------------------------------ padding and batches
+def rows_of(count):
+    """Token rows of 1 to 12 tokens."""
+    generator = torch.Generator().manual_seed(7)
+    return [torch.randint(10, 4000, (1 + i % 12,), generator=generator) for i in range(count)]
+
+
+def test_scores_do_not_depend_on_the_side_of_the_padding(backbone, tokenizer):
+    scores = {}
+    for side in ("left", "right"):
+        ids = pad(rows_of(24), padding_value=tokenizer.pad_token_id, padding_side=side)
+        with torch.no_grad():
+            scores[side] = backbone.scores(ids, (ids != tokenizer.pad_token_id).long())
+    assert scores["left"].std() > 0.01
+    torch.testing.assert_close(scores["left"], scores["right"], atol=1e-5, rtol=0)
+
+
+def test_a_batch_of_one_equals_the_same_row_among_64(backbone, tokenizer):
+    """Log-probabilities and values of 3 completion tokens, and scores, of prompts padded at the left."""
+    prompts, length = rows_of(64), 3
+    completions = torch.stack(rows_of(12)[length - 1 : length] * 64) + torch.arange(64)[:, None]
+    prompt_ids = pad(prompts, padding_value=tokenizer.pad_token_id, padding_side="left")
+    mask = pad([torch.ones_like(row) for row in prompts], padding_value=0, padding_side="left")
+    ids, mask = torch.cat([prompt_ids, completions], 1), torch.cat([mask, torch.ones_like(completions)], 1)
+    with torch.no_grad():
+        together = (
+            backbone.logprobs("policy", ids, mask, completions)[0],
+            backbone.values(ids, mask, length),
+            backbone.scores(ids, mask),
+        )
+        for i in (0, 11, 37, 63):
+            row, chosen = torch.cat([prompts[i], completions[i]])[None], completions[i][None]
+            everything = torch.ones_like(row)
+            alone = (
+                backbone.logprobs("policy", row, everything, chosen)[0],
+                backbone.values(row, everything, length),
+                backbone.scores(row, everything),
+            )
+            for one, many in zip(alone, together, strict=True):
+                torch.testing.assert_close(one[0], many[i], atol=1e-5, rtol=0)
+
+
+def test_where_a_score_is_read_if_the_pad_token_is_the_end_of_text(backbone, tokenizer, reward_adapter):
+    """At the last token that is not the pad token, as in transformers: the end-of-text token does not change it."""
+    end = tokenizer.eos_token_id
+    backbone.get_base_model().config.pad_token_id = end
+    plain = AutoPeftModelForSequenceClassification.from_pretrained(reward_adapter, num_labels=1).eval()
+    plain.config.pad_token_id = plain.get_base_model().config.pad_token_id = end
+    ids = torch.tensor([[5, 6, 7, end, end], [8, 9, 10, 11, end], [5, 6, 7, 12, 13]])
+    mask = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
+    with torch.no_grad():
+        scores = backbone.scores(ids, mask)
+        theirs = plain(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
+        without = backbone.scores(ids[:1, :3], mask[:1, :3])
+    torch.testing.assert_close(scores, theirs, atol=1e-5, rtol=0)
+    torch.testing.assert_close(scores[:1], without, atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------------------ the value role
+@pytest.fixture
+def roles(tiny, sft_adapter, reward_adapter):
+    """Policy and, unless left out, reward on a tiny GPT-2; no value yet."""
+
+    def roles(*, reward=True):
+        base, _ = load_pretrained(ModelConfig(tiny))
+        backbone = Backbone(base, read_adapter(sft_adapter, base=base)).eval()
+        if reward:
+            backbone.add_role("reward", read_adapter(reward_adapter, needs_head=True, base=base))
+        return backbone
+
+    return roles
+
+
+def hidden_of(backbone, role):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        return backbone.hidden_states(role, ids, torch.ones_like(ids))
+
+
+@pytest.mark.parametrize(
+    ("init", "reward", "origin"),
+    [
+        ("auto", True, "reward"),
+        ("reward", True, "reward"),
+        ("policy", True, "policy"),
+        ("auto", False, "policy"),
+        ("policy", False, "policy"),
+    ],
+)
+def test_where_the_value_starts(roles, init, reward, origin):
+    backbone = roles(reward=reward)
+    backbone.add_value(init=init)
+    assert torch.equal(hidden_of(backbone, "value"), hidden_of(backbone, origin))
+    head = backbone.heads["value"].weight
+    assert torch.equal(head, backbone.heads["reward"].weight if origin == "reward" else torch.zeros(1, 32))
+    with torch.no_grad():  # a copy: the origin stays where it was
+        for parameter in backbone.role_parameters("value"):
+            parameter += 1
+    assert not torch.equal(hidden_of(backbone, "value"), hidden_of(backbone, origin))
+    assert origin == "policy" or not torch.equal(head, backbone.heads["reward"].weight)
+
+
+def test_a_value_from_a_reward_that_there_is_not(roles):
+    with pytest.raises(
+        ValueError, match="value_init='reward' needs a reward adapter; name one, or set value_init to po"
+    ):
+        roles(reward=False).add_value(init="reward")
+
+
+@pytest.mark.parametrize("reward", [True, False])
+def test_a_value_that_is_only_a_head(roles, reward):
+    backbone = roles(reward=reward)
+    before = set(backbone.state_dict())
+    backbone.add_value(critic="head")
+    assert set(backbone.state_dict()) - before == {"heads.value.weight"}
+    assert not backbone.heads["value"].weight.any()
+    assert torch.equal(hidden_of(backbone, "value"), hidden_of(backbone, "policy"))
+
+
+def test_gradients_of_a_value_that_is_only_a_head(roles):
+    """It shapes the policy's hidden states, and one forward gives what two passes give."""
+    backbone = roles()
+    backbone.add_value(critic="head")
+    backbone.heads["value"].weight.data.normal_(generator=torch.Generator().manual_seed(0))
+    backbone.train_only("policy", "value")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    everything = torch.ones_like(ids)
+    _, _, values = backbone(ids, everything, completion_ids=ids[:, -2:])
+    torch.testing.assert_close(values, backbone.values(ids, everything, 2))
+    values.sum().backward()
+    reached = {name for name, p in backbone.named_parameters() if p.grad is not None}
+    assert reached == {n for n, _ in backbone.named_parameters() if ".default." in n} | {"heads.value.weight"}
+
+
+@pytest.mark.parametrize("critic", ["adapter", "head"])
+def test_parameters_of_roles(roles, critic):
+    backbone = roles()
+    backbone.add_value(critic=critic)
+    names = {id(p): name for name, p in backbone.named_parameters()}
+
+    def of(*given):
+        return {names[id(p)] for p in backbone.role_parameters(*given)}
+
+    adapters = {role: {n for n in names.values() if f".{name}." in n} for role, name in ADAPTERS.items()}
+    assert of("policy") == adapters["policy"] and len(adapters["policy"]) > 0
+    assert of("reward") == adapters["reward"] | {"heads.reward.weight"}
+    assert of("value") == adapters["policy" if critic == "head" else "value"] | {"heads.value.weight"}
+    assert of("policy", "value") == of("policy") | of("value")
+
+
+@pytest.mark.parametrize("critic", ["adapter", "head"])
+def test_roles_are_loaded_as_they_were_saved(roles, tmp_path, critic):
+    trained = roles()
+    trained.add_value(critic=critic)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in trained.role_parameters("policy", "value"):
+            parameter.normal_(generator=generator)
+    for role in ("policy", "value"):
+        trained.save_role(role, tmp_path / role)
+    fresh = roles()
+    fresh.add_value(critic=critic)
+    for role in ("policy", "value"):
+        fresh.load_role(role, read_adapter(str(tmp_path / role)))
+    assert all(torch.equal(p, fresh.state_dict()[name]) for name, p in trained.state_dict().items())
+
+
+def test_a_role_of_another_shape_is_not_loaded(backbone, reward_adapter, tmp_path):
+    folder = Path(shutil.copytree(reward_adapter, tmp_path / "cut"))
+    tensors = load_file(folder / WEIGHTS)
+    tensors.pop(next(name for name in tensors if "lora_A" in name))
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(ValueError, match="1 tensors of the adapter do not match the backbone"):
+        backbone.load_role("value", read_adapter(str(folder)))
+
+
+# ------------------------------------------------------------------------------------------ texts beside completions
+def texts_of(tokenizer, filler=None):
+    ids, mask = padded(tokenizer, "right")
+    return ids if filler is None else ids.masked_fill(~mask.bool(), filler), mask.bool()
+
+
+def test_texts_in_the_training_pass(backbone, tokenizer):
+    ids, mask = padded(tokenizer, "left")
+    given = {"input_ids": ids, "attention_mask": mask, "completion_ids": ids[:, -3:], "temperature": 0.7}
+    texts, real = texts_of(tokenizer)
+    *plain, (of_texts,) = *backbone(**given), backbone.logprobs("policy", texts, real, texts[:, 1:])[:1]
+    *together, found = backbone(**given, texts=(texts, real))
+    for a, b in zip(together, plain, strict=True):
+        assert torch.equal(a, b)
+    torch.testing.assert_close(found, of_texts)  # at temperature 1: as a language model, not as a sampler
+    loss = text_loss(found, real[:, 1:])
+    loss.backward()
+    changed = gradients(backbone)
+    assert changed and all(".default." in name for name in changed)
+
+
+def test_padding_of_texts_changes_no_loss_and_no_gradient(backbone, tokenizer):
+    ids, mask = padded(tokenizer, "left")
+    found = []
+    for filler in (None, 17, tokenizer.eos_token_id):
+        texts, real = texts_of(tokenizer, filler)
+        *_, logprobs = backbone(ids, mask, completion_ids=ids[:, -3:], texts=(texts, real))
+        backbone.zero_grad()
+        loss = text_loss(logprobs, real[:, 1:])
+        loss.backward()
+        found.append((loss.detach(), gradients(backbone)))
+    for loss, gradient in found[1:]:
+        torch.testing.assert_close(loss, found[0][0], atol=1e-6, rtol=0)
+        for name, tensor in gradient.items():
+            torch.testing.assert_close(tensor, found[0][1][name], atol=1e-6, rtol=1e-5)

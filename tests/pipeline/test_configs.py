@@ -184,6 +184,7 @@ def test_no_completion_a_prompt(number):
     ("name", "value"),
     [
         ("gradient_checkpointing", True),
+        ("fp16", True),
         ("use_vllm", True),
         ("mask_truncated_completions", True),
         ("sync_ref_model", True),
@@ -234,3 +235,36 @@ def test_lora_config():
     assert set(policy.target_modules) == {"a", "b"}
     assert (policy.modules_to_save, reward.modules_to_save) == (None, ["score"])
     assert (policy.task_type, reward.task_type) == ("CAUSAL_LM", "SEQ_CLS")
+
+
+def test_defaults_of_what_is_an_option():
+    args = PPOConfig(**CPU)
+    assert (args.kl_estimator, args.kl_target, args.kl_horizon) == ("k1", None, 10_000)
+    assert (args.critic, args.value_init, args.critic_warmup_updates) == ("adapter", "auto", 0)
+    assert (args.entropy_coef, args.ptx_coef, args.max_approx_kl) == (0, 0, None)
+    assert not args.whiten_rewards
+    assert (args.adam_epsilon, args.lr_scheduler_type) == (1e-5, "linear")
+    assert (args.min_reward_accuracy, args.sample_updates) == (0.55, 0)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"kl_estimator": "k2"}, "kl_estimator='k2' is not one of k1, k3."),
+        ({"critic": "model"}, "critic='model' is not one of adapter, head."),
+        ({"value_init": "zero"}, "value_init='zero' is not one of auto, reward, policy."),
+        (
+            {"critic": "head", "value_init": "policy"},
+            "value_init='policy' starts a value adapter, which critic='head'",
+        ),
+        ({"kl_target": 0.0}, "kl_target=0.0 must be above 0."),
+        ({"kl_horizon": -1.0}, "kl_horizon=-1.0 must be above 0."),
+        ({"max_approx_kl": 0.0}, "max_approx_kl=0.0 must be above 0."),
+        ({"kl_target": 6.0, "beta": 0.0}, "beta=0.0 cannot be adapted to kl_target=6.0; start above 0."),
+    ],
+    ids=str,
+)
+def test_options_that_make_no_sense(given, message):
+    with pytest.raises(ValueError) as caught:
+        PPOConfig(**CPU, **given)
+    assert str(caught.value).startswith(message)

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import tensor
 
-from pipeline.losses import approx_kl, policy_loss, value_loss
+from pipeline.advantages import gae, token_rewards
+from pipeline.losses import approx_kl, policy_loss, text_loss, value_loss
+from pipeline.masking import masked_mean, masked_sums, whiten
 
 
 NAN, INF = math.nan, math.inf
@@ -191,3 +193,105 @@ def test_nothing_real_is_no_loss():
         found[0].backward()
         assert not new.grad.any()
     assert approx_kl(new, old, nothing).item() == 0
+
+
+# ------------------------------------------------------------------------------------------------ texts
+TEXT = tensor([[-1.0, -2.0, -6.0], [-4.0, NAN, INF]])
+
+
+def test_text_loss_by_hand():
+    # (1 + 2 + 6) / 3 = 3 in the first text, 4 in the second: 3.5, each text weighing the same.
+    assert text_loss(TEXT, MASK).item() == 3.5
+
+
+def test_text_loss_of_parts_is_that_of_the_whole():
+    logprobs, _, _, mask = random_batch()
+    parts = [text_loss(x, m) for x, m in zip(logprobs.split(1), mask.split(1), strict=True)]
+    torch.testing.assert_close(sum(parts) / 4, text_loss(logprobs, mask))
+
+
+@pytest.mark.parametrize("junk", [-7.0, 1e30, NAN, INF, -INF])
+def test_padding_changes_no_text_loss_and_no_gradient(junk):
+    clean, _, _, mask = random_batch()
+    losses, gradients = [], []
+    for filler in (0.0, junk):
+        logprobs = clean.masked_fill(~mask, filler).requires_grad_()
+        losses.append(text_loss(logprobs, mask))
+        losses[-1].backward()
+        gradients.append(logprobs.grad)
+    assert torch.equal(losses[1], losses[0]) and torch.equal(gradients[1], gradients[0])
+    # Rows of 2, 3, 4 and 5 tokens, each a quarter of the loss.
+    expected = torch.where(mask, -1 / (4 * mask.sum(dim=1, keepdim=True)), 0).double()
+    torch.testing.assert_close(gradients[0], expected)
+
+
+def test_a_text_without_a_token_to_predict_is_no_loss():
+    assert text_loss(tensor([[NAN], [-1.0]]), tensor([[False], [True]])).item() == 0.5
+
+
+# ------------------------------------------------------------------------------------------------ all together
+def test_from_scores_to_the_loss_by_hand():
+    """Two completions of three tokens and one, through every function of the maths."""
+    logprobs, reference = (
+        tensor([[-6.0, -1.0, -1.0], [-1.0, NAN, NAN]]),
+        tensor([[-1.0, -3.0, -2.0], [-3.0, NAN, NAN]]),
+    )
+    old_values = tensor([[1.0, 2.0, 0.5], [1.0, NAN, NAN]])
+    # logprobs - reference: -5, 2, 1; 2. At half a point a nat: 2.5, -1, -0.5; -1. The scores come to the last token.
+    rewards = token_rewards(tensor([4.0, 1.0]), logprobs, reference, MASK, kl_coef=0.5)
+    assert rewards.tolist() == [[2.5, -1.0, 3.5], [0.0, 0.0, 0.0]]
+    # gamma 1, lambda 0.5, from the end: delta 3.5 - 0.5 = 3; delta -1 + 0.5 - 2 = -2.5, A = -2.5 + 0.5 * 3 = -1;
+    # delta 2.5 + 2 - 1 = 3.5, A = 3.5 + 0.5 * (-1) = 3. The other row: 0 - 1 = -1.
+    advantages, returns = gae(rewards, old_values, MASK, gamma=1.0, lam=0.5)
+    assert advantages.tolist() == [[3.0, -1.0, 3.0], [-1.0, 0.0, 0.0]]
+    assert returns.tolist() == [[4.0, 1.0, 3.5], [0.0, 0.0, 0.0]]
+    # Mean (3 - 1 + 3 - 1) / 4 = 1, variance (4 + 4 + 4 + 4) / 4 = 4.
+    advantages = whiten(advantages, MASK, masked_sums(advantages, MASK))
+    torch.testing.assert_close(advantages, tensor([[1.0, -1.0, 1.0], [-1.0, 0.0, 0.0]]))
+
+    ratios = tensor([[1.5, 0.5, 1.0], [0.9, NAN, NAN]])
+    policy, policy_clipped = policy_loss(logprobs + ratios.log(), logprobs, advantages, MASK, clip=0.2)
+    # A = 1 at 1.5: max(-1.5, -1.2) = -1.2, clipped; A = -1 at 0.5: max(0.5, 0.8) = 0.8, clipped; -1; 0.9.
+    assert policy.item() == pytest.approx((-1.2 + 0.8 - 1 + 0.9) / 4)
+    assert policy_clipped.item() == 0.5
+    values = tensor([[2.0, 1.9, 0.5], [0.5, NAN, NAN]])
+    value, value_clipped = value_loss(values, old_values, returns, MASK, clip=0.2)
+    # 2 from 1, R 4: held at 1.2, 2.8^2 = 7.84 > 2^2; 1.9 from 2, R 1: 0.9^2 = 0.81; 0.5, R 3.5: 9;
+    # 0.5 from 1, R 0: held at 0.8, 0.64 > 0.25.
+    assert value.item() == pytest.approx((7.84 + 0.81 + 9 + 0.64) / 8)
+    assert value_clipped.item() == 0.5
+    entropy = masked_mean(tensor([[1.0, 2.0, 3.0], [2.0, NAN, NAN]]), MASK)  # 8 / 4
+    texts = text_loss(TEXT, MASK)  # 3.5
+    # -0.125 + 0.1 * 2.28625 - 0.01 * 2 + 0.5 * 3.5
+    assert (policy + 0.1 * value - 0.01 * entropy + 0.5 * texts).item() == pytest.approx(1.833625)
+
+
+def test_gradients_of_a_two_step_toy_match_finite_differences():
+    """Two steps with three actions, a logit for each state and action, and a value for each state."""
+    generator = torch.Generator().manual_seed(0)
+    logits, text_logits = torch.randn(2, 3, 2, 3, generator=generator, dtype=torch.float64)  # 3 rows, 2 steps
+    actions = torch.randint(3, (3, 2, 1), generator=generator)
+    mask = tensor([[True, True], [True, True], [True, False]])
+    noise, values, old_values = torch.randn(3, 3, 2, generator=generator, dtype=torch.float64)
+    scores = torch.randn(3, generator=generator, dtype=torch.float64)
+
+    def logprobs_of(logits):
+        return logits.log_softmax(dim=-1).gather(-1, actions).squeeze(-1)
+
+    old = logprobs_of(logits) + 0.3 * noise
+    rewards = token_rewards(scores, old, old - noise, mask, kl_coef=0.5, kl_estimator="k3")
+    advantages, returns = gae(rewards, old_values, mask, gamma=0.9, lam=0.8)
+    advantages = whiten(advantages, mask, masked_sums(advantages, mask))
+
+    def loss(logits, values, text_logits):
+        logprobs = logits.log_softmax(dim=-1)
+        entropy = masked_mean(-(logprobs * logprobs.exp()).sum(dim=-1), mask)
+        policy, _ = policy_loss(logprobs_of(logits), old, advantages, mask, clip=0.2)
+        value, _ = value_loss(values, old_values, returns, mask, clip=0.2)
+        return policy + 0.5 * value - 0.1 * entropy + 0.7 * text_loss(logprobs_of(text_logits), mask)
+
+    given = [x.requires_grad_() for x in (logits.detach().clone(), values.clone(), text_logits.detach().clone())]
+    assert torch.autograd.gradcheck(loss, given)
+    loss(*given).backward()
+    for x in given:
+        assert x.grad[mask].count_nonzero() > 0 and not x.grad[~mask].any()

@@ -116,3 +116,43 @@ def test_padding_changes_nothing(junk):
     whitened = whiten(dirty, mask, sums)
     assert torch.equal(whitened, whiten(clean, mask, sums))
     assert torch.equal(whitened[~mask], torch.zeros((~mask).sum()))
+
+
+def test_whiten_by_hand_with_the_mean_kept():
+    # As above, with 7/3 added back.
+    expected = torch.tensor([[1.2642883, 2.0660721, 0.0], [3.6696395, 0.0, 0.0]])
+    torch.testing.assert_close(whiten(VALUES, MASK, masked_sums(VALUES, MASK), shift_mean=False), expected)
+
+
+@pytest.mark.parametrize("offset", [0, 100])
+def test_a_kept_mean_is_the_same_and_the_variance_1(offset):
+    values, mask = random_batch()
+    values = values + offset
+    whitened = whiten(values, mask, masked_sums(values, mask), shift_mean=False)
+    assert whitened.dtype == torch.float32
+    assert whitened[mask].mean().item() == pytest.approx(values[mask].mean().item(), rel=1e-5)
+    assert whitened[mask].double().var(correction=0).item() == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("junk", [-7.0, 1e30, NAN, INF, -INF])
+def test_padding_changes_nothing_where_the_mean_is_kept(junk):
+    clean, mask = random_batch()
+    clean = clean.masked_fill(~mask, 0)
+    expected = whiten(clean, mask, masked_sums(clean, mask), shift_mean=False)
+    dirty = clean.masked_fill(~mask, junk)
+    whitened = whiten(dirty, mask, masked_sums(dirty, mask), shift_mean=False)
+    assert torch.equal(whitened, expected)
+    assert torch.equal(whitened[~mask], torch.zeros((~mask).sum()))
+
+
+def test_equal_values_with_the_mean_kept_stay():
+    values = torch.full((2, 3), 0.1)
+    expected = torch.where(MASK, 0.1, 0.0)
+    found = whiten(values, MASK, masked_sums(values, MASK), shift_mean=False)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+
+
+def test_nothing_real_with_the_mean_kept_is_zero():
+    nothing = torch.zeros_like(MASK)
+    found = whiten(VALUES, nothing, masked_sums(VALUES, nothing), shift_mean=False)
+    assert torch.equal(found, torch.zeros(2, 3))

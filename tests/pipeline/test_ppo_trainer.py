@@ -1,60 +1,37 @@
+"""`pipeline.ppo_trainer`: what an update is, and what each option does to it, on a two-layer GPT-2."""
+
 import inspect
+import json
+import math
 
 import pytest
 import torch
-from datasets import Dataset
+from conftest import PROMPTS, make_likely
 from peft.tuners.tuners_utils import BaseTunerLayer
-from trl import ModelConfig, RLOOTrainer
+from transformers import Trainer, TrainerCallback
+from trl import RLOOTrainer
 
-from pipeline.backbone import Backbone, load_pretrained, read_adapter
-from pipeline.configs import PPOConfig
+from pipeline import ppo_trainer
+from pipeline.backbone import read_adapter
 from pipeline.ppo_trainer import PPOTrainer
+from pipeline.rollout import Rollout
 from reward_models.composite import PROTOCOL
-from reward_models.learned import LearnedReward
-
-
-PROMPTS = ["The film", "A", "It's a", "One of the best", "This is", "An", "For all its", "Not"]
 
 
 def words(completions, **kwargs):
     return [float(len(completion.split())) for completion in completions]
 
 
-@pytest.fixture
-def make_trainer(tiny, sft_adapter, reward_adapter, tokenizer, tmp_path):
-    def make(reward_funcs=None, prompts=PROMPTS, **options):
-        base, _ = load_pretrained(ModelConfig(tiny))
-        backbone = Backbone(base, read_adapter(sft_adapter, base=base))
-        backbone.add_role("reward", read_adapter(reward_adapter, needs_head=True, base=base))
-        settings = {
-            "output_dir": str(tmp_path),
-            "per_device_train_batch_size": 2,
-            "steps_per_generation": 4,
-            "gradient_accumulation_steps": 2,
-            "num_iterations": 2,
-            "max_completion_length": 6,
-            "max_steps": 8,  # two updates of two epochs of two minibatches
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "report_to": "none",
-            "save_strategy": "no",
-            "bf16": False,
-            "use_cpu": True,
-            "disable_tqdm": True,
-        }
-        return PPOTrainer(
-            backbone=backbone,
-            reward_funcs=reward_funcs or [LearnedReward(backbone, tokenizer)],
-            args=PPOConfig(**{**settings, **options}),
-            train_dataset=Dataset.from_dict({"prompt": prompts}),
-            processing_class=tokenizer,
-        )
-
-    return make
+EVERYTHING = {"critic": "head", "whiten_rewards": True, "kl_estimator": "k3", "normalize_scores": True, "beta": 0.3}
 
 
-def test_an_update_starts_at_ratio_one_and_kl_zero(make_trainer):
-    trainer = make_trainer()
+@pytest.mark.parametrize(
+    "options",
+    [{}, EVERYTHING | {"critic": "adapter"}, EVERYTHING],
+    ids=["defaults", "all options", "all options and critic=head"],
+)
+def test_an_update_starts_at_ratio_one_and_kl_zero(make_trainer, options):
+    trainer = make_trainer(**options)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "approxkl" in row]
     assert [row["step"] for row in rows] == list(range(1, 9))
@@ -90,6 +67,18 @@ def test_every_epoch_reshuffles_the_same_rollout(make_trainer):
     assert sorted(epochs[0]) == sorted(epochs[1]) and sorted(epochs[2]) == sorted(epochs[3])
     assert epochs[0] != epochs[1] and epochs[2] != epochs[3]
     assert sorted(epochs[0]) != sorted(epochs[2])
+
+
+def test_each_pass_over_the_prompts_has_an_order_of_its_own(make_trainer):
+    passes = []
+
+    def noting(prompts, **kwargs):
+        passes.append(list(prompts))
+        return [0.0] * len(prompts)
+
+    make_trainer(reward_funcs=[noting], max_steps=12).train()
+    assert len(passes) == 3 and all(sorted(asked) == sorted(PROMPTS) for asked in passes)
+    assert passes[0] != passes[1] != passes[2]
 
 
 def test_a_seed_fixes_the_result(make_trainer):
@@ -255,6 +244,359 @@ def test_saved_roles_are_those_that_trained(make_trainer, tmp_path):
             assert torch.equal(tensor, parameters[key.replace(".weight", f".{name}.weight")])
 
 
+class Recorder(TrainerCallback):
+    """The weights that train and Adam's moments of them, as each step ends, by the step's number; 0 is the start."""
+
+    def __init__(self, trainer):
+        self.trainer, self.weights, self.moments = trainer, {}, {}
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._record(0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self._record(state.global_step)
+
+    def _record(self, step):
+        named = {name: p for name, p in self.trainer.model.named_parameters() if p.requires_grad}
+        self.weights[step] = {name: p.detach().clone() for name, p in named.items()}
+        states = self.trainer.optimizer.state
+        self.moments[step] = {
+            name: {key: torch.as_tensor(value).clone() for key, value in states[p].items()}
+            for name, p in named.items()
+            if p in states
+        }
+
+    def changed(self, first, last):
+        """Names of the weights that are not bit-identical."""
+        return {name for name, p in self.weights[first].items() if not torch.equal(p, self.weights[last][name])}
+
+
+def all_equal(some, others):
+    return some.keys() == others.keys() and all(
+        all_equal(x, others[name]) if isinstance(x, dict) else torch.equal(x, others[name]) for name, x in some.items()
+    )
+
+
+# ------------------------------------------------------------------------------------------ early stop, warm-up, beta
+def test_an_update_that_went_too_far_takes_no_further_step(make_trainer):
+    recorders, passes = {}, {}
+    for bound in (None, 1e-12):
+        recorder, passes[bound] = Recorder(make_trainer(max_approx_kl=bound)), []
+        original = recorder.trainer._compute_loss
+        recorder.trainer._compute_loss = lambda *args, f=original, p=passes[bound]: (p.append(1), f(*args))[1]
+        recorder.trainer.train()
+        recorders[bound] = recorder
+    plain, stopped = recorders.values()
+    # The second minibatch is the first with an approxkl above 0, seen in the first of its two pieces. Its step has
+    # begun, and is taken whole: two steps of two passes an update, instead of four.
+    assert [len(seen) for seen in passes.values()] == [16, 8]
+    assert all_equal(stopped.weights[2], plain.weights[2])
+    for step in (3, 4, 7, 8):
+        assert all_equal(stopped.weights[step], stopped.weights[step - 1])
+        assert all_equal(stopped.moments[step], stopped.moments[step - 1])
+    assert stopped.changed(4, 5) == set(stopped.weights[0])  # the next update begins anew
+    history = stopped.trainer.state.log_history
+    rates = [row["learning_rate"] for row in history if "learning_rate" in row]
+    assert rates == pytest.approx([1e-2 * (8 - step) / 8 for step in range(8)])  # goes on to 0 through skipped steps
+    assert [row["grad_norm"] > 0 for row in history if "grad_norm" in row] == [True, True, False, False] * 2
+
+
+def test_what_was_measured_is_logged_though_an_evaluation_came_between(make_trainer):
+    """Steps 3 and 4 are skipped; the evaluation after step 2 left the model in evaluation mode, by which logs go."""
+    given = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2, "logging_steps": 4}
+    trainer = make_trainer(max_approx_kl=1e-12, held_out=PROMPTS[:2], **given)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "learning_rate" in row]
+    assert [row["step"] for row in rows] == [4, 8]
+    assert all(row.keys() >= {"kl", "approxkl", "score"} for row in rows)
+
+
+@pytest.mark.parametrize("critic", ["adapter", "head"])
+def test_in_the_warm_up_the_value_alone_trains(make_trainer, critic):
+    recorder = Recorder(make_trainer(critic=critic, critic_warmup_updates=1, weight_decay=0.1, entropy_coef=0.1))
+    recorder.trainer.train()
+    of_value = {name for name in recorder.weights[0] if "value" in name}
+    assert "heads.value.weight" in of_value and len(of_value) > (critic == "adapter")
+    assert recorder.changed(0, 4) == of_value
+    assert recorder.moments[4].keys() == of_value
+    assert recorder.changed(4, 8) == set(recorder.weights[0])
+    firsts = [row for row in recorder.trainer.state.log_history if "kl" in row]
+    assert [row["kl"] for row in firsts] == [0, 0]
+
+
+def test_beta_moves_towards_the_target(make_trainer):
+    # 8 completions, horizon 8: a factor of 1 - 0.2 at the KL of 0 of the first rollout, and 1 + 0.2 at most after it.
+    for target, factor in ((1e9, 0.8), (1e-9, 1.2)):
+        trainer = make_trainer(beta=0.5, kl_target=target, kl_horizon=8, max_steps=12, learning_rate=0.1)
+        trainer.train()
+        rows = [row for row in trainer.state.log_history if "kl" in row]
+        assert rows[1]["kl"] > 0
+        assert [row["beta"] for row in rows] == pytest.approx([0.5, 0.5 * 0.8, 0.5 * 0.8 * factor])
+
+
+def test_beta_waits_for_the_warm_up(make_trainer):
+    trainer = make_trainer(beta=0.5, kl_target=1.0, kl_horizon=8, max_steps=12, critic_warmup_updates=1)
+    trainer.train()
+    # The KL of 0 of the first rollout is that of a policy that cannot move; that of the second is 0 still.
+    rows = [row for row in trainer.state.log_history if "kl" in row]
+    assert [row["beta"] for row in rows] == pytest.approx([0.5, 0.5, 0.4])
+
+
+# ------------------------------------------------------------------------------------------ the reward of a token
+def rollout_of(trainer):
+    """A rollout of a policy away from its reference."""
+    torch.manual_seed(3)
+    trainer.model.train()
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_B.default" in name:
+                parameter += 0.05 * torch.randn_like(parameter)
+    return Rollout(**trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS]))
+
+
+def test_rewards_are_whitened_before_advantages(make_trainer):
+    """With gamma = lambda = 1, returns are sums of rewards to come, and their differences are the rewards."""
+    rewards = []
+    for whiten in (False, True):
+        options = {"gamma": 1.0, "lam": 1.0, "beta": 0.5, "normalize_advantages": False}
+        rollout = rollout_of(make_trainer(whiten_rewards=whiten, **options))
+        to_go = rollout.returns
+        following = torch.cat([to_go[:, 1:], torch.zeros(len(to_go), 1)], dim=1)
+        rewards.append((to_go - following)[rollout.completion_mask].double())
+    plain, whitened = rewards
+    assert whitened.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert whitened.mean().item() == pytest.approx(plain.mean().item(), abs=1e-4)  # it stays
+    scale = plain.std(correction=0)
+    torch.testing.assert_close(whitened - plain.mean(), (plain - plain.mean()) / scale, atol=1e-4, rtol=0)
+
+
+def test_k3_is_what_is_punished_and_k1_what_is_logged(make_trainer):
+    sums, logged = {}, {}
+    for kl_estimator in ("k1", "k3"):
+        trainer = make_trainer(reward_funcs=[nought], beta=1.0, gamma=1.0, lam=1.0, kl_estimator=kl_estimator)
+        sums[kl_estimator] = rollout_of(trainer).returns[:, 0]
+        logged[kl_estimator] = trainer._metrics["train"]["kl"][-1]
+    assert logged["k1"] == logged["k3"] == pytest.approx(-sums["k1"].mean().item(), abs=1e-5)
+    assert (sums["k3"] < 0).all() and not torch.allclose(sums["k3"], sums["k1"], atol=1e-3)
+
+
+def nought(completions, **kwargs):
+    return [0.0 for _ in completions]
+
+
+# ------------------------------------------------------------------------------------------ the loss
+TEXTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14, 15, 16, 17, 18], [19, 20, 21]]
+
+
+def test_the_loss_has_the_gradients_of_finite_differences(make_trainer):
+    """Policy, value, entropy and text loss together, in float64, in both branches of both clips."""
+    trainer = make_trainer(
+        entropy_coef=0.3, ptx_coef=0.7, vf_coef=0.5, texts=TEXTS, per_device_train_batch_size=8,
+        steps_per_generation=1, gradient_accumulation_steps=1, temperature=0.7,
+    )  # fmt: skip
+    trainer.model.double()
+    rollout = rollout_of(trainer)
+    moved = {"logprobs": 0.3, "values": 0.3}  # as if the policy and the value had been elsewhere
+    noise = {name: size * torch.randn_like(getattr(rollout, name)) for name, size in moved.items()}
+    inputs = {**rollout._asdict(), **{name: getattr(rollout, name) + noise[name] for name in moved}}
+
+    trainer._compute_loss(trainer.model, inputs).backward()
+    shares = [trainer._metrics["train"][f"clipfrac/{name}"][-1] for name in ("policy", "value")]
+    assert all(0.05 < share < 0.95 for share in shares)
+    for part in ("lora_A.default", "lora_B.default", "lora_A.value", "lora_B.value", "heads.value"):
+        name, weight = next((n, p) for n, p in reversed(list(trainer.model.named_parameters())) if part in n)
+        index = divmod(weight.grad.abs().argmax().item(), weight.shape[1])
+        around = []
+        with torch.no_grad():
+            for step in (1e-6, -2e-6):
+                weight[index] += step
+                around.append(trainer._compute_loss(trainer.model, inputs).item())
+            weight[index] += 1e-6
+        expected = (around[0] - around[1]) / 2e-6
+        assert abs(expected) > 1e-4
+        assert weight.grad[index].item() == pytest.approx(expected, rel=1e-5), name
+
+
+def test_the_entropy_bonus_raises_the_entropy(make_trainer):
+    ends = []
+    for coefficient in (0.0, 10.0):
+        trainer = make_trainer(entropy_coef=coefficient)
+        trainer.train()
+        ends.append([row["entropy"] for row in trainer.state.log_history if "entropy" in row][-1])
+    assert ends[1] > ends[0] + 0.01
+
+
+def test_texts_keep_their_likelihood(make_trainer):
+    losses = {}
+    for coefficient in (1e-9, 5.0):
+        trainer = make_trainer(ptx_coef=coefficient, texts=TEXTS, learning_rate=3e-2)
+        trainer.train()
+        losses[coefficient] = [row["loss/ptx"] for row in trainer.state.log_history if "loss/ptx" in row]
+        assert len(losses[coefficient]) == 8
+    assert losses[5.0][-1] < losses[1e-9][-1] - 0.1
+
+
+def texts_of(trainer, step):
+    trainer._step = step
+    ids, mask = trainer._next_texts()
+    return [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
+
+
+def test_the_order_of_texts_depends_on_seed_and_pass_alone(make_trainer):
+    first, again, other = (make_trainer(ptx_coef=0.1, texts=TEXTS, seed=seed) for seed in (0, 0, 1))
+    orders = [texts_of(first, step) for step in range(10)]
+    torch.manual_seed(99)
+    assert [texts_of(again, step) for step in reversed(range(10))] == orders[::-1]
+    assert [texts_of(other, step) for step in range(10)] != orders
+    rows = [row for order in orders for row in order]  # 10 passes of 2 texts: 4 epochs of 5
+    for start in range(0, 20, 5):
+        assert sorted(rows[start : start + 5]) == sorted(TEXTS)
+    assert rows[:5] != rows[5:10]
+
+
+@pytest.mark.parametrize("given", [{"ptx_coef": 0.1}, {"texts": TEXTS}, {"ptx_coef": 0.1, "texts": []}])
+def test_texts_and_their_coefficient_belong_together(make_trainer, given):
+    with pytest.raises(ValueError, match="ptx_coef=.* and ptx_dataset_name belong together; set both or neither"):
+        make_trainer(**given)
+
+
+# ------------------------------------------------------------------------------------------ what is no number
+def poison(trainer, monkeypatch, where, number):
+    """From pass `number` on (counting from 0), NaN in the loss, in the text loss, or in gradients alone."""
+    passes, original = [], trainer._compute_loss
+
+    def compute_loss(*args):
+        passes.append(1)
+        return original(*args)
+
+    def ill():
+        return len(passes) > number
+
+    trainer._compute_loss = compute_loss
+    if where == "gradients":
+        weight = next(p for name, p in trainer.model.named_parameters() if "lora_B.default" in name)
+        weight.register_hook(lambda gradient: gradient * math.nan if ill() else gradient)
+        return
+    name = {"loss": "value_loss", "texts": "text_loss"}[where]
+    function = getattr(ppo_trainer, name)
+
+    def poisoned(*args, **options):
+        result = function(*args, **options)
+        if not ill():
+            return result
+        return result * math.nan if isinstance(result, torch.Tensor) else tuple(x * math.nan for x in result)
+
+    monkeypatch.setattr(ppo_trainer, name, poisoned)
+
+
+@pytest.mark.parametrize(
+    ("where", "number"),  # of the pass: steps have two of them
+    [("loss", 0), ("loss", 4), ("loss", 5), ("texts", 5), ("gradients", 4), ("gradients", 5)],
+)
+def test_what_is_no_number_stops_training_with_finite_weights(make_trainer, monkeypatch, tmp_path, where, number):
+    options = {"ptx_coef": 0.1, "texts": TEXTS} if where == "texts" else {}
+    recorder = Recorder(make_trainer(max_grad_norm=1.0, **options))
+    trainer = recorder.trainer
+    poison(trainer, monkeypatch, where, number)
+    trainer.train()
+    taken = number // 2
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.isfinite().all(), name
+        if parameter.requires_grad:
+            assert torch.equal(parameter, recorder.weights[taken][name]), name
+    assert trainer.state.global_step < 8
+    summary = trainer.summary()
+    assert "is nan: the step was not taken and training stops" in summary["stopped"]
+    assert summary["stopped"].startswith("The gradient's norm" if where == "gradients" else "The loss")
+    assert summary["warnings"] == ["nan"]
+    assert "NaN" not in json.dumps(summary)
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    for folder in (checkpoint, checkpoint / "value"):
+        assert all(tensor.isfinite().all() for tensor in read_adapter(str(folder)).weights.values())
+
+
+# ------------------------------------------------------------------------------------------ evaluation, best checkpoint
+def fading(completions, trainer_state, **kwargs):
+    """Worth less with every step, so that the first checkpoint is the best."""
+    return [-1.0 - trainer_state.global_step] * len(completions)
+
+
+@pytest.mark.parametrize("critic", ["adapter", "head"])
+@pytest.mark.parametrize("save_strategy", ["steps", "best"])
+def test_the_best_checkpoint_is_what_remains(make_trainer, tmp_path, critic, save_strategy):
+    recorder = Recorder(
+        make_trainer(
+            reward_funcs=[fading], held_out=PROMPTS[:5], critic=critic, save_strategy=save_strategy, save_steps=4,
+            eval_strategy="steps", eval_steps=4, per_device_eval_batch_size=2, load_best_model_at_end=True,
+            metric_for_best_model="score",
+        )
+    )  # fmt: skip
+    trainer = recorder.trainer
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "eval_score" in row]
+    assert [row["eval_score"] for row in rows] == [-5, -9]
+    assert all(row.keys() >= {"eval_kl", "eval_loss", "eval_value", "eval_rewards/fading/mean"} for row in rows)
+    assert all(row["eval_kl"] != 0 for row in rows)
+    saved = {path.name for path in tmp_path.glob("checkpoint-*")}
+    assert saved == ({"checkpoint-4"} if save_strategy == "best" else {"checkpoint-4", "checkpoint-8"})
+    assert recorder.changed(4, 8) == set(recorder.weights[0])
+    for name, expected in recorder.weights[4].items():
+        assert torch.equal(trainer.model.get_parameter(name), expected), name
+
+
+def test_metrics_of_an_evaluation_are_returned(make_trainer):
+    metrics = make_trainer(held_out=PROMPTS[:3]).evaluate()
+    assert metrics["eval_kl"] == 0 and metrics.keys() >= {"eval_score", "eval_reward", "eval_completions/mean_length"}
+
+
+@pytest.mark.parametrize("critic", ["adapter", "head"])
+def test_saved_values_are_those_that_trained(make_trainer, tmp_path, critic):
+    trainer = make_trainer(critic=critic)
+    trainer.train()
+    trainer.save_model()
+    fresh = make_trainer(critic=critic).model
+    ids, mask = torch.tensor([[5, 6, 7, 8]]), torch.ones(1, 4)
+    with torch.no_grad():
+        expected = trainer.model.eval().values(ids, mask, 3)
+        assert not torch.allclose(fresh.eval().values(ids, mask, 3), expected, atol=1e-3)
+        fresh.load_role("policy", read_adapter(str(tmp_path)))
+        fresh.load_role("value", read_adapter(str(tmp_path / "value"), needs_head=True))
+        assert torch.equal(fresh.values(ids, mask, 3), expected)
+        assert torch.equal(fresh.hidden_states("policy", ids, mask), trainer.model.hidden_states("policy", ids, mask))
+
+
+# ------------------------------------------------------------------------------------------ pad == eos
+def test_a_pad_token_that_is_the_end_of_text(make_trainer, tokenizer):
+    """As gpt2's: the first one in a completion is real, ends it, and spares it the penalty; the others are padding."""
+    end = tokenizer.eos_token_id
+    tokenizer.pad_token = tokenizer.eos_token
+    penalty = {"missing_eos_penalty": 3.0, "beta": 0.0, "gamma": 1.0, "lam": 1.0}
+    trainer = make_trainer(reward_funcs=[ones], learning_rate=1e-3, **penalty)
+    trainer.model.get_base_model().config.pad_token_id = end
+    make_likely(trainer.model, end)
+    trainer.train()
+    rollout = Rollout(**trainer._rollout)
+    ids, mask = rollout.completion_ids, rollout.completion_mask
+    ended = ((ids == end) & mask).any(dim=1)
+    lengths = mask.sum(dim=1)
+    assert ended.any() and not ended.all() and (lengths[ended] < ids.shape[1]).any()
+    for row, length, over in zip(ids.tolist(), lengths.tolist(), ended.tolist(), strict=True):
+        assert row[:length].count(end) == over
+        assert row[length:] == [end] * (len(row) - length)
+        assert row[length - 1] == end or not over
+    # gamma = lambda = 1 and no KL penalty: the return of every real token is the score, 1 or 1 - 3.
+    expected = torch.where(ended, 1.0, -2.0).unsqueeze(1).expand_as(mask).masked_fill(~mask, 0)
+    torch.testing.assert_close(rollout.returns, expected, atol=1e-5, rtol=0)
+    firsts = [row for row in trainer.state.log_history if "kl" in row]
+    assert [row["approxkl"] for row in firsts] == [0, 0]
+    assert not trainer.summary()["warnings"]
+
+
+def ones(completions, **kwargs):
+    return [1.0 for _ in completions]
+
+
 def test_trl_has_what_we_override():
     """Each name below is overridden or called here; if TRL moves one, this names it."""
     for name, arguments in {
@@ -264,6 +606,9 @@ def test_trl_has_what_we_override():
         "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
         "_compute_loss": ["self", "model", "inputs"],
         "_save_checkpoint": ["self", "model", "trial"],
+        "training_step": ["self", "model", "inputs", "num_items_in_batch"],
+        "_get_grad_norm": ["self", "model", "grad_norm"],
+        "_load_best_model": ["self"],
     }.items():
         assert list(inspect.signature(getattr(RLOOTrainer, name)).parameters) == arguments, name
     source = inspect.getsource(RLOOTrainer)
@@ -275,9 +620,17 @@ def test_trl_has_what_we_override():
         "reward_func_names",
         "eos_token_ids",
         "temperature",
+        "async_loop",
     ):
         assert f"self.{attribute}" in source, attribute
     assert 'model.add_adapter("ref", default_config)' in source
+
+
+def test_trainer_looks_at_gradients_just_before_it_steps():
+    source = inspect.getsource(Trainer._run_epoch)
+    assert (
+        source.index("self._clip_grad_norm(") < source.index("self._get_grad_norm(") < source.index("optimizer.step(")
+    )
 
 
 def test_peft_switches_adapters_through_these_attributes():

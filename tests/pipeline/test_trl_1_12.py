@@ -6,7 +6,7 @@ differ, the test names what TRL does, and shows that the difference is this and 
 - the reward is one step late: TRL plays one more step after a completion that ended before the last column, in which
   nothing is chosen; the state before it has a value, and the score comes there (`padding_mask_p1` is the mask with it);
 - that step counts as a token in the value loss;
-- whitening divides by the unbiased standard deviation;
+- whitening divides by the unbiased standard deviation, of advantages and, with `whiten_rewards`, of rewards;
 - what stands under the padding is INVALID_LOGPROB = 1.0, a ratio of 1 and a log-ratio of 0, and enters some averages.
 """
 
@@ -22,6 +22,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.advantages import gae, token_rewards
 from pipeline.backbone import Adapter, Backbone
+from pipeline.kl import kl_per_token
 from pipeline.losses import approx_kl, policy_loss, value_loss
 from pipeline.masking import masked_sums, whiten
 
@@ -165,16 +166,45 @@ def test_whitening():
     assert 1 - UNBIASED > 1e-3  # so that the test would see it
 
 
-def test_whitening_of_rewards():
-    """Where `whiten_rewards` is set, TRL adds the mean back, and whitens the late step with the rest."""
-    scores = torch.zeros_like(TRL["rewards"]).scatter_(
-        1, (WITH_LATE_STEP.sum(dim=1) - 1)[:, None], TRL["scores"][:, None]
-    )
-    plain = TRL["k3_whitened.non_score_reward"] + scores
-    count, total, _ = sums = masked_sums(plain, WITH_LATE_STEP)
-    unbiased = whiten(plain, WITH_LATE_STEP, sums) * ((count - 1) / count).sqrt()
-    expected = (unbiased + total / count).float().masked_fill(~WITH_LATE_STEP, 0)
-    assert_close(expected, TRL["k3_whitened.rewards"], **CLOSE)
+# ------------------------------------------------------------------------------------------------ k3, whitened rewards
+K3 = part("k3_whitened.")
+LATE_COUNT = WITH_LATE_STEP.sum()
+
+
+def k3_rewards(ours) -> torch.Tensor:
+    """Rewards of the second run by our functions, with the late step, before they are whitened."""
+    logprobs, ref_logprobs = (ours[name].masked_fill(~MASK, 1.0) for name in ("logprobs", "ref_logprobs"))
+    given = (TRL["scores"], logprobs, ref_logprobs, WITH_LATE_STEP)
+    return token_rewards(*given, kl_coef=SETTINGS["kl_coef"], kl_estimator="k3")
+
+
+def unbiased(rewards: torch.Tensor) -> torch.Tensor:
+    """Our whitened rewards, were the variance the unbiased one: sqrt((n - 1) / n) as far from the mean, which stays."""
+    mean = rewards[WITH_LATE_STEP].mean()
+    whitened = whiten(rewards, WITH_LATE_STEP, masked_sums(rewards, WITH_LATE_STEP), shift_mean=False)
+    return torch.where(WITH_LATE_STEP, (whitened - mean) * ((LATE_COUNT - 1) / LATE_COUNT).sqrt() + mean, 0)
+
+
+def test_k3(ours):
+    found = -SETTINGS["kl_coef"] * kl_per_token(ours["logprobs"], ours["ref_logprobs"], MASK, estimator="k3")
+    assert_close(found, K3["non_score_reward"].masked_fill(~MASK, 0), **CLOSE)
+    assert (K3["non_score_reward"] <= 0).all() and (TRL["non_score_reward"] > 0.1).any()
+
+
+def test_whitened_rewards(ours):
+    """TRL keeps the mean too, and whitens the late step with the rest; its variance is the unbiased one."""
+    rewards = k3_rewards(ours)
+    assert_close(unbiased(rewards), K3["rewards"], **CLOSE)
+    biased = whiten(rewards, WITH_LATE_STEP, masked_sums(rewards, WITH_LATE_STEP), shift_mean=False)
+    assert (biased - K3["rewards"]).abs().max() > 1e-2  # so that the test would see it
+
+
+def test_advantages_of_whitened_rewards(ours):
+    values = ours["values"].masked_fill(~WITH_LATE_STEP, 0)
+    advantages, returns = gae(unbiased(k3_rewards(ours)), values, WITH_LATE_STEP, **GAE)
+    assert_close(returns, K3["returns"], **CLOSE)
+    whitened = whiten(advantages, MASK, masked_sums(advantages, MASK)) * UNBIASED
+    assert_close(whitened, K3["advantages"], **CLOSE)
 
 
 # ------------------------------------------------------------------------------------------------ losses
