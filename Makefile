@@ -3,6 +3,7 @@ PYTHON ?= python3.11
 SEED ?= 0
 OUT ?= runs/demo
 SEEDS ?= 0 1 2 3 4 5 6 7 8 9
+BASELINES ?= runs/baselines
 
 LAUNCH = .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml -m
 RECIPES = pipeline/recipes
@@ -12,7 +13,7 @@ RECIPES = pipeline/recipes
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 
-.PHONY: demo seeds reward-long backbone test
+.PHONY: demo baselines seeds reward-long backbone test
 
 # SFT, reward model, PPO and evaluation on the embedded default; leaves $(OUT)/report.md and report.json.
 demo: .venv/installed
@@ -22,7 +23,25 @@ demo: .venv/installed
 	$(LAUNCH) pipeline.ppo --config $(RECIPES)/demo/ppo.yaml --seed $(SEED) --output_dir $(OUT)/ppo \
 		--sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward
 	$(LAUNCH) pipeline.evaluation --config $(RECIPES)/demo/evaluation.yaml --seed $(SEED) --output_dir $(OUT) \
-		--sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward --ppo_adapter $(OUT)/ppo
+		--sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward --policy_adapter $(OUT)/ppo
+
+# Best-of-n, RLOO, GRPO and DPO from the demo's SFT and reward adapters; leaves $(BASELINES)/table.md and table.json.
+baselines: .venv/installed
+	@test -f $(OUT)/report.json || { echo "$(OUT)/report.json: no such file. Run \`make demo\` first." >&2; exit 1; }
+	$(LAUNCH) pipeline.best_of_n --config $(RECIPES)/demo/best_of_n.yaml --seed $(SEED) \
+		--output_dir $(BASELINES)/best_of_n --sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward --report $(OUT)/report.json
+	$(LAUNCH) pipeline.rloo --config $(RECIPES)/baselines/rloo.yaml --seed $(SEED) --output_dir $(BASELINES)/rloo \
+		--sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward
+	$(LAUNCH) pipeline.grpo --config $(RECIPES)/baselines/grpo.yaml --seed $(SEED) --output_dir $(BASELINES)/grpo \
+		--sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward
+	$(LAUNCH) pipeline.dpo --config $(RECIPES)/baselines/dpo.yaml --seed $(SEED) --output_dir $(BASELINES)/dpo \
+		--sft_adapter $(OUT)/sft
+	for method in rloo grpo dpo; do \
+		$(LAUNCH) pipeline.evaluation --config $(RECIPES)/demo/evaluation.yaml --seed $(SEED) \
+			--output_dir $(BASELINES)/$$method/evaluation --sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward \
+			--policy_adapter $(BASELINES)/$$method --policy_name $$(echo $$method | tr a-z A-Z) || exit 1; \
+	done
+	.venv/bin/python -m pipeline.baselines --demo $(OUT) --baselines $(BASELINES)
 
 # The README's table: the demo under ten seeds, about an hour.
 seeds: .venv/installed

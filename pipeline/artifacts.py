@@ -21,6 +21,13 @@ def read_metrics(folder: str | Path) -> dict:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def completions_sampled(trainer: Trainer) -> int:
+    """How many completions one of TRL's online trainers, or PPO, has sampled to learn from, over all processes."""
+    args = trainer.args
+    passes = trainer.state.global_step * args.gradient_accumulation_steps
+    return -(-passes // (args.steps_per_generation * args.num_iterations)) * args.generation_batch_size
+
+
 def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict) -> None:
     """Save the trained adapter with model card, backbone identity and `metrics.json`; close the trackers."""
     folder = Path(trainer.args.output_dir)

@@ -265,12 +265,12 @@ class Backbone(PeftModelForCausalLM):
 
     def hidden_states(self, role: str | None, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Last hidden states of a role, (B, S) -> (B, S, D). Positions count real tokens, wherever the padding is."""
-        position_ids = (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+        positions = _positions(attention_mask)
         with self.role(role):
             return (
                 self.get_base_model()
                 .base_model(
-                    input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+                    input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
                 )
                 .last_hidden_state
             )
@@ -333,11 +333,16 @@ class Backbone(PeftModelForCausalLM):
     ):
         """The policy's language-model forward; with `completion_ids` (B, T), PPO's training pass.
 
+        As a language model it counts positions as `generate` does, over real tokens: GPT-2 left to itself counts the
+        padding at the left too, and would score other logprobs than were sampled.
+
         The training pass returns logprobs, entropy and values, each (B, T); with `texts`, a pair of right-padded ids
         and mask (N, S), the policy's logprobs of them (N, S - 1) too. All of it runs in this one call, so that DDP,
         FSDP and DeepSpeed see a single forward of the module they wrap.
         """
         if completion_ids is None:
+            if attention_mask is not None:
+                kwargs.setdefault("position_ids", _positions(attention_mask))
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         length = completion_ids.shape[1]
         hidden = self.hidden_states("policy", input_ids, attention_mask)[:, -length - 1 : -1]
@@ -349,6 +354,11 @@ class Backbone(PeftModelForCausalLM):
         if texts is None:
             return logprobs, entropy, values
         return logprobs, entropy, values, self.logprobs("policy", *texts, texts[0][:, 1:])[0]
+
+    def save_pretrained(self, save_directory, selected_adapters: list[str] | None = None, **kwargs) -> None:
+        """peft's, but of the policy alone unless adapters are named: what TRL's trainers trained, without the roles
+        beside it."""
+        super().save_pretrained(save_directory, selected_adapters=selected_adapters or [ADAPTERS["policy"]], **kwargs)
 
     def save_role(self, role: str, folder: str | Path) -> None:
         """Save one role as a standard peft folder. A role with a head becomes a sequence-classification adapter, which
@@ -372,7 +382,13 @@ def _language_config(config: LoraConfig) -> LoraConfig:
     """The adapter's config for a causal language model: its head is kept beside the model, not inside."""
     config = deepcopy(config)
     config.task_type, config.modules_to_save = "CAUSAL_LM", None
+    config.base_model_name_or_path = None  # when it is saved, peft names the base that it is on
     return config
+
+
+def _positions(attention_mask: Tensor) -> Tensor:
+    """Position of each token among the real ones of its row, (B, S) -> (B, S)."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
 def _is_ours(name: str) -> bool:

@@ -37,6 +37,15 @@ class DataArguments:
 
 
 @dataclass
+class PolicyArguments:
+    """Where a policy starts."""
+
+    sft_adapter: str | None = field(
+        default=None, metadata={"help": "Adapter the policy starts from and is held to; unset: the bare backbone."}
+    )
+
+
+@dataclass
 class RewardModelArguments:
     """What the reward stage adds to TRL's RewardConfig."""
 

@@ -3,7 +3,8 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.evaluation --config pipeline/recipes/demo/evaluation.yaml
 
 The independent judge is VADER's rule-based compound (-1..1) of prompt and completion. Leaves report.json, report.md
-and plots in `output_dir`.
+and plots in `output_dir`. Any policy adapter can stand where PPO's does, such as a baseline's: `ppo` in report.json is
+the policy that was evaluated, whatever `policy` calls it.
 """
 
 import asyncio
@@ -34,11 +35,12 @@ from reward_models.rules import sentiment
 class EvaluationArguments:
     """What is compared, and on which prompts."""
 
-    ppo_adapter: str = field(metadata={"help": "Policy adapter to evaluate."})
+    policy_adapter: str = field(metadata={"help": "Policy adapter to evaluate, of PPO or of a baseline."})
     output_dir: str = field(metadata={"help": "Where the report goes."})
     sft_adapter: str | None = field(default=None, metadata={"help": "Adapter it started from; unset: the backbone."})
     dataset_name: str = field(default="human_ratings", metadata={"help": "Prompts: hub id, folder or file."})
     dataset_eval_split: str = field(default="test", metadata={"help": "Split to take prompts from."})
+    policy_name: str = field(default="PPO", metadata={"help": "What report.md calls it."})
     max_prompts: int = field(default=512, metadata={"help": "The first so many prompts."})
     max_completion_length: int = field(default=24, metadata={"help": "Tokens sampled at most."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature, as in PPO."})
@@ -109,7 +111,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     base, tokenizer = load_pretrained(model)
     context = base.config.get_text_config().max_position_embeddings
     check_prompt_lengths(prompts, tokenizer, context, args.max_completion_length, args.dataset_name)
-    policy = read_adapter(args.ppo_adapter, base=base)
+    policy = read_adapter(args.policy_adapter, base=base)
     backbone = Backbone(base, policy)
     if args.sft_adapter:
         backbone.add_role("reference", read_adapter(args.sft_adapter, base=base))
@@ -132,10 +134,11 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
 
     sft, ppo = results["sft"], results["ppo"]
     first = next(iter(rewards.reward_adapter), None)  # of several, the one that the value started from
-    stages = {"sft": args.sft_adapter, "reward": first, "ppo": args.ppo_adapter}
+    stages = {"sft": args.sft_adapter, "reward": first, "ppo": args.policy_adapter}
     metrics = {stage: read_metrics(folder) if folder else {} for stage, folder in stages.items()}
     measured = {key: value for key, value in metrics["reward"].items() if key not in ("history", "seconds")}
     report = {
+        "policy": args.policy_name,
         "seed": args.seed,
         "prompts": len(prompts),
         "sft": sft.metrics(),
@@ -146,12 +149,16 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         **({"reward_model": measured} if measured else {}),
         "backbone_copies": metrics["ppo"].get("backbone_copies"),
         "preflight": metrics["ppo"].get("preflight", []),
+        "completions": metrics["ppo"].get("completions"),
         "seconds": {stage: found["seconds"] for stage, found in metrics.items() if found},
     }
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    drawing.draw_ppo_curves(metrics["ppo"].get("history", []), folder / "ppo_curves.png")
-    drawing.draw_score_histograms(sft.scores, ppo.scores, folder / "score_histograms.png")
+    history = metrics["ppo"].get("history", [])
+    curves = any("score" in row for row in history)  # those of PPO; other trainers log other things
+    if curves:
+        drawing.draw_ppo_curves(history, folder / "ppo_curves.png")
+    drawing.draw_score_histograms(sft.scores, ppo.scores, folder / "score_histograms.png", args.policy_name)
     if measured:
         drawing.draw_calibration(measured["reliability"], measured["ece"], folder / "reward_calibration.png")
     if "by_gap" in measured:
@@ -167,7 +174,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     ]
     report["seconds"]["evaluation"] = round(seconds_running(), 1)
     (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (folder / "report.md").write_text(drawing.markdown_report(report, samples))
+    (folder / "report.md").write_text(drawing.markdown_report(report, samples, curves))
     print(
         f"{folder / 'report.md'}: judge {report['sft']['judge']:+.3f} -> {report['ppo']['judge']:+.3f}, "
         f"win rate {report['win_rate']['mean']:.3f}, KL {report['ppo']['kl']:.1f} nats"

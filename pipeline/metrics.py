@@ -1,5 +1,7 @@
 """What the evaluation stage measures on completions: lexical diversity, wins, and how sure we are of a mean."""
 
+import math
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -57,6 +59,42 @@ def bootstrap_interval(
         means[start:stop] = values[rows].mean(axis=1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
+
+
+def best_of_n(scores: ArrayLike, values: ArrayLike, n: int) -> np.ndarray:
+    """Expected value of the highest-scored of `n` completions drawn without replacement from each prompt's pool.
+
+    With the pool of size m in order of score, r = 1..m, the r-th is the best of the draw when the other n - 1 are among
+    the r - 1 below it: with probability C(r - 1, n - 1) / C(m, n). No subset is drawn, so the estimate of best-of-n is
+    unbiased and adds no noise of its own (as Chen et al. 2021, arXiv 2107.03374, eq. 1, do for pass@k). Of equal
+    scores, the later completion counts as the higher.
+
+    Args:
+        scores, values: (prompts, m), by what is chosen and what is measured; they may be the same.
+
+    Returns:
+        (prompts,), in the unit of the values.
+
+    Raises:
+        ValueError: the shapes differ, or n is not in 1..m.
+    """
+    scores, values = np.asarray(scores, dtype=float), np.asarray(values, dtype=float)
+    if scores.ndim != 2 or scores.shape != values.shape:
+        raise ValueError(f"scores has shape {scores.shape} and values {values.shape}; both are (prompts, pool).")
+    size = scores.shape[1]
+    if not 1 <= n <= size:
+        raise ValueError(f"n={n} is not between 1 and the pool's {size} completions.")
+    weights = np.array([math.comb(rank, n - 1) for rank in range(size)], dtype=float) / math.comb(size, n)
+    return np.take_along_axis(values, scores.argsort(axis=1, kind="stable"), axis=1) @ weights
+
+
+def best_of_n_kl(n: int) -> float:
+    """KL of the best of n samples from the policy that samples, in nats a sequence: log n - (n - 1) / n.
+
+    Stiennon et al. 2020 (arXiv 2009.01325), appendix G.3; Gao et al. 2022 (arXiv 2210.10760) measure best-of-n by it.
+    Exact where no two completions share a score, and an upper bound otherwise (Beirami et al. 2024, arXiv 2401.01879).
+    """
+    return math.log(n) - (n - 1) / n
 
 
 def wins(ours: ArrayLike, theirs: ArrayLike) -> np.ndarray:

@@ -16,7 +16,7 @@ from data.prompts import check_prompt_lengths, load_prompts
 from data.texts import load_texts, tokenize_texts
 from pipeline.artifacts import finish_stage
 from pipeline.backbone import Backbone, fingerprint, load_pretrained, read_adapter
-from pipeline.configs import DataArguments, PPOConfig, lora_config, parse
+from pipeline.configs import DataArguments, PolicyArguments, PPOConfig, lora_config, parse
 from pipeline.ppo_trainer import PPOTrainer
 from pipeline.preflight import preflight
 from pipeline.samples import SampleTable
@@ -27,12 +27,9 @@ logger = get_logger(__name__)
 
 
 @dataclass
-class RoleArguments:
+class RoleArguments(PolicyArguments):
     """Where the policy starts, and what it is not to forget."""
 
-    sft_adapter: str | None = field(
-        default=None, metadata={"help": "Adapter the policy starts from and is held to; unset: the bare backbone."}
-    )
     ptx_dataset_name: str | None = field(default=None, metadata={"help": "Texts of the language-model loss (ptx_coef)."})
     ptx_dataset_split: str = field(default="train", metadata={"help": "Split of them (a single file has none)."})
 

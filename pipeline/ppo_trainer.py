@@ -16,6 +16,7 @@ from trl import RLOOTrainer
 from trl.trainer.utils import pad, shuffle_sequence_dict, split_tensor_dict
 
 from pipeline.advantages import gae, token_rewards
+from pipeline.artifacts import completions_sampled
 from pipeline.backbone import Backbone, backbone_copies, read_adapter
 from pipeline.configs import PPOConfig
 from pipeline.kl import adapted_kl_coef, kl_per_token
@@ -333,6 +334,7 @@ class PPOTrainer(RLOOTrainer):
         """What the metrics file states of the run: backbones held by this process, and the log of every update."""
         return {
             "backbone_copies": backbone_copies(self.model),
+            "completions": completions_sampled(self),
             "stopped": self.watch.stop,
             "warnings": sorted(self.watch.said),
             "history": self.state.log_history,

@@ -1,4 +1,4 @@
-"""The evaluation stage's report: four figures and the text of report.md; and a table of several seeds' reports.
+"""The evaluation stage's report: four figures and the text of report.md; tables of several seeds and of the baselines.
 
     python -m pipeline.report runs/seeds/*/report.json
 
@@ -115,9 +115,11 @@ def draw_ppo_curves(history: list[dict], path: str | PathLike) -> None:
         figure.savefig(path)
 
 
-def draw_score_histograms(sft_scores: Sequence[float], ppo_scores: Sequence[float], path: str | PathLike) -> None:
-    """Shares of SFT's and PPO's completions (completions,) by reward model score on common bins, means marked."""
-    models = {"SFT": (np.asarray(sft_scores, dtype=float), SFT), "PPO": (np.asarray(ppo_scores, dtype=float), PPO)}
+def draw_score_histograms(
+    sft_scores: Sequence[float], ppo_scores: Sequence[float], path: str | PathLike, policy: str = "PPO"
+) -> None:
+    """Shares of SFT's and the policy's completions (completions,) by reward model score on common bins, means marked."""
+    models = {"SFT": (np.asarray(sft_scores, dtype=float), SFT), policy: (np.asarray(ppo_scores, dtype=float), PPO)}
     edges = np.histogram_bin_edges(np.concatenate([scores for scores, _ in models.values()]), bins=36)
     means = {name: scores.mean() for name, (scores, _) in models.items()}
     with matplotlib.rc_context(STYLE):
@@ -130,7 +132,7 @@ def draw_score_histograms(sft_scores: Sequence[float], ppo_scores: Sequence[floa
         axis.set_ylim(top=axis.get_ylim()[1] * 1.12)
         for name, (_, color) in models.items():
             # The lower mean is labelled on its left and the higher one on its right, so that the labels never meet.
-            left = (name == "SFT") == (means["SFT"] <= means["PPO"])
+            left = (name == "SFT") == (means["SFT"] <= means[policy])
             axis.annotate(
                 f"{name} mean {means[name]:.2f}",
                 (means[name], 0.97),
@@ -225,17 +227,23 @@ def _interval(interval: dict, form: str) -> str:
     return f"**{mean}** (95% interval {low} to {high})"
 
 
+def _short(interval: dict, form: str) -> str:
+    mean, low, high = (format(interval[key], form) for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
 def _headline(report: dict) -> str:
     """One sentence: what PPO changed, by how much and at what distance from the reference."""
-    sft, ppo = report["sft"], report["ppo"]
+    sft, ppo, policy = report["sft"], report["ppo"], report.get("policy", "PPO")
     judged = sft.get("judge") is not None and ppo.get("judge") is not None
     key, name = ("judge", "judge's") if judged else ("score", "reward model's")
     before, after = _number(sft.get(key), ".3f"), _number(ppo.get(key), ".3f")
-    clauses = [f"The {name} mean score goes from {before} (SFT) to {after} (PPO)"]
+    clauses = [f"The {name} mean score goes from {before} (SFT) to {after} ({policy})"]
     if judged and report.get("judge_gain"):
         clauses[0] += f", a gain of {_interval(report['judge_gain'], '+.3f')}"
     if report.get("win_rate"):
-        clauses.append(f"PPO beats SFT on {_interval(report['win_rate'], '.1%')} of the prompts, ties counting half")
+        wins = _interval(report["win_rate"], ".1%")
+        clauses.append(f"{policy} beats SFT on {wins} of the prompts, ties counting half")
     if ppo.get("kl") is not None:
         clauses.append(f"the KL to the reference is {_number(ppo['kl'], '.2f')} nats a sequence")
     return "; ".join(clauses) + "."
@@ -278,7 +286,7 @@ def _reward_model(section: dict) -> list[str]:
     return parts
 
 
-def _samples(samples: list[dict]) -> str:
+def _samples(samples: list[dict], policy: str) -> str:
     judged = any(sample.get(f"{model}_judge") is not None for sample in samples for model in ("sft", "ppo"))
 
     def scores(sample: dict, model: str) -> str:
@@ -296,7 +304,7 @@ def _samples(samples: list[dict]) -> str:
         for sample in samples
     ]
     title = "score, judge" if judged else "score"
-    return _table(["prompt", "SFT", title, "PPO", title], rows, numbers=(2, 4))
+    return _table(["prompt", "SFT", title, policy, title], rows, numbers=(2, 4))
 
 
 def _checks(checks: list[dict]) -> str:
@@ -308,32 +316,35 @@ def _checks(checks: list[dict]) -> str:
     return _table(["check", "measured", "bound", "result", "why"], rows, numbers=(1,))
 
 
-def markdown_report(report: dict, samples: list[dict]) -> str:
+def markdown_report(report: dict, samples: list[dict], curves: bool = True) -> str:
     """The text of report.md, which lies beside the four figures.
 
     Args:
         report: `sft` and `ppo` (dicts with the keys of `METRICS`), and as far as there are any: `judge_gain` and
             `win_rate` (see `pipeline.metrics.bootstrap_interval`, at its level of 95%), `reward_model` (see
             `reward_models.calibration.reward_model_report`), `seconds` (stage -> seconds), `prompts`, `seed`,
-            `backbone_copies`, `preflight` (see `pipeline.preflight.Check`). What is missing is left out; a metric that only one model has shows as a dash.
+            `backbone_copies`, `preflight` (see `pipeline.preflight.Check`), `policy` (the name of `ppo`, if not PPO).
+            What is missing is left out; a metric that only one model has shows as a dash.
         samples: dicts with `prompt`, `sft`, `ppo` (strings) and `sft_score`, `sft_judge`, `ppo_score`, `ppo_judge`.
+        curves: whether PPO's curves were drawn.
     """
-    sft, ppo = report["sft"], report["ppo"]
+    sft, ppo, policy = report["sft"], report["ppo"], report.get("policy", "PPO")
     rows = [
         [name, _number(sft.get(key), form), _number(ppo.get(key), form)]
         for key, name, form in METRICS
         if sft.get(key) is not None or ppo.get(key) is not None
     ]
     parts = ["# Evaluation", _headline(report), _facts(report)]
-    parts.append(_table(["metric", "SFT", "PPO"], rows, numbers=(1, 2)))
-    parts.append(_figure_link("score_histograms", "Reward model scores of SFT's and PPO's completions"))
-    parts.append(_figure_link("ppo_curves", "Mean score, KL to the reference and value loss during PPO"))
+    parts.append(_table(["metric", "SFT", policy], rows, numbers=(1, 2)))
+    parts.append(_figure_link("score_histograms", f"Reward model scores of SFT's and {policy}'s completions"))
+    if curves:
+        parts.append(_figure_link("ppo_curves", "Mean score, KL to the reference and value loss during PPO"))
     if report.get("reward_model"):
         parts += ["## Reward model", *_reward_model(report["reward_model"])]
     if report.get("preflight"):
         parts += ["## Before training", _checks(report["preflight"])]
     if samples:
-        parts += ["## Samples", _samples(samples)]
+        parts += ["## Samples", _samples(samples, policy)]
     if report.get("seconds"):
         seconds = [[markdown_cell(stage), f"{value:,.1f}"] for stage, value in report["seconds"].items()]
         parts += ["## Time", _table(["stage", "seconds"], seconds, numbers=(1,))]
@@ -343,10 +354,6 @@ def markdown_report(report: dict, samples: list[dict]) -> str:
 # ----------------------------------------------------------------------------------------------- several seeds
 def seeds_table(reports: Sequence[dict]) -> str:
     """The README's table and chart of one recipe under several seeds, from the report.json of each."""
-
-    def interval(report: dict, key: str, form: str) -> str:
-        mean, low, high = (format(report[key][end], form) for end in ("mean", "low", "high"))
-        return f"{mean} [{low}, {high}]"
 
     def change(report: dict, key: str, form: str) -> str:
         return f"{report['sft'][key]:{form}} → {report['ppo'][key]:{form}}"
@@ -358,8 +365,8 @@ def seeds_table(reports: Sequence[dict]) -> str:
             str(report["seed"]),
             change(report, "score", "+.2f"),
             change(report, "judge", "+.2f"),
-            interval(report, "judge_gain", "+.2f"),
-            interval(report, "win_rate", ".0%"),
+            _short(report["judge_gain"], "+.2f"),
+            _short(report["win_rate"], ".0%"),
             f"{report['ppo']['kl']:.1f}",
             change(report, "distinct_2", ".2f"),
             f"{report['reward_model']['accuracy']:.3f}",
@@ -379,6 +386,77 @@ def seeds_table(reports: Sequence[dict]) -> str:
     )
     table = _table((*header, "distinct-2, SFT → PPO", "reward model accuracy"), rows)
     return table + "\n\n" + "\n".join(chart)
+
+
+# ----------------------------------------------------------------------------------------------- baselines
+def draw_best_of_n(rows: list[dict], path: str | PathLike, compared: dict | None = None) -> None:
+    """Judge and score of best-of-n against the square root of its KL, as a PNG at `path`.
+
+    Gao et al. 2022 (arXiv 2210.10760) plot both methods so: reward is about linear in sqrt(KL) at first.
+
+    Args:
+        rows: of best_of_n.json, each with `n`, `kl` (nats a sequence), `judge` and `score`.
+        compared: a report of the evaluation stage, whose policy is marked; its scores are of the same reward.
+    """
+    panels = (("judge", "Judge score (-1 to 1)"), ("score", "Reward model score"))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(7.5, 3.4, len(panels))
+        for axis, (key, title) in zip(axes, panels, strict=True):
+            places, values = [math.sqrt(row["kl"]) for row in rows], [row[key] for row in rows]
+            axis.plot(places, values, color=SFT, marker="o", label="best of n, SFT")
+            for row, place, value in zip(rows, places, values, strict=True):
+                axis.annotate(str(row["n"]), (place, value), xytext=(-5, 4), textcoords="offset points", ha="right")
+            if compared:
+                ppo = compared["ppo"]
+                place = math.sqrt(max(ppo["kl"], 0))
+                axis.plot(place, ppo[key], color=PPO, marker="o", linestyle="", label=compared.get("policy", "PPO"))
+            axis.set_title(title)
+            axis.set_xlabel("square root of the KL to SFT (nats a sequence)")
+            axis.margins(0.1)
+            axis.legend(loc="best")
+        figure.savefig(path)
+
+
+def best_of_n_table(rows: list[dict]) -> str:
+    """The rows of best_of_n.json as a markdown table; intervals are of 95%."""
+    header = ["n", "score", "judge", "gain, 95% interval", "beats one sample", "KL, nats", "distinct-2", "mean length"]
+    cells = [
+        [
+            str(row["n"]),
+            f"{row['score']:+.2f}",
+            f"{row['judge']:+.3f}",
+            _short(row["judge_gain"], "+.3f"),
+            _short(row["win_rate"], ".1%"),
+            f"{row['kl']:.2f}",
+            f"{row['distinct_2']:.3f}",
+            f"{row['mean_length']:.1f}",
+        ]
+        for row in rows
+    ]
+    return _table(header, cells, numbers=range(len(header)))
+
+
+def comparison_table(rows: list[dict]) -> str:
+    """Methods side by side as a markdown table; intervals are of 95%, and what a row lacks is a dash.
+
+    `rows` have `method`, `completions` (learned from), `judge_gain` and `win_rate` (intervals, against SFT), `kl` (nats
+    a sequence), `distinct_2`, `score` and `seconds` (of training).
+    """
+    header = ["method", "completions", "judge gain", "beats SFT", "KL, nats", "distinct-2", "score", "seconds"]
+    cells = [
+        [
+            row["method"],
+            _number(row.get("completions"), ","),
+            _short(row["judge_gain"], "+.3f") if row.get("judge_gain") else "–",
+            _short(row["win_rate"], ".1%") if row.get("win_rate") else "–",
+            _number(row.get("kl"), ".2f"),
+            _number(row.get("distinct_2"), ".3f"),
+            _number(row.get("score"), "+.2f"),
+            _number(row.get("seconds"), ",.0f"),
+        ]
+        for row in rows
+    ]
+    return _table(header, cells, numbers=range(1, len(header)))
 
 
 if __name__ == "__main__":

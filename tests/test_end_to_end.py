@@ -22,6 +22,7 @@ COMMANDS = {
     tuple(re.search(r"-m pipeline\.(\w+) --config pipeline/recipes/(\S+)", line).groups()): line
     for line in re.findall(r"^accelerate launch .*$", README, re.MULTILINE)
 }
+BASELINES = ("rloo", "grpo", "dpo")
 
 PLAIN_PEFT = """
 import sys, torch
@@ -73,7 +74,7 @@ def demo(tiny, tmp_path_factory):
                       "--min_reward_accuracy", 0, "--output_dir", out / "ppo", "--sft_adapter", out / "sft", "--reward_adapter", out / "reward"),
         "evaluation": launch("evaluation", "demo/evaluation.yaml", *base, "--output_dir", out, "--max_prompts", 64,
                              "--max_completion_length", 6, "--sft_adapter", out / "sft",
-                             "--reward_adapter", out / "reward", "--ppo_adapter", out / "ppo"),
+                             "--reward_adapter", out / "reward", "--policy_adapter", out / "ppo"),
     }  # fmt: skip
     assert digest(tiny) == before
     return out, printed
@@ -152,9 +153,34 @@ def test_adapters_load_in_a_fresh_interpreter_without_our_code(demo, tiny, folde
     assert text.tolist() == theirs["text"].tolist()
 
 
+@pytest.mark.slow
+def test_baselines_of_the_demo(demo, tiny, tmp_path):
+    """As `make baselines` runs them: each is trained and evaluated as PPO was, and stands in one table."""
+    out, _ = demo
+    common = ["--model_name_or_path", tiny, "--sft_adapter", out / "sft"]
+    rewards, short = ["--reward_adapter", out / "reward"], ["--max_completion_length", 6]
+    prompts = [*short, "--max_prompts", 32]
+    launch("best_of_n", "demo/best_of_n.yaml", *common, *rewards, *prompts, "--n", 1, 2, "--report", out / "report.json",
+           "--output_dir", tmp_path / "best_of_n")  # fmt: skip
+    for name in BASELINES:
+        online = [] if name == "dpo" else [*rewards, *short]
+        launch(name, f"baselines/{name}.yaml", *common, *online, "--max_steps", 2, "--output_dir", tmp_path / name)
+        launch("evaluation", "demo/evaluation.yaml", *common, *rewards, *prompts, "--policy_adapter", tmp_path / name,
+               "--policy_name", name, "--output_dir", tmp_path / name / "evaluation")  # fmt: skip
+        text = (tmp_path / name / "evaluation" / "report.md").read_text()
+        assert f"| metric | SFT | {name} |" in text and "PPO" not in text
+    command = [sys.executable, "-m", "pipeline.baselines", "--demo", str(out), "--baselines", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    table = {row["method"]: row for row in json.loads((tmp_path / "table.json").read_text())}
+    assert list(table) == ["SFT", "PPO", "RLOO", "GRPO", "DPO", "best of 2"]
+    # PPO made 8 steps: 2 updates of 2 epochs of 2 minibatches. The others are in their first update, or 16 pairs a step.
+    assert [row.get("completions") for row in table.values()] == [None, 128, 64, 64, 64, 0]
+
+
 def test_no_command_of_the_readme_is_left_out():
     demo = [(stage, f"demo/{stage}.yaml") for stage in ("sft", "reward", "ppo", "evaluation")]
-    assert list(COMMANDS) == [*demo, ("ppo", "hello_world/ppo.yaml")]  # all are run in this file
+    baselines = [("best_of_n", "demo/best_of_n.yaml"), *((name, f"baselines/{name}.yaml") for name in BASELINES)]
+    assert list(COMMANDS) == [*demo, ("ppo", "hello_world/ppo.yaml"), *baselines]  # all are run in this file
     targets = set(re.findall(r"^make (\S+)", README, re.MULTILINE))
     rules = set(re.findall(r"^(\S+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     assert targets >= {"demo", "test"} and targets <= rules

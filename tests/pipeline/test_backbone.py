@@ -78,6 +78,16 @@ def test_left_and_right_padding_agree(backbone, tokenizer):
             torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
 
+def test_the_language_model_counts_real_tokens_as_generation_does(backbone, tokenizer):
+    """What TRL's trainers call: unlike GPT-2's own, its logprobs of a completion do not depend on the prompt's padding."""
+    right, right_mask = padded(tokenizer, "right")
+    left, left_mask = padded(tokenizer, "left")
+    with torch.no_grad():
+        a = backbone(input_ids=right, attention_mask=right_mask).logits[right_mask.bool()]
+        b = backbone(input_ids=left, attention_mask=left_mask).logits[left_mask.bool()]
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
 def test_one_row_equals_the_same_row_in_a_batch(backbone, tokenizer):
     ids, mask = padded(tokenizer, "right")
     with torch.no_grad():
@@ -205,6 +215,19 @@ def test_a_fresh_policy_names_its_base(tiny, tmp_path):
     config = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     Backbone(base, config).save_role("policy", tmp_path)
     assert AutoPeftModelForCausalLM.from_pretrained(tmp_path).peft_config["default"].base_model_name_or_path == tiny
+
+
+def test_save_pretrained_saves_the_policy_alone(backbone, tiny, tmp_path):
+    """As TRL's trainers call it; `base_model_name_or_path` is where the base is now, not where it was."""
+    backbone.save_role("policy", tmp_path / "role")
+    backbone.save_pretrained(tmp_path / "saved")
+    assert not any(path.is_dir() for path in (tmp_path / "saved").iterdir())
+    ours, theirs = (load_file(tmp_path / folder / WEIGHTS) for folder in ("role", "saved"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert json.loads((tmp_path / "saved" / "adapter_config.json").read_text())["base_model_name_or_path"] == tiny
+    backbone.save_pretrained(tmp_path / "two", selected_adapters=["default", "reward"])
+    assert (tmp_path / "two" / "reward" / WEIGHTS).is_file()
 
 
 def test_the_process_holds_one_backbone_and_a_second_is_seen(backbone, tiny):

@@ -115,6 +115,31 @@ def test_demo_ppo_recipe_says_what_it_does():
     assert args.max_steps == updates * epochs * minibatches
 
 
+def test_baselines_stand_on_the_footing_of_the_demo():
+    """The same completions to learn from in number, length and temperature, the same start, rewards and epochs."""
+
+    def options(stage, recipe):
+        hints = get_type_hints(import_module(f"pipeline.{stage}").main)
+        parts = parse(*[kind for name, kind in hints.items() if name != "return"], args=["--config", str(recipe)])
+        return {key: value for part in parts for key, value in vars(part).items()}
+
+    recipes = ROOT / "pipeline" / "recipes"
+    ppo = options("ppo", recipes / "demo" / "ppo.yaml")
+    dpo = options("dpo", recipes / "baselines" / "dpo.yaml")
+    passes = ppo["steps_per_generation"] * ppo["num_iterations"]
+    completions = ppo["max_steps"] * ppo["gradient_accumulation_steps"] // passes * ppo["generation_batch_size"]
+    shared = ("sft_adapter", "reward_adapter", "normalize_scores", "dataset_name", "max_steps", "num_iterations")
+    shared += ("steps_per_generation", "generation_batch_size", "max_completion_length", "temperature")
+    for stage in ("rloo", "grpo"):
+        theirs = options(stage, recipes / "baselines" / f"{stage}.yaml")
+        assert {key: theirs[key] for key in shared} == {key: ppo[key] for key in shared}
+        assert theirs["reward_weights"][1] == ppo["missing_eos_penalty"]
+        assert f"max_completion_len={ppo['max_completion_length']}," in theirs["reward_funcs"][0]
+    assert 2 * dpo["max_pairs"] == completions
+    assert dpo["max_steps"] * dpo["per_device_train_batch_size"] == dpo["max_pairs"] * ppo["num_iterations"]
+    assert (dpo["sft_adapter"], dpo["dataset_name"]) == (ppo["sft_adapter"], ppo["dataset_name"])
+
+
 def test_one_completion_a_prompt():
     assert PPOConfig(**CPU).num_generations == 1
     assert PPOConfig(**CPU, num_generations=2).num_generations == 2

@@ -1,9 +1,10 @@
 import math
+from itertools import combinations
 
 import numpy as np
 import pytest
 
-from pipeline.metrics import CHUNK, bootstrap_interval, distinct_n, wins
+from pipeline.metrics import CHUNK, best_of_n, best_of_n_kl, bootstrap_interval, distinct_n, wins
 
 
 def test_distinct_n_by_hand():
@@ -102,3 +103,47 @@ def test_wins_keeps_nan_and_refuses_other_shapes():
     assert math.isnan(wins([math.nan], [0.0])[0])
     with pytest.raises(ValueError, match="row by row"):
         wins([1.0, 2.0], [1.0])
+
+
+def test_best_of_n_by_hand():
+    # By score: 5, 7, 6. One of three at random: (5 + 7 + 6) / 3. Best of two: of {5, 7} 7, of {5, 6} 6, of {7, 6} 6.
+    scores, values = [[0.0, 2.0, 1.0]], [[5.0, 6.0, 7.0]]
+    assert best_of_n(scores, values, 1) == pytest.approx([18 / 3])
+    assert best_of_n(scores, values, 2) == pytest.approx([(7 + 6 + 6) / 3])
+    assert best_of_n(scores, values, 3) == [6]
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_best_of_n_is_the_mean_over_all_subsets(n):
+    generator = np.random.default_rng(n)
+    scores, values = generator.normal(size=(3, 7)), generator.normal(size=(3, 7))
+    means = [
+        np.mean([pool[max(subset, key=by.__getitem__)] for subset in combinations(range(7), n)])
+        for by, pool in zip(scores, values, strict=True)
+    ]
+    np.testing.assert_allclose(best_of_n(scores, values, n), means, rtol=1e-12)
+
+
+def test_best_of_n_of_equal_values_is_that_value():
+    # The weights sum to 1, whatever ties the scores have.
+    assert best_of_n(np.zeros((2, 16)), np.full((2, 16), 0.5), 8) == pytest.approx([0.5, 0.5])
+
+
+def test_best_of_n_refuses():
+    with pytest.raises(ValueError, match="n=4 is not between 1 and the pool's 3"):
+        best_of_n(np.zeros((2, 3)), np.zeros((2, 3)), 4)
+    with pytest.raises(ValueError, match=r"scores has shape \(3,\)"):
+        best_of_n([1, 2, 3], [1, 2, 3], 1)
+
+
+def test_kl_of_best_of_n():
+    # log 4 = 1.386294, less 3/4.
+    assert best_of_n_kl(1) == 0
+    assert best_of_n_kl(4) == pytest.approx(0.636294, abs=1e-6)
+
+
+def test_kl_of_best_of_n_is_that_of_the_density_of_a_maximum():
+    # In quantiles u of the score, one sample has density 1 and the best of n has n u^(n-1).
+    u = (np.arange(1_000_000) + 0.5) / 1_000_000
+    density = 8 * u**7
+    assert best_of_n_kl(8) == pytest.approx(np.mean(density * np.log(density)), abs=1e-6)

@@ -10,7 +10,10 @@ from matplotlib.image import imread
 from pipeline.report import (
     PPO,
     SFT,
+    best_of_n_table,
+    comparison_table,
     draw_accuracy_by_gap,
+    draw_best_of_n,
     draw_calibration,
     draw_ppo_curves,
     draw_score_histograms,
@@ -255,3 +258,48 @@ def test_report_of_the_least():
     assert "| perplexity | – | – |" in text
     assert "KL to" not in text.split("![")[0]
     assert "##" not in text
+
+
+def test_a_report_on_another_policy_names_it():
+    text = markdown_report({**REPORT, "policy": "RLOO"}, SAMPLES, curves=False)
+    assert "PPO" not in text and "ppo_curves" not in text
+    assert "to 0.625 (RLOO), a gain" in text
+    assert "RLOO beats SFT on **81.2%**" in text
+    assert "| metric | SFT | RLOO |" in text
+    assert "| prompt | SFT | score, judge | RLOO | score, judge |" in text
+
+
+BEST_OF_N = [
+    {
+        "n": n,
+        "score": n / 10,
+        "judge": n / 20,
+        "judge_gain": {"mean": 0.25, "low": 0.125, "high": 0.375},
+        "win_rate": {"mean": 0.5, "low": 0.25, "high": 0.75},
+        "kl": kl,
+        "distinct_2": 0.875,
+        "mean_length": 18.25,
+    }
+    for n, kl in ((1, 0.0), (4, 0.636))
+]
+
+
+def test_best_of_n_plot(tmp_path):
+    draw_best_of_n(BEST_OF_N, tmp_path / "alone.png")
+    draw_best_of_n(BEST_OF_N, tmp_path / "both.png", REPORT)
+    assert ink(tmp_path / "alone.png", SFT) > 100
+    assert ink(tmp_path / "alone.png", PPO) == 0
+    assert ink(tmp_path / "both.png", PPO) > 40
+
+
+def test_best_of_n_table():
+    *_, last = best_of_n_table(BEST_OF_N).splitlines()
+    assert last == "| 4 | +0.40 | +0.200 | +0.250 [+0.125, +0.375] | 50.0% [25.0%, 75.0%] | 0.64 | 0.875 | 18.2 |"
+
+
+def test_comparison_table_has_dashes_for_what_is_missing():
+    full = {**BEST_OF_N[1], "method": "RLOO", "completions": 2048, "seconds": 119.6}
+    assert comparison_table([{"method": "SFT", "kl": 0.0}, full]).splitlines()[2:] == [
+        "| SFT | – | – | – | 0.00 | – | – | – |",
+        "| RLOO | 2,048 | +0.250 [+0.125, +0.375] | 50.0% [25.0%, 75.0%] | 0.64 | 0.875 | +0.40 | 120 |",
+    ]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from trl import ModelConfig, RewardConfig, SFTConfig
+from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SFTConfig
 
-from pipeline import evaluation, ppo, reward, sft
-from pipeline.backbone import HEAD, WEIGHTS, load_pretrained
-from pipeline.configs import DataArguments, PPOConfig, RewardModelArguments, parse
+from pipeline import baselines, best_of_n, dpo, evaluation, grpo, ppo, reward, rloo, sft
+from pipeline.backbone import HEAD, WEIGHTS, load_pretrained, read_adapter
+from pipeline.configs import DataArguments, PolicyArguments, PPOConfig, RewardModelArguments, parse
 from reward_models.composite import RewardArguments
 
 
@@ -19,18 +19,33 @@ TYPES = {
     "sft": (DataArguments, ModelConfig, SFTConfig),
     "reward": (DataArguments, RewardModelArguments, ModelConfig, RewardConfig),
     "ppo": (DataArguments, ppo.RoleArguments, RewardArguments, ModelConfig, PPOConfig),
+    "rloo": (DataArguments, PolicyArguments, RewardArguments, ModelConfig, RLOOConfig),
+    "grpo": (DataArguments, PolicyArguments, RewardArguments, ModelConfig, GRPOConfig),
+    "dpo": (DataArguments, dpo.PairArguments, ModelConfig, DPOConfig),
+    "best_of_n": (best_of_n.BestOfNArguments, PolicyArguments, RewardArguments, ModelConfig),
+    "evaluation": (evaluation.EvaluationArguments, RewardArguments, ModelConfig),
 }
-MODULES = {"sft": sft, "reward": reward, "ppo": ppo}
+MODULES = {"sft": sft, "reward": reward, "ppo": ppo, "rloo": rloo, "grpo": grpo, "dpo": dpo}
+MODULES |= {"best_of_n": best_of_n, "evaluation": evaluation}
+
+
+def _words(value) -> list[str]:
+    return [str(entry) for entry in (value if isinstance(value, list) else [value])]
 
 
 @pytest.fixture
 def run(tiny, sft_adapter, reward_adapter, tmp_path):
     def run(stage, **options):
-        defaults = {"model_name_or_path": tiny, "output_dir": str(tmp_path / "out"), "max_steps": 2}
-        if stage == "ppo":
-            defaults |= {"sft_adapter": sft_adapter, "reward_adapter": reward_adapter, "max_completion_length": 4}
-        recipe = f"pipeline/recipes/demo/{stage}.yaml"
-        flags = [word for key, value in {**defaults, **options}.items() for word in (f"--{key}", str(value))]
+        defaults = {"model_name_or_path": tiny, "output_dir": str(tmp_path / "out")}
+        if stage in ("sft", "reward", "ppo", "rloo", "grpo", "dpo"):
+            defaults["max_steps"] = 2
+        if stage in ("ppo", "rloo", "grpo", "best_of_n", "evaluation"):
+            defaults |= {"reward_adapter": reward_adapter, "max_completion_length": 4, "normalize_scores": False}
+        if stage != "sft":
+            defaults["sft_adapter"] = sft_adapter
+        folder = "baselines" if stage in ("rloo", "grpo", "dpo") else "demo"
+        recipe = f"pipeline/recipes/{folder}/{stage}.yaml"
+        flags = [word for key, value in {**defaults, **options}.items() for word in (f"--{key}", *_words(value))]
         MODULES[stage].main(*parse(*TYPES[stage], args=["--config", recipe, *flags]))
 
     return run
@@ -195,7 +210,7 @@ max_completion_length: 4
     training = "per_device_train_batch_size: 4\nmax_steps: 2\nnum_iterations: 1\nlogging_steps: 1\n"
     training += "output_dir: ppo\nreport_to: none\nuse_cpu: true\nbf16: false\nsave_strategy: 'no'\n"
     (tmp_path / "ppo.yaml").write_text(rewards + training)
-    (tmp_path / "evaluation.yaml").write_text(rewards + "ppo_adapter: ppo\noutput_dir: out\n")
+    (tmp_path / "evaluation.yaml").write_text(rewards + "policy_adapter: ppo\noutput_dir: out\n")
     ppo.main(*parse(*TYPES["ppo"], args=["--config", "ppo.yaml"]))
     types = (evaluation.EvaluationArguments, RewardArguments, ModelConfig)
     evaluation.main(*parse(*types, args=["--config", "evaluation.yaml"]))
@@ -210,3 +225,129 @@ max_completion_length: 4
         score = means["kind"] - 2 * means["brief"] + 0.5 * means["shortness"] + 4 * means["length"]
         assert means["score"] == pytest.approx(score, abs=1e-3)
         assert means["kind"] != means["brief"] and means["shortness"] < 0 <= means["length"] <= 1
+
+
+# ------------------------------------------------------------------------------------ baselines
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(Path(folder) / WEIGHTS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["rloo", "grpo", "dpo"])
+def test_a_baseline_trains_the_policy_alone_and_leaves_a_standard_adapter(
+    method, run, tiny, sft_adapter, reward_adapter, tmp_path, monkeypatch
+):
+    module, kept = rloo if method == "grpo" else MODULES[method], {}
+    original = module.finish_stage
+
+    def finish(trainer, identity, metrics):
+        kept["trainer"] = trainer
+        original(trainer, identity, metrics)
+
+    monkeypatch.setattr(module, "finish_stage", finish)
+    data = {"dataset_name": write(tmp_path / "pairs.jsonl", PAIRS), "max_pairs": 48} if method == "dpo" else {}
+    run(method, logging_steps=1, **data)
+
+    out, backbone, start = tmp_path / "out", kept["trainer"].model, weights(sft_adapter)
+    assert {path.name for path in out.iterdir()} >= {"README.md", "metrics.json", "backbone.json", "tokenizer.json"}
+    assert not any(path.is_dir() for path in out.iterdir())  # no reference, no reward beside the policy
+    assert method in (out / "README.md").read_text().lower()
+    read_adapter(str(out), base=backbone.get_base_model())
+    trained = weights(out)
+    assert trained.keys() == start.keys()
+    assert all(not torch.equal(trained[name], start[name]) for name in start)
+    backbone.save_role("reference", tmp_path / "reference")
+    assert all(torch.equal(tensor, start[name]) for name, tensor in weights(tmp_path / "reference").items())
+    if method != "dpo":
+        backbone.save_role("reward", tmp_path / "reward")
+        expected = weights(reward_adapter)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in weights(tmp_path / "reward").items())
+    base, _ = load_pretrained(ModelConfig(tiny))
+    now = {name.replace(".base_layer", ""): p for name, p in backbone.get_base_model().named_parameters()}
+    assert all(torch.equal(now[name], parameter) for name, parameter in base.named_parameters())
+
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["backbone_copies"] == 1.0
+    # 2 steps are of one update of 64 completions; or of 16 pairs each, 2 completions a pair.
+    assert metrics["completions"] == 64
+    first = metrics["history"][0]  # policy and reference are still one: log 2, and no KL
+    assert first["loss" if method == "dpo" else "kl"] == pytest.approx(0.693147 if method == "dpo" else 0, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer_class", ["RLOOTrainer", "GRPOTrainer"])
+def test_trl_scores_the_tokens_at_the_positions_they_were_sampled_at(trainer_class, run, monkeypatch):
+    """Its logprobs of left-padded prompts are those of `Backbone.logprobs`, which the sampled ones equal."""
+    differences = []
+    original = getattr(rloo, trainer_class)._generate_and_score_completions
+
+    def compare(trainer, inputs):
+        rollout = original(trainer, inputs)
+        ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
+        mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1)
+        chosen, real = rollout["completion_ids"], rollout["completion_mask"].bool()
+        assert not rollout["prompt_mask"].all()
+        with torch.no_grad():
+            theirs = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, chosen.shape[1])[0]
+            ours = trainer.model.logprobs("policy", ids, mask, chosen)[0]
+        differences.append((theirs - ours)[real].abs().max())
+        return rollout
+
+    monkeypatch.setattr(getattr(rloo, trainer_class), "_generate_and_score_completions", compare)
+    run(trainer_class[:4].lower())
+    assert max(differences) < 1e-4
+
+
+@pytest.mark.slow
+def test_best_of_n(run, tmp_path):
+    run("best_of_n", n=[1, 3], max_prompts=40)
+    result = json.loads((tmp_path / "out" / "best_of_n.json").read_text())
+    one, three = result["rows"]
+    assert (one["n"], three["n"], result["prompts"]) == (1, 3, 40)
+    assert one["kl"] == 0 and three["kl"] == pytest.approx(1.098612 - 2 / 3, abs=1e-6)
+    assert three["score"] > one["score"]
+    assert one["judge_gain"] == {"mean": 0, "low": 0, "high": 0}
+    assert three["judge_gain"]["mean"] == pytest.approx(three["judge"] - one["judge"])
+    assert one["win_rate"]["low"] <= 0.5 <= one["win_rate"]["high"]
+    assert 1 <= one["mean_length"] <= 4
+    assert (tmp_path / "out" / "best_of_n.md").read_text().count("\n") == 4
+    assert (tmp_path / "out" / "best_of_n.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [({"n": [0, 2]}, r"n=\[0, 2\] is no list of numbers"), ({"report": "none.json"}, "Run pipeline.evaluation first")],
+)
+def test_best_of_n_refuses(options, message, run):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run("best_of_n", **options)
+
+
+def report_of(folder: Path, judge: float, seconds: float) -> None:
+    interval = {"mean": judge, "low": judge - 0.1, "high": judge + 0.1}
+    policy = {"judge": judge, "kl": 4.0, "distinct_2": 0.5, "score": 1.0}
+    report = {"sft": policy, "ppo": policy, "judge_gain": interval, "win_rate": interval, "completions": 64}
+    folder.mkdir(parents=True)
+    (folder / "report.json").write_text(json.dumps({**report, "seconds": {"ppo": seconds, "evaluation": 1.0}}))
+
+
+def test_the_table_of_baselines(tmp_path):
+    demo, folder = tmp_path / "demo", tmp_path / "baselines"
+    args = baselines.TableArguments(str(demo), str(folder))
+    with pytest.raises(FileNotFoundError, match="report.json: no such file. Run `make demo` first"):
+        baselines.main(args)
+    report_of(demo, 0.25, 100.0)
+    with pytest.raises(FileNotFoundError, match="rloo/evaluation/report.json: no such file. Run `make baselines`"):
+        baselines.main(args)
+    for number, method in enumerate(("rloo", "grpo", "dpo")):
+        report_of(folder / method / "evaluation", 0.5, 200.0 + number)
+    rows = [{"n": n, "score": 2.0, "kl": 0.5, "distinct_2": 0.75, "judge": 0.1} for n in (1, 16)]
+    (folder / "best_of_n").mkdir()
+    (folder / "best_of_n" / "best_of_n.json").write_text(json.dumps({"rows": rows, "seconds": 9.0}))
+    baselines.main(args)
+    table = json.loads((folder / "table.json").read_text())
+    assert [row["method"] for row in table] == ["SFT", "PPO", "RLOO", "GRPO", "DPO", "best of 16"]
+    lines = (folder / "table.md").read_text().splitlines()
+    assert lines[3] == "| PPO | 64 | +0.250 [+0.150, +0.350] | 25.0% [15.0%, 35.0%] | 4.00 | 0.500 | +1.00 | 100 |"
+    assert lines[6].startswith("| DPO | 64 |") and lines[6].endswith("| 202 |")
+    assert lines[7] == "| best of 16 | 0 | – | – | 0.50 | 0.750 | +2.00 | – |"

@@ -1,0 +1,130 @@
+"""Best-of-n: sample n completions of the SFT policy and keep the one that the reward scores highest.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.best_of_n --config pipeline/recipes/demo/best_of_n.yaml
+
+It trains nothing, and says what the reward model is worth before PPO is asked to climb it (Stiennon et al. 2020, arXiv
+2009.01325; Gao et al. 2022, arXiv 2210.10760). One pool of completions a prompt serves all n: what is reported are
+exact expectations over the pool's subsets of size n (`pipeline.metrics.best_of_n`). Wins are against one more
+completion of each prompt, which is in no pool. Distinct-2 is a property of a set of texts and has no such expectation:
+it is that of the best among the first n of each pool.
+
+Leaves best_of_n.json, best_of_n.md and best_of_n.png in `output_dir`.
+"""
+
+import asyncio
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+from transformers import set_seed
+from trl import ModelConfig
+
+from data.prompts import check_prompt_lengths, load_prompts, tokenize_prompts
+from pipeline.artifacts import seconds_running
+from pipeline.backbone import Backbone, load_pretrained, read_adapter
+from pipeline.configs import PolicyArguments, lora_config, parse
+from pipeline.metrics import best_of_n, best_of_n_kl, bootstrap_interval, distinct_n, wins
+from pipeline.report import best_of_n_table, draw_best_of_n
+from pipeline.sampling import sample
+from reward_models.composite import Composite, RewardArguments, call_rewards, learned_rewards, load_functions
+from reward_models.rules import sentiment
+
+
+@dataclass
+class BestOfNArguments:
+    """How many completions, of which prompts."""
+
+    output_dir: str = field(metadata={"help": "Where the figures go."})
+    n: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "Completions to choose from."})
+    report: str | None = field(
+        default=None, metadata={"help": "report.json of pipeline.evaluation, whose policy is drawn into the plot."}
+    )
+    dataset_name: str = field(default="human_ratings", metadata={"help": "Prompts: hub id, folder or file."})
+    dataset_eval_split: str = field(default="test", metadata={"help": "Split to take prompts from."})
+    max_prompts: int = field(default=512, metadata={"help": "The first so many prompts."})
+    max_completion_length: int = field(default=24, metadata={"help": "Tokens sampled at most."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature, as in PPO."})
+    batch_size: int = field(default=64, metadata={"help": "Completions sampled at once."})
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "As in PPO; unset: 1 each."})
+    seed: int = 0
+
+    def __post_init__(self):
+        if min(self.n, default=0) < 1:
+            raise ValueError(f"n={self.n} is no list of numbers of completions, each 1 or more.")
+        if self.report is not None and not Path(self.report).is_file():
+            raise FileNotFoundError(f"report={self.report!r}: no such file. Run pipeline.evaluation first.")
+
+
+def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArguments, model: ModelConfig) -> None:
+    compared = json.loads(Path(args.report).read_text()) if args.report else None
+    prompts = load_prompts(args.dataset_name, args.dataset_eval_split)
+    prompts = prompts.select(range(min(args.max_prompts, len(prompts))))
+    functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)
+    base, tokenizer = load_pretrained(model)
+    context = base.config.get_text_config().max_position_embeddings
+    check_prompt_lengths(prompts, tokenizer, context, args.max_completion_length, args.dataset_name)
+    # A fresh adapter changes nothing: without an SFT adapter, the bare backbone samples.
+    policy = (
+        read_adapter(start.sft_adapter, base=base) if start.sft_adapter else lora_config(model, task_type="CAUSAL_LM")
+    )
+    backbone = Backbone(base, policy)
+    composite = Composite(learned_rewards(rewards, backbone, tokenizer) + functions, args.reward_weights)
+    backbone.to(Accelerator().device).eval()
+
+    set_seed(args.seed)
+    asked, prompt_ids = prompts["prompt"][:], tokenize_prompts(prompts["prompt"][:], tokenizer)
+    texts, lengths, judge, scores = [], [], [], []  # each (draws, prompts); the last draw is the opponent
+    with asyncio.Runner() as runner:
+        for _ in tqdm(range(max(args.n) + 1), desc="completions of every prompt"):
+            batches = sample(
+                backbone,
+                "policy",
+                prompt_ids,
+                tokenizer,
+                max_completion_length=args.max_completion_length,
+                temperature=args.temperature,
+                batch_size=args.batch_size,
+            )
+            rows = [row for batch in batches for row in batch.rows()]
+            texts.append(tokenizer.batch_decode(rows, skip_special_tokens=True))
+            answers = texts[-1]
+            if not isinstance(asked[0], str):
+                answers = [[{"role": "assistant", "content": answer}] for answer in answers]
+            lengths.append([len(row) for row in rows])
+            judge.append(sentiment(asked, answers))
+            columns = call_rewards(composite.functions, prompts, answers, rows, runner)
+            scores.append(composite.total(columns, asked, answers).tolist())
+
+    *judge, opponent = np.array(judge)
+    judge, scores, lengths = (np.transpose(columns) for columns in (judge, scores[:-1], lengths[:-1]))
+    won = wins(judge, np.broadcast_to(opponent[:, None], judge.shape))
+    rows = []
+    for n in args.n:
+        best = scores[:, :n].argmax(axis=1)
+        gain = best_of_n(scores, judge, n) - best_of_n(scores, judge, 1)
+        rows.append(
+            {
+                "n": n,
+                "score": float(best_of_n(scores, scores, n).mean()),
+                "judge": float(best_of_n(scores, judge, n).mean()),
+                "judge_gain": bootstrap_interval(gain),
+                "win_rate": bootstrap_interval(best_of_n(scores, won, n)),
+                "kl": best_of_n_kl(n),
+                "distinct_2": distinct_n([texts[draw][prompt] for prompt, draw in enumerate(best)], 2),
+                "mean_length": float(best_of_n(scores, lengths, n).mean()),
+            }
+        )
+    folder = Path(args.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    result = {"seed": args.seed, "prompts": len(prompts), "rows": rows, "seconds": round(seconds_running(), 1)}
+    (folder / "best_of_n.json").write_text(json.dumps(result, indent=2) + "\n")
+    (folder / "best_of_n.md").write_text(best_of_n_table(rows) + "\n")
+    draw_best_of_n(rows, folder / "best_of_n.png", compared)
+    print(best_of_n_table(rows))
+
+
+if __name__ == "__main__":
+    main(*parse(BestOfNArguments, PolicyArguments, RewardArguments, ModelConfig))

@@ -1,0 +1,56 @@
+"""TRL's DPO on PPO's footing: the same backbone, start, reference and preference pairs, and no reward model.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.dpo --config pipeline/recipes/baselines/dpo.yaml
+
+Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) learns from people's labels themselves and
+samples nothing. The trainer is TRL's own, unchanged.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from transformers import set_seed
+from trl import DPOConfig, DPOTrainer, ModelConfig
+
+from data.preferences import load_preferences
+from pipeline.artifacts import finish_stage
+from pipeline.backbone import Backbone, backbone_copies, fingerprint, load_pretrained, read_adapter
+from pipeline.configs import DataArguments, PolicyArguments, check_max_length, lora_config, parse
+
+
+@dataclass
+class PairArguments(PolicyArguments):
+    """Where the policy starts, and how much of the data it learns from."""
+
+    max_pairs: int | None = field(default=None, metadata={"help": "The first so many pairs; unset: all."})
+
+
+def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DPOConfig) -> None:
+    pairs = load_preferences(data.dataset_name, data.dataset_train_split)
+    pairs = pairs.select(range(min(start.max_pairs or len(pairs), len(pairs))))
+    pairs = pairs.select_columns([name for name in ("prompt", "chosen", "rejected") if name in pairs.column_names])
+    base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)
+    check_max_length(args.max_length, base.config.get_text_config().max_position_embeddings)
+    torch.manual_seed(args.seed)  # a fresh adapter is drawn here
+    identity = fingerprint(base)
+    policy = (
+        read_adapter(start.sft_adapter, base=base) if start.sft_adapter else lora_config(model, task_type="CAUSAL_LM")
+    )
+    backbone = Backbone(base, policy)
+    trainer = DPOTrainer(
+        model=backbone,  # TRL clones its policy adapter as the reference
+        args=args,
+        train_dataset=pairs,
+        processing_class=tokenizer,
+    )
+    backbone.train_only("policy")  # adding adapters toggles requires_grad
+    set_seed(args.seed)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+    read = 2 * min(trainer.state.global_step * batch, len(trainer.train_dataset))
+    summary = {"backbone_copies": backbone_copies(backbone), "completions": read}
+    finish_stage(trainer, identity, {**summary, "history": trainer.state.log_history})
+
+
+if __name__ == "__main__":
+    main(*parse(DataArguments, PairArguments, ModelConfig, DPOConfig))

@@ -1,0 +1,65 @@
+"""TRL's RLOO on PPO's footing: the same backbone, start, reference, prompts and rewards, and no value function.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.rloo --config pipeline/recipes/baselines/rloo.yaml
+
+REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740): the baseline of a completion is the mean reward of
+the others to the same prompt. The trainer is TRL's own, unchanged.
+"""
+
+import torch
+from transformers import set_seed
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer
+
+from data.prompts import check_prompt_lengths, load_prompts
+from pipeline.artifacts import completions_sampled, finish_stage
+from pipeline.backbone import Backbone, backbone_copies, fingerprint, load_pretrained, read_adapter
+from pipeline.configs import DataArguments, PolicyArguments, lora_config, parse
+from reward_models.composite import RewardArguments, learned_rewards, load_functions
+
+
+def train(
+    trainer_class: type[RLOOTrainer] | type[GRPOTrainer],
+    data: DataArguments,
+    start: PolicyArguments,
+    rewards: RewardArguments,
+    model: ModelConfig,
+    args: RLOOConfig | GRPOConfig,
+) -> None:
+    """Train the policy role of a backbone with one of TRL's online trainers, and leave its adapter."""
+    prompts = load_prompts(data.dataset_name, data.dataset_train_split)
+    functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)
+    base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)
+    context = base.config.get_text_config().max_position_embeddings
+    check_prompt_lengths(prompts, tokenizer, context, args.max_completion_length, data.dataset_name)
+    asked = args.generation_batch_size // args.num_generations
+    if len(prompts) < asked:  # TRL samples each prompt once a pass and drops a short last batch
+        prompts = prompts.repeat(-(-asked // len(prompts)))
+
+    torch.manual_seed(args.seed)  # a fresh adapter is drawn here
+    identity = fingerprint(base)
+    policy = (
+        read_adapter(start.sft_adapter, base=base) if start.sft_adapter else lora_config(model, task_type="CAUSAL_LM")
+    )
+    backbone = Backbone(base, policy)
+    trainer = trainer_class(
+        model=backbone,  # TRL clones its policy adapter as the reference
+        reward_funcs=learned_rewards(rewards, backbone, tokenizer) + functions,
+        args=args,
+        train_dataset=prompts,
+        processing_class=tokenizer,
+    )
+    backbone.train_only("policy")  # adding adapters toggles requires_grad
+    set_seed(args.seed)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    summary = {"backbone_copies": backbone_copies(backbone), "completions": completions_sampled(trainer)}
+    finish_stage(trainer, identity, {**summary, "history": trainer.state.log_history})
+
+
+def main(
+    data: DataArguments, start: PolicyArguments, rewards: RewardArguments, model: ModelConfig, args: RLOOConfig
+) -> None:
+    train(RLOOTrainer, data, start, rewards, model, args)
+
+
+if __name__ == "__main__":
+    main(*parse(DataArguments, PolicyArguments, RewardArguments, ModelConfig, RLOOConfig))
