@@ -115,9 +115,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     backbone = Backbone(base, policy)
     if args.sft_adapter:
         backbone.add_role("reference", read_adapter(args.sft_adapter, base=base))
-    composite = Composite(
-        learned_rewards(rewards, backbone, tokenizer) + functions, args.reward_weights
-    )
+    composite = Composite(learned_rewards(rewards, backbone, tokenizer) + functions, args.reward_weights)
     backbone.to(Accelerator().device).eval()
 
     results, asked = {}, prompts["prompt"][:]

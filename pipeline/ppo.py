@@ -30,7 +30,9 @@ logger = get_logger(__name__)
 class RoleArguments(PolicyArguments):
     """Where the policy starts, and what it is not to forget."""
 
-    ptx_dataset_name: str | None = field(default=None, metadata={"help": "Texts of the language-model loss (ptx_coef)."})
+    ptx_dataset_name: str | None = field(
+        default=None, metadata={"help": "Texts of the language-model loss (ptx_coef)."}
+    )
     ptx_dataset_split: str = field(default="train", metadata={"help": "Split of them (a single file has none)."})
 
 

@@ -310,7 +310,13 @@ def _samples(samples: list[dict], policy: str) -> str:
 def _checks(checks: list[dict]) -> str:
     """The preflight's table: what was looked at before PPO began, and why."""
     rows = [
-        [check["name"], _number(check["measured"], ".3g"), check["bound"], check["result"], markdown_cell(check["why"])]
+        [
+            check["name"],
+            _number(check["measured"], ".3g"),
+            check["bound"],
+            check["result"],
+            markdown_cell(check["why"]),
+        ]
         for check in checks
     ]
     return _table(["check", "measured", "bound", "result", "why"], rows, numbers=(1,))

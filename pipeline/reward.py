@@ -51,7 +51,9 @@ def held_out_report(trainer: RewardTrainer) -> dict:
     return report
 
 
-def normalization_of(pairs: RewardModelArguments, model: ModelConfig, args: RewardConfig, prompts: list) -> Normalization:
+def normalization_of(
+    pairs: RewardModelArguments, model: ModelConfig, args: RewardConfig, prompts: list
+) -> Normalization:
     """Mean and deviation of the trained adapter's scores on completions of the SFT policy."""
     set_seed(args.seed)
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)

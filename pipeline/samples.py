@@ -90,7 +90,9 @@ class SampleTable(TrainerCallback):
         kl = kl_per_token(policy, reference, batch.mask).sum(dim=1)
         texts = trainer.processing_class.batch_decode(batch.rows(), skip_special_tokens=True)
         completions = texts if isinstance(asked[0], str) else [[{"role": "assistant", "content": t}] for t in texts]
-        columns = call_rewards(trainer.composite.functions, self.prompts, completions, batch.rows(), TrainerLoop(trainer))
+        columns = call_rewards(
+            trainer.composite.functions, self.prompts, completions, batch.rows(), TrainerLoop(trainer)
+        )
         scores = trainer.composite.total(columns, asked, completions)
         model.train(was_training)
         columns = zip(asked, texts, scores.tolist(), kl.tolist(), sentiment(asked, completions), strict=True)
