@@ -101,7 +101,7 @@ def draw_ppo_curves(history: list[dict], path: str | PathLike) -> None:
     )
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(7.5, 2.7, len(panels))
-        for axis, (key, title) in zip(axes, panels):
+        for axis, (key, title) in zip(axes, panels, strict=True):
             steps, values = _series(history, key)
             # A marker when the line would have a single point, and so be invisible.
             axis.plot(steps, values, color=PPO, marker="o" if len(values) == 1 else None)

@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import get_type_hints
@@ -11,7 +10,7 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from pipeline.configs import PPOConfig, parse
+from pipeline.configs import parse
 from pipeline.migrate import main, migrate, read_command_line
 
 
