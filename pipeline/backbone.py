@@ -31,6 +31,8 @@ from trl import ModelConfig
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import selective_log_softmax_and_entropy
 
+from pipeline.trunk import decoder_layers, first_adapted_layer, lower, upper
+
 
 # peft calls the first adapter "default", and TRL's online trainers train that one and clone it as "ref". Further reward
 # roles (reward_2, ...) are called what their adapters are.
@@ -174,6 +176,7 @@ class Backbone(PeftModelForCausalLM):
         fresh = isinstance(policy, LoraConfig)
         super().__init__(base, policy if fresh else _language_config(policy.config), adapter_name=ADAPTERS["policy"])
         self.heads = nn.ModuleDict()
+        self.trunk_depth, self._on_trunk = 0, set()
         if not fresh:
             self._set_weights("policy", policy.weights, policy.source)
 
@@ -263,17 +266,37 @@ class Backbone(PeftModelForCausalLM):
             for layer, (name, disabled) in zip(layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = name, disabled
 
-    def hidden_states(self, role: str | None, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Last hidden states of a role, (B, S) -> (B, S, D). Positions count real tokens, wherever the padding is."""
-        positions = _positions(attention_mask)
+    def share_trunk(self) -> set[str]:
+        """Find the layers below the policy's adapter, which `trunk` computes once for all roles that begin there or
+        above; returns those that begin lower, and so run in full. With no such layers, `trunk_depth` is 0."""
+        base = self.get_base_model()
+        first = {
+            role: first_adapted_layer(base, self._adapter(role))
+            for role in ("policy", "reference", "value", *self.heads)
+        }
+        self.trunk_depth = min(first["policy"], len(decoder_layers(base)[2]) - 1)
+        self._on_trunk = {role for role, layer in first.items() if layer >= self.trunk_depth > 0}
+        return first.keys() - self._on_trunk
+
+    def trunk(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """States at the foot of the first layer that the policy adapts, (B, S) -> (B, S, D)."""
+        inputs = {"attention_mask": attention_mask, "position_ids": _positions(attention_mask)}
+        with self.role(None):
+            return lower(self.get_base_model(), self.trunk_depth, input_ids=input_ids, **inputs)
+
+    def hidden_states(
+        self, role: str | None, input_ids: Tensor, attention_mask: Tensor, trunk: Tensor | None = None
+    ) -> Tensor:
+        """Last hidden states of a role, (B, S) -> (B, S, D). Positions count real tokens, wherever the padding is.
+
+        With what `trunk` gave for these tokens, a role that can starts from there.
+        """
+        base = self.get_base_model()
+        inputs = {"attention_mask": attention_mask, "position_ids": _positions(attention_mask)}
         with self.role(role):
-            return (
-                self.get_base_model()
-                .base_model(
-                    input_ids=input_ids, attention_mask=attention_mask, position_ids=positions, use_cache=False
-                )
-                .last_hidden_state
-            )
+            if trunk is not None and role in self._on_trunk:
+                return upper(base, self.trunk_depth, trunk, **inputs)
+            return base.base_model(input_ids=input_ids, **inputs, use_cache=False).last_hidden_state
 
     def logprobs(
         self,
@@ -282,18 +305,18 @@ class Backbone(PeftModelForCausalLM):
         attention_mask: Tensor,
         completion_ids: Tensor,
         temperature: float = 1.0,
-        entropy_requires_grad: bool = False,
+        trunk: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Log-probability of each completion token and entropy at its position, in nats, both (B, T).
 
         `input_ids` (B, P + T) ends with `completion_ids` (B, T). The vocabulary projection runs on the T positions
         only. Logits are divided by `temperature`, as they are in sampling.
         """
-        hidden = self.hidden_states(role, input_ids, attention_mask)[:, -completion_ids.shape[1] - 1 : -1]
-        return self._logprobs(hidden, completion_ids, temperature, entropy_requires_grad)
+        hidden = self.hidden_states(role, input_ids, attention_mask, trunk)[:, -completion_ids.shape[1] - 1 : -1]
+        return self._logprobs(hidden, completion_ids, temperature)
 
     def _logprobs(
-        self, hidden: Tensor, completion_ids: Tensor, temperature: float, entropy_requires_grad: bool
+        self, hidden: Tensor, completion_ids: Tensor, temperature: float, entropy_requires_grad: bool = False
     ) -> tuple[Tensor, Tensor]:
         logits = self.get_base_model().get_output_embeddings()(hidden)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -301,9 +324,9 @@ class Backbone(PeftModelForCausalLM):
             logits, completion_ids, entropy_requires_grad=entropy_requires_grad, temperature=temperature
         )
 
-    def values(self, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+    def values(self, input_ids: Tensor, attention_mask: Tensor, length: int, trunk: Tensor | None = None) -> Tensor:
         """Value of the state before each of the last `length` tokens, (B, P + T) -> (B, T)."""
-        hidden = self.hidden_states("value", input_ids, attention_mask)[:, -length - 1 : -1]
+        hidden = self.hidden_states("value", input_ids, attention_mask, trunk)[:, -length - 1 : -1]
         return self._read("value", hidden)
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor, role: str = "reward") -> Tensor:
@@ -329,6 +352,7 @@ class Backbone(PeftModelForCausalLM):
         temperature=1.0,
         entropy_requires_grad=False,
         texts=None,
+        trunk=None,
         **kwargs,
     ):
         """The policy's language-model forward; with `completion_ids` (B, T), PPO's training pass.
@@ -345,10 +369,10 @@ class Backbone(PeftModelForCausalLM):
                 kwargs.setdefault("position_ids", _positions(attention_mask))
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         length = completion_ids.shape[1]
-        hidden = self.hidden_states("policy", input_ids, attention_mask)[:, -length - 1 : -1]
+        hidden = self.hidden_states("policy", input_ids, attention_mask, trunk)[:, -length - 1 : -1]
         logprobs, entropy = self._logprobs(hidden, completion_ids, temperature, entropy_requires_grad)
         if ADAPTERS["value"] in self.peft_config:
-            values = self.values(input_ids, attention_mask, length)
+            values = self.values(input_ids, attention_mask, length, trunk)
         else:
             values = self._read("value", hidden)
         if texts is None:

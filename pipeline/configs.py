@@ -11,6 +11,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, RLOOConfig, TrlParser
 
+from pipeline.trunk import decoder_layers
+
 
 @dataclass
 class DataArguments:
@@ -46,16 +48,28 @@ class PolicyArguments:
 
 
 @dataclass
+class LoraArguments:
+    """Where an adapter reaches, beside `lora_target_modules`."""
+
+    lora_top_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Adapt the top so many decoder layers; PPO computes those below once a rollout. Unset: all."
+        },
+    )
+    lora_embeddings: bool = field(
+        default=False,
+        metadata={"help": "LoRA on the input embeddings as well: a small backbone's words are taught their worth."},
+    )
+
+
+@dataclass
 class RewardModelArguments:
     """What the reward stage adds to TRL's RewardConfig."""
 
     use_margin: bool = field(
         default=False,
         metadata={"help": "Subtract the `margin` column in the loss (Llama 2). It costs calibration: scores stretch."},
-    )
-    lora_embeddings: bool = field(
-        default=False,
-        metadata={"help": "LoRA on the input embeddings as well: a small backbone's words are taught their worth."},
     )
     sft_adapter: str | None = field(
         default=None,
@@ -191,21 +205,33 @@ def check_max_length(max_length: int | None, context: int) -> None:
         raise ValueError(f"max_length={max_length} exceeds the model's context of {context} tokens; lower it.")
 
 
-def lora_config(model: ModelConfig, *, task_type: str, embeddings_of: PreTrainedModel | None = None) -> LoraConfig:
-    """LoRA as `lora_*` in ModelConfig says, and on the input embeddings of a model that is given.
+def lora_config(
+    model: ModelConfig, *, task_type: str, reach: LoraArguments | None = None, base: PreTrainedModel | None = None
+) -> LoraConfig:
+    """LoRA as `lora_*` in ModelConfig says, as far as `reach` takes it on `base`.
 
     A reward adapter (SEQ_CLS) trains and saves its head too.
+
+    Raises:
+        ValueError: the model has fewer layers than are to be adapted.
     """
-    modules = model.lora_target_modules
+    modules, layers = model.lora_target_modules, {}
     if isinstance(modules, str) and modules != "all-linear":
         modules = [modules]  # ModelConfig unwraps a list of one, and peft would take the bare name for a pattern
-    if embeddings_of is not None:
-        layers = dict(embeddings_of.named_modules())
-        if modules in (None, "all-linear"):  # peft takes that word alone, not in a list
-            linear = {name.split(".")[-1] for name, layer in layers.items() if isinstance(layer, (nn.Linear, Conv1D))}
+    if reach and (reach.lora_embeddings or reach.lora_top_layers):
+        named = dict(base.named_modules())
+        if modules in (None, "all-linear"):  # peft takes that word alone: not in a list, not for some layers
+            linear = {name.split(".")[-1] for name, layer in named.items() if isinstance(layer, (nn.Linear, Conv1D))}
             modules = sorted(linear - {"score", "lm_head"})
-        # By its full name: peft would store the frozen embeddings with an adapter that targets a bare `embed_tokens`.
-        modules = [*modules, next(n for n, layer in layers.items() if layer is embeddings_of.get_input_embeddings())]
+        if reach.lora_embeddings:
+            # By its full name: peft would store the frozen embeddings with an adapter of a bare `embed_tokens`.
+            modules = [*modules, next(n for n, layer in named.items() if layer is base.get_input_embeddings())]
+        if reach.lora_top_layers:
+            _, pattern, decoder = decoder_layers(base)
+            if not 0 < reach.lora_top_layers <= len(decoder):
+                raise ValueError(f"lora_top_layers={reach.lora_top_layers}: the model has {len(decoder)} layers.")
+            top = list(range(len(decoder)))[-reach.lora_top_layers :]
+            layers = {"layers_to_transform": top, "layers_pattern": pattern}
     return LoraConfig(
         task_type=task_type,
         r=model.lora_r,
@@ -214,6 +240,7 @@ def lora_config(model: ModelConfig, *, task_type: str, embeddings_of: PreTrained
         target_modules=modules,
         modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
         use_rslora=model.use_rslora,
+        **layers,
     )
 
 

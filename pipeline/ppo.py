@@ -16,7 +16,7 @@ from data.prompts import check_prompt_lengths, load_prompts
 from data.texts import load_texts, tokenize_texts
 from pipeline.artifacts import finish_stage
 from pipeline.backbone import Backbone, fingerprint, load_pretrained, read_adapter
-from pipeline.configs import DataArguments, PolicyArguments, PPOConfig, lora_config, parse
+from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, PPOConfig, lora_config, parse
 from pipeline.ppo_trainer import PPOTrainer
 from pipeline.preflight import preflight
 from pipeline.samples import SampleTable
@@ -37,7 +37,12 @@ class RoleArguments(PolicyArguments):
 
 
 def main(
-    data: DataArguments, roles: RoleArguments, rewards: RewardArguments, model: ModelConfig, args: PPOConfig
+    data: DataArguments,
+    roles: RoleArguments,
+    rewards: RewardArguments,
+    reach: LoraArguments,
+    model: ModelConfig,
+    args: PPOConfig,
 ) -> None:
     prompts = load_prompts(data.dataset_name, data.dataset_train_split)
     functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)
@@ -64,7 +69,9 @@ def main(
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
     identity = fingerprint(base)
     policy = (
-        read_adapter(roles.sft_adapter, base=base) if roles.sft_adapter else lora_config(model, task_type="CAUSAL_LM")
+        read_adapter(roles.sft_adapter, base=base)
+        if roles.sft_adapter
+        else lora_config(model, task_type="CAUSAL_LM", reach=reach, base=base)
     )
     backbone = Backbone(base, policy)
     trainer = PPOTrainer(
@@ -88,4 +95,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*parse(DataArguments, RoleArguments, RewardArguments, ModelConfig, PPOConfig))
+    main(*parse(DataArguments, RoleArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig))

@@ -80,9 +80,23 @@ class PPOTrainer(RLOOTrainer):
             **kwargs,
         )
         backbone.train_only("policy", "value")  # adding adapters toggles requires_grad
+        self._share_trunk()
         self.texts = texts
         self.watch = Watch()
         self._far = self._skip = False  # whether this update has gone too far, and what is left of it is skipped
+
+    def _share_trunk(self) -> None:
+        """Compute the layers below the policy's adapter once a rollout, where dropout does not change them."""
+        in_full = self.model.share_trunk()
+        depth = self.model.trunk_depth
+        if depth and not self.args.disable_dropout:
+            self.model.trunk_depth = 0
+            logger.warning(f"The lowest {depth} layers run in every pass: disable_dropout=False changes their states.")
+        elif depth and in_full:
+            logger.warning(
+                f"The lowest {depth} layers are computed once a rollout, but not for {', '.join(sorted(in_full))}: "
+                f"that adapter begins below. Train it with lora_top_layers too."
+            )
 
     # ------------------------------------------------------------------------------------------ one update
     @property
@@ -163,16 +177,21 @@ class PPOTrainer(RLOOTrainer):
         completion_ids, mask = self._pad(completion_rows, side="right")
         input_ids, attention_mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, mask], 1)
 
-        logprobs, ref_logprobs, values = [], [], []
+        chunks = []
         with torch.no_grad(), self.accelerator.autocast():
             for ids, attend, chosen in zip(
                 *(x.split(self.args.per_device_train_batch_size) for x in (input_ids, attention_mask, completion_ids)),
                 strict=True,
             ):
-                logprobs.append(self.model.logprobs("policy", ids, attend, chosen, self.temperature)[0])
-                ref_logprobs.append(self.model.logprobs("reference", ids, attend, chosen, self.temperature)[0])
-                values.append(self.model.values(ids, attend, chosen.shape[1]))
-        logprobs, ref_logprobs, values = (torch.cat(chunks) for chunks in (logprobs, ref_logprobs, values))
+                trunk = self.model.trunk(ids, attend) if self.model.trunk_depth else None
+                policy, reference = (
+                    self.model.logprobs(role, ids, attend, chosen, self.temperature, trunk)[0]
+                    for role in ("policy", "reference")
+                )
+                chunks.append((policy, reference, self.model.values(ids, attend, chosen.shape[1], trunk), trunk))
+        logprobs, ref_logprobs, values, trunks = zip(*chunks, strict=True)
+        logprobs, ref_logprobs, values = torch.cat(logprobs), torch.cat(ref_logprobs), torch.cat(values)
+        trunk = torch.cat(trunks) if self.model.trunk_depth else None
         scores = self._scores(inputs, prompts, completions, completion_rows)
         rewards = token_rewards(
             scores, logprobs, ref_logprobs, mask, kl_coef=self.beta, kl_estimator=self.args.kl_estimator
@@ -191,7 +210,7 @@ class PPOTrainer(RLOOTrainer):
         self._logs["prompt"].extend(gather_object(prompts))
         self._logs["completion"].extend(gather_object(completions))
         self._logs["advantages"].extend(gather_object(advantages.sum(dim=1).tolist()))
-        rollout = Rollout(prompt_ids, prompt_mask, completion_ids, mask, logprobs, values, advantages, returns)
+        rollout = Rollout(prompt_ids, prompt_mask, completion_ids, mask, logprobs, values, advantages, returns, trunk)
         return rollout._asdict()
 
     def _whiten(self, values: Tensor, mask: Tensor, **options) -> Tensor:
@@ -262,6 +281,7 @@ class PPOTrainer(RLOOTrainer):
                 temperature=self.temperature,
                 entropy_requires_grad=args.entropy_coef != 0,
                 texts=texts,
+                trunk=rollout.trunk,
             )
         policy, policy_clipped = policy_loss(logprobs, rollout.logprobs, rollout.advantages, mask, clip=args.epsilon)
         value, value_clipped = value_loss(values, rollout.values, rollout.returns, mask, clip=args.value_clip)

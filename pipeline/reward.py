@@ -15,7 +15,7 @@ from data.preferences import load_preferences
 from data.prompts import check_prompt_lengths
 from pipeline.artifacts import finish_stage
 from pipeline.backbone import Backbone, fingerprint, load_pretrained, read_adapter
-from pipeline.configs import DataArguments, RewardModelArguments, check_max_length, lora_config, parse
+from pipeline.configs import DataArguments, LoraArguments, RewardModelArguments, check_max_length, lora_config, parse
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows
 from reward_models.normalization import Normalization, measure
@@ -63,7 +63,9 @@ def normalization_of(
     return measure(backbone, prompts, tokenizer, max_completion_length=pairs.max_completion_length)
 
 
-def main(data: DataArguments, pairs: RewardModelArguments, model: ModelConfig, args: RewardConfig) -> None:
+def main(
+    data: DataArguments, pairs: RewardModelArguments, reach: LoraArguments, model: ModelConfig, args: RewardConfig
+) -> None:
     train = load_preferences(data.dataset_name, data.dataset_train_split)
     held_out = load_preferences(data.eval_source, data.dataset_eval_split) if data.eval_source else None
     if not pairs.use_margin and "margin" in train.column_names:
@@ -92,7 +94,7 @@ def main(data: DataArguments, pairs: RewardModelArguments, model: ModelConfig, a
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=lora_config(model, task_type="SEQ_CLS", embeddings_of=base if pairs.lora_embeddings else None),
+        peft_config=lora_config(model, task_type="SEQ_CLS", reach=reach, base=base),
     )
     # With `train_sampling_strategy: group_by_length`, pairs of like length share a batch and padding costs little.
     trainer.train_dataset = trainer.train_dataset.map(
@@ -108,4 +110,4 @@ def main(data: DataArguments, pairs: RewardModelArguments, model: ModelConfig, a
 
 
 if __name__ == "__main__":
-    main(*parse(DataArguments, RewardModelArguments, ModelConfig, RewardConfig))
+    main(*parse(DataArguments, RewardModelArguments, LoraArguments, ModelConfig, RewardConfig))

@@ -20,3 +20,4 @@ class Rollout(NamedTuple):
     values: Tensor  # (B, T) value of the state before each token
     advantages: Tensor  # (B, T)
     returns: Tensor  # (B, T) targets of the value function
+    trunk: Tensor | None = None  # (B, P + T, D) states below the policy's adapter, where it leaves layers as they are

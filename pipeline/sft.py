@@ -10,10 +10,10 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 from data.texts import load_texts
 from pipeline.artifacts import finish_stage
 from pipeline.backbone import fingerprint, load_pretrained
-from pipeline.configs import DataArguments, check_max_length, lora_config, parse
+from pipeline.configs import DataArguments, LoraArguments, check_max_length, lora_config, parse
 
 
-def main(data: DataArguments, model: ModelConfig, args: SFTConfig) -> None:
+def main(data: DataArguments, reach: LoraArguments, model: ModelConfig, args: SFTConfig) -> None:
     train = load_texts(data.dataset_name, data.dataset_train_split)
     held_out = load_texts(data.eval_source, data.dataset_eval_split) if data.eval_source else None
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)
@@ -25,7 +25,7 @@ def main(data: DataArguments, model: ModelConfig, args: SFTConfig) -> None:
         train_dataset=train,
         eval_dataset=held_out,
         processing_class=tokenizer,
-        peft_config=lora_config(model, task_type="CAUSAL_LM"),
+        peft_config=lora_config(model, task_type="CAUSAL_LM", reach=reach, base=base),
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = trainer.evaluate() if held_out else {}
@@ -33,4 +33,4 @@ def main(data: DataArguments, model: ModelConfig, args: SFTConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse(DataArguments, ModelConfig, SFTConfig))
+    main(*parse(DataArguments, LoraArguments, ModelConfig, SFTConfig))

@@ -107,9 +107,18 @@ def backbone(tiny, sft_adapter, reward_adapter) -> Backbone:
 def make_trainer(tiny, sft_adapter, reward_adapter, tokenizer, tmp_path):
     """Makes a PPO trainer on a tiny GPT-2, of two updates of two epochs of two minibatches, each in two pieces."""
 
-    def make(reward_funcs=None, prompts=PROMPTS, *, held_out=None, texts=None, normalize_scores=False, **options):
+    def make(
+        reward_funcs=None,
+        prompts=PROMPTS,
+        *,
+        held_out=None,
+        texts=None,
+        normalize_scores=False,
+        policy=None,
+        **options,
+    ):
         base, _ = load_pretrained(ModelConfig(tiny))
-        backbone = Backbone(base, read_adapter(sft_adapter, base=base))
+        backbone = Backbone(base, policy or read_adapter(sft_adapter, base=base))
         rewards = RewardArguments(reward_adapter=[reward_adapter], normalize_scores=normalize_scores)
         learned = learned_rewards(rewards, backbone, tokenizer)
         settings = {

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from peft import get_peft_model, get_peft_model_state_dict
+from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 from trl import ModelConfig, RLOOConfig
 
-from pipeline.configs import DataArguments, PPOConfig, lora_config, parse
+from pipeline.configs import DataArguments, LoraArguments, PPOConfig, lora_config, parse
 from reward_models.composite import load_function
 
 
@@ -260,6 +262,35 @@ def test_lora_config():
     assert set(policy.target_modules) == {"a", "b"}
     assert (policy.modules_to_save, reward.modules_to_save) == (None, ["score"])
     assert (policy.task_type, reward.task_type) == ("CAUSAL_LM", "SEQ_CLS")
+
+
+SHAPE = {"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 9}
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_how_far_an_adapter_reaches(name, tmp_path):
+    if name == "gpt2":
+        base = GPT2ForSequenceClassification(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=9, num_labels=1))
+    else:
+        base = LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_key_value_heads=2, num_labels=1))
+    reach = LoraArguments(lora_embeddings=True, lora_top_layers=1)
+    config = lora_config(ModelConfig(lora_r=2), task_type="SEQ_CLS", reach=reach, base=base)
+    model = get_peft_model(base, config)
+    adapted = {key.split(".lora_")[0] for key in get_peft_model_state_dict(model) if "lora_" in key}
+    layers, embeddings = (
+        ("transformer.h", "transformer.wte") if name == "gpt2" else ("model.layers", "model.embed_tokens")
+    )
+    assert f"base_model.model.{embeddings}" in adapted
+    assert all(key.startswith(f"base_model.model.{layers}.2.") for key in adapted if not key.endswith(embeddings))
+    assert len(adapted) == 1 + (4 if name == "gpt2" else 7)  # every linear layer of the top layer
+    kept = get_peft_model_state_dict(model)
+    assert all("lora_" in key or key.endswith("score.weight") for key in kept)  # no frozen embeddings among them
+
+
+def test_an_adapter_cannot_reach_further_than_the_model():
+    base = GPT2ForSequenceClassification(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=9))
+    with pytest.raises(ValueError, match=r"^lora_top_layers=4: the model has 3 layers\.$"):
+        lora_config(ModelConfig(), task_type="SEQ_CLS", reach=LoraArguments(lora_top_layers=4), base=base)
 
 
 def test_defaults_of_what_is_an_option():

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from conftest import PROMPTS, make_likely
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer, TrainerCallback
 from trl import RLOOTrainer
@@ -42,6 +43,34 @@ def test_an_update_starts_at_ratio_one_and_kl_zero(make_trainer, options):
     for first in firsts:
         assert first["approxkl"] == 0 and first["clipfrac/policy"] == 0 and first["clipfrac/value"] == 0
     assert all(row["approxkl"] > 0 for row in rows if "kl" not in row)
+
+
+TOP_LAYER = LoraConfig(
+    task_type="CAUSAL_LM", r=4, target_modules=["c_attn", "c_fc"], layers_to_transform=[1], layers_pattern="h"
+)
+
+
+@pytest.mark.parametrize("options", [{"critic": "head"}, {"value_init": "policy"}, {"value_init": "reward"}], ids=str)
+def test_the_trunk_changes_no_result(make_trainer, options, caplog):
+    results = []
+    for share in (True, False):
+        torch.manual_seed(0)  # the policy's adapter is drawn
+        trainer = make_trainer(policy=TOP_LAYER, **options)
+        assert trainer.model.trunk_depth == 1
+        if not share:
+            trainer.model.trunk_depth = 0
+        trainer.train()
+        assert (trainer._rollout["trunk"] is not None) == share
+        results.append({n: p for n, p in trainer.model.named_parameters() if p.requires_grad})
+    for name, parameter in results[0].items():
+        torch.testing.assert_close(parameter, results[1][name], atol=1e-5, rtol=0)
+
+
+def test_where_the_trunk_is_not_shared(make_trainer, caplog):
+    trainer = make_trainer(policy=TOP_LAYER, value_init="reward")
+    assert "The lowest 1 layers are computed once a rollout, but not for reward, value" in caplog.text
+    trainer = make_trainer(policy=TOP_LAYER, disable_dropout=False)
+    assert trainer.model.trunk_depth == 0 and "disable_dropout=False changes their states" in caplog.text
 
 
 def test_policy_and_value_train_and_nothing_else_changes(make_trainer):

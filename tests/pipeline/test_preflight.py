@@ -85,8 +85,8 @@ def with_no_positions(trainer):
     """As a model that counts padding as positions when it is scored."""
     original = trainer.model.hidden_states
 
-    def hidden_states(role, input_ids, attention_mask):
-        return original(role, input_ids, torch.ones_like(attention_mask))
+    def hidden_states(role, input_ids, attention_mask, trunk=None):
+        return original(role, input_ids, torch.ones_like(attention_mask), trunk)
 
     trainer.model.hidden_states = hidden_states
 

@@ -11,14 +11,14 @@ from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SF
 
 from pipeline import baselines, best_of_n, dpo, evaluation, grpo, ppo, reward, rloo, sft
 from pipeline.backbone import HEAD, WEIGHTS, load_pretrained, read_adapter
-from pipeline.configs import DataArguments, PolicyArguments, PPOConfig, RewardModelArguments, parse
+from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, PPOConfig, RewardModelArguments, parse
 from reward_models.composite import RewardArguments
 
 
 TYPES = {
-    "sft": (DataArguments, ModelConfig, SFTConfig),
-    "reward": (DataArguments, RewardModelArguments, ModelConfig, RewardConfig),
-    "ppo": (DataArguments, ppo.RoleArguments, RewardArguments, ModelConfig, PPOConfig),
+    "sft": (DataArguments, LoraArguments, ModelConfig, SFTConfig),
+    "reward": (DataArguments, RewardModelArguments, LoraArguments, ModelConfig, RewardConfig),
+    "ppo": (DataArguments, ppo.RoleArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig),
     "rloo": (DataArguments, PolicyArguments, RewardArguments, ModelConfig, RLOOConfig),
     "grpo": (DataArguments, PolicyArguments, RewardArguments, ModelConfig, GRPOConfig),
     "dpo": (DataArguments, dpo.PairArguments, ModelConfig, DPOConfig),

@@ -1,0 +1,112 @@
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+from pipeline.backbone import Backbone
+from pipeline.trunk import decoder_layers, first_adapted_layer
+
+
+LINEAR = {
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"],
+}
+
+
+def base_model(name: str):
+    torch.manual_seed(0)
+    special = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}
+    if name == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(n_layer=5, n_embd=32, n_head=2, initializer_range=0.2, **special))
+    else:
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+        shape = {"num_hidden_layers": 5, "hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.2}
+        model = LlamaForCausalLM(LlamaConfig(**shape, **heads, **special))
+    return model.requires_grad_(False).eval()
+
+
+def make(name: str, top: int | None, value: str = "adapter") -> Backbone:
+    model = base_model(name)
+    pattern = decoder_layers(model)[1]
+    layers = {"layers_to_transform": list(range(5))[-top:], "layers_pattern": pattern} if top else {}
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=LINEAR[name], init_lora_weights=False, **layers)
+    backbone = Backbone(model, config)
+    backbone.add_value(init="policy", critic=value)
+    torch.nn.init.normal_(backbone.heads["value"].weight)
+    backbone.add_adapter("ref", config)
+    backbone.train_only("policy", "value")
+    return backbone.eval()
+
+
+def batch():
+    """Two left-padded prompts with right-padded completions of 4 and 2 tokens."""
+    ids = torch.tensor([[0, 0, 5, 6, 7, 8, 9, 1], [11, 12, 13, 14, 15, 1, 0, 0]])
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 0, 0]])
+    return ids, mask, ids[:, -4:], mask[:, -4:].bool()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize(("top", "depth"), [(1, 4), (2, 3), (4, 1)])
+@pytest.mark.parametrize("critic", ["adapter", "head"])
+def test_from_the_trunk_all_is_as_in_full(name, top, depth, critic):
+    backbone = make(name, top, critic)
+    assert backbone.share_trunk() == set() and backbone.trunk_depth == depth
+    ids, mask, completion, real = batch()
+    trunk = backbone.trunk(ids, mask)
+    assert trunk.shape == (2, 8, 32) and not trunk.requires_grad
+    for role in ("policy", "reference"):
+        full, short = (backbone.logprobs(role, ids, mask, completion, 0.7, t)[0] for t in (None, trunk))
+        torch.testing.assert_close(short[real], full[real], atol=1e-5, rtol=0)
+    gradients = []
+    for states in (None, trunk):
+        logprobs, entropy, values = backbone(ids, mask, completion_ids=completion, trunk=states)
+        ((logprobs + values.square()) * real).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in backbone.named_parameters() if p.grad is not None})
+        backbone.zero_grad()
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 2
+    for parameter, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][parameter], gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_it_runs_the_layers_below_once_and_not_again():
+    backbone = make("gpt2", 2)
+    backbone.share_trunk()
+    ids, mask, completion, _ = batch()
+    ran = []
+    for i, layer in enumerate(decoder_layers(backbone.get_base_model())[2]):
+        layer.register_forward_hook(lambda *args, i=i: ran.append(i))
+    trunk = backbone.trunk(ids, mask)
+    assert ran == [0, 1, 2]
+    ran.clear()
+    backbone(ids, mask, completion_ids=completion, trunk=trunk)
+    assert ran == [3, 4, 3, 4]  # policy, value
+
+
+def test_a_model_is_whole_again_afterwards():
+    backbone = make("llama", 2)
+    backbone.share_trunk()
+    ids, mask, completion, real = batch()
+    names, before = list(backbone.state_dict()), backbone.logprobs("policy", ids, mask, completion)[0]
+    backbone.logprobs("policy", ids, mask, completion, trunk=backbone.trunk(ids, mask))
+    with pytest.raises(RuntimeError):
+        backbone.logprobs("policy", ids, mask, completion, trunk=torch.zeros(2, 8, 7))
+    assert list(backbone.state_dict()) == names
+    assert torch.equal(backbone.logprobs("policy", ids, mask, completion)[0], before)
+
+
+def test_an_adapter_of_all_layers_leaves_no_trunk():
+    backbone = make("gpt2", None)
+    assert backbone.share_trunk() == {"policy", "reference", "value"} and backbone.trunk_depth == 0
+
+
+def test_a_role_that_begins_lower_runs_in_full():
+    backbone = make("gpt2", 2)
+    deep = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["wte", "c_attn"], init_lora_weights=False)
+    backbone.delete_adapter("value")
+    backbone.add_adapter("value", deep)
+    assert first_adapted_layer(backbone.get_base_model(), "value") == 0
+    assert backbone.share_trunk() == {"value"} and backbone.trunk_depth == 3
+    ids, mask, completion, real = batch()
+    trunk = backbone.trunk(ids, mask)
+    full, short = (backbone.values(ids, mask, 4, states) for states in (None, trunk))
+    assert torch.equal(full, short)
