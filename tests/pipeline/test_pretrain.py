@@ -1,0 +1,42 @@
+import hashlib
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+
+from pipeline.pretrain import EOS, PAD, BackboneConfig, main
+
+
+BACKBONE = Path(__file__).parents[2] / "data" / "backbone"
+
+
+def stated_digest(folder: Path) -> str:
+    return re.search(r"`model.safetensors` sha256 `(\w+)`", (folder / "README.md").read_text()).group(1)
+
+
+def digest(folder: Path) -> str:
+    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+
+
+def test_the_embedded_backbone_is_the_one_its_card_describes():
+    assert stated_digest(BACKBONE) == digest(BACKBONE)
+    assert (BACKBONE / "model.safetensors").stat().st_size <= 12 * 2**20
+    tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
+    assert (tokenizer.eos_token, tokenizer.pad_token) == (EOS, PAD)
+    assert tokenizer.decode(tokenizer("It's a café ☕")["input_ids"]) == "It's a café ☕"  # bytes: nothing is unknown
+
+
+@pytest.mark.slow
+def test_a_backbone_from_nothing(tmp_path):
+    for name in ("one", "two"):
+        shape = BackboneConfig(str(tmp_path / name), vocab_size=300, n_positions=32, n_layer=1, n_embd=16, n_head=2)
+        options = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 256, "max_steps": 2, "seed": 5}
+        main(shape, TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none", **options))
+    folder = tmp_path / "one"
+    assert digest(folder) == digest(tmp_path / "two") == stated_digest(folder)  # a seed fixes it
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.float32 and model.config.n_layer == 1 and model.config.use_cache
+    assert model.config.vocab_size == len(tokenizer) == 300
+    assert {model.config.eos_token_id, model.config.pad_token_id} == {tokenizer.eos_token_id, tokenizer.pad_token_id}
