@@ -241,9 +241,8 @@ class PPOTrainer(RLOOTrainer):
 
     def _scores(self, inputs: list[dict], prompts: list, completions: list, completion_rows: list) -> Tensor:
         """Weighted sum of the reward functions, clipped and penalised as configured, (B,) of this process."""
-        columns = self._calculate_rewards(
-            inputs, prompts, completions, completion_rows
-        )  # gathered, (all B, functions)
+        # gathered, (all B, functions)
+        columns = self._calculate_rewards(inputs, prompts, completions, completion_rows)
         scores = self.composite.total(columns, prompts, completions)
         for name, column in zip(self.reward_func_names, columns.T, strict=True):
             self._logs["rewards"][name].extend(column.tolist())
