@@ -7,7 +7,7 @@ from pathlib import Path
 import psutil
 from transformers import Trainer
 
-from pipeline.backbone import stamp
+from pipeline.loading import stamp
 
 
 def seconds_running() -> float:

@@ -24,32 +24,24 @@ from trl import ModelConfig
 
 from data.prompts import check_prompt_lengths, load_prompts, tokenize_prompts
 from pipeline.artifacts import seconds_running
-from pipeline.backbone import Backbone, load_pretrained, read_adapter
-from pipeline.configs import PolicyArguments, lora_config, parse
+from pipeline.backbone import load_backbone
+from pipeline.configs import CompletionArguments, PolicyArguments, parse
+from pipeline.loading import context_length
 from pipeline.metrics import best_of_n, best_of_n_kl, bootstrap_interval, distinct_n, wins
 from pipeline.report import best_of_n_table, draw_best_of_n
-from pipeline.sampling import sample
+from pipeline.sampling import as_answers, sample
 from reward_models.composite import Composite, RewardArguments, call_rewards, learned_rewards, load_functions
 from reward_models.rules import sentiment
 
 
 @dataclass
-class BestOfNArguments:
-    """How many completions, of which prompts."""
+class BestOfNArguments(CompletionArguments):
+    """How many completions of each prompt."""
 
-    output_dir: str = field(metadata={"help": "Where the figures go."})
     n: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "Completions to choose from."})
     report: str | None = field(
         default=None, metadata={"help": "report.json of pipeline.evaluation, whose policy is drawn into the plot."}
     )
-    dataset_name: str = field(default="human_ratings", metadata={"help": "Prompts: hub id, folder or file."})
-    dataset_eval_split: str = field(default="test", metadata={"help": "Split to take prompts from."})
-    max_prompts: int = field(default=512, metadata={"help": "The first so many prompts."})
-    max_completion_length: int = field(default=24, metadata={"help": "Tokens sampled at most."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature, as in PPO."})
-    batch_size: int = field(default=64, metadata={"help": "Completions sampled at once."})
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "As in PPO; unset: 1 each."})
-    seed: int = 0
 
     def __post_init__(self):
         if min(self.n, default=0) < 1:
@@ -63,14 +55,8 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
     prompts = load_prompts(args.dataset_name, args.dataset_eval_split)
     prompts = prompts.select(range(min(args.max_prompts, len(prompts))))
     functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)
-    base, tokenizer = load_pretrained(model)
-    context = base.config.get_text_config().max_position_embeddings
-    check_prompt_lengths(prompts, tokenizer, context, args.max_completion_length, args.dataset_name)
-    # A fresh adapter changes nothing: without an SFT adapter, the bare backbone samples.
-    policy = (
-        read_adapter(start.sft_adapter, base=base) if start.sft_adapter else lora_config(model, task_type="CAUSAL_LM")
-    )
-    backbone = Backbone(base, policy)
+    backbone, tokenizer = load_backbone(model, start.sft_adapter)
+    check_prompt_lengths(prompts, tokenizer, context_length(backbone), args.max_completion_length, args.dataset_name)
     composite = Composite(learned_rewards(rewards, backbone, tokenizer) + functions, args.reward_weights)
     backbone.to(Accelerator().device).eval()
 
@@ -90,9 +76,7 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
             )
             rows = [row for batch in batches for row in batch.rows()]
             texts.append(tokenizer.batch_decode(rows, skip_special_tokens=True))
-            answers = texts[-1]
-            if not isinstance(asked[0], str):
-                answers = [[{"role": "assistant", "content": answer}] for answer in answers]
+            answers = as_answers(texts[-1], asked)
             lengths.append([len(row) for row in rows])
             judge.append(sentiment(asked, answers))
             columns = call_rewards(composite.functions, prompts, answers, rows, runner)

@@ -48,6 +48,21 @@ class PolicyArguments:
 
 
 @dataclass
+class CompletionArguments:
+    """Held-out prompts, and how they are completed."""
+
+    output_dir: str = field(metadata={"help": "Where the figures go."})
+    dataset_name: str = field(default="human_ratings", metadata={"help": "Prompts: hub id, folder or file."})
+    dataset_eval_split: str = field(default="test", metadata={"help": "Split to take prompts from."})
+    max_prompts: int = field(default=512, metadata={"help": "The first so many prompts."})
+    max_completion_length: int = field(default=24, metadata={"help": "Tokens sampled at most."})
+    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature, as in PPO."})
+    batch_size: int = field(default=64, metadata={"help": "Completions sampled at once."})
+    reward_weights: list[float] | None = field(default=None, metadata={"help": "As in PPO; unset: 1 each."})
+    seed: int = 0
+
+
+@dataclass
 class LoraArguments:
     """Where an adapter reaches, beside `lora_target_modules`."""
 

@@ -14,8 +14,9 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from data.preferences import load_preferences
 from pipeline.artifacts import finish_stage
-from pipeline.backbone import Backbone, backbone_copies, fingerprint, load_pretrained, read_adapter
-from pipeline.configs import DataArguments, PolicyArguments, check_max_length, lora_config, parse
+from pipeline.backbone import backbone_copies, load_backbone
+from pipeline.configs import DataArguments, PolicyArguments, check_max_length, parse
+from pipeline.loading import context_length, fingerprint
 
 
 @dataclass
@@ -29,14 +30,10 @@ def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DP
     pairs = load_preferences(data.dataset_name, data.dataset_train_split)
     pairs = pairs.select(range(min(start.max_pairs or len(pairs), len(pairs))))
     pairs = pairs.select_columns([name for name in ("prompt", "chosen", "rejected") if name in pairs.column_names])
-    base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)
-    check_max_length(args.max_length, base.config.get_text_config().max_position_embeddings)
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
-    identity = fingerprint(base)
-    policy = (
-        read_adapter(start.sft_adapter, base=base) if start.sft_adapter else lora_config(model, task_type="CAUSAL_LM")
-    )
-    backbone = Backbone(base, policy)
+    backbone, tokenizer = load_backbone(model, start.sft_adapter, trust_remote_code=args.trust_remote_code)
+    check_max_length(args.max_length, context_length(backbone))
+    identity = fingerprint(backbone.get_base_model())
     trainer = DPOTrainer(
         model=backbone,  # TRL clones its policy adapter as the reference
         args=args,

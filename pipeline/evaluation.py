@@ -23,30 +23,24 @@ from trl import ModelConfig
 from data.prompts import check_prompt_lengths, load_prompts, tokenize_prompts
 from pipeline import report as drawing
 from pipeline.artifacts import read_metrics, seconds_running
-from pipeline.backbone import Backbone, load_pretrained, read_adapter
-from pipeline.configs import parse
+from pipeline.backbone import Backbone, load_backbone
+from pipeline.configs import CompletionArguments, parse
+from pipeline.loading import context_length, read_adapter
 from pipeline.metrics import bootstrap_interval, distinct_n, wins
-from pipeline.sampling import sample
+from pipeline.sampling import as_answers, sample
 from reward_models.composite import Composite, RewardArguments, call_rewards, learned_rewards, load_functions
 from reward_models.rules import sentiment
 
 
 @dataclass
-class EvaluationArguments:
-    """What is compared, and on which prompts."""
+class EvaluationArguments(CompletionArguments):
+    """What is compared."""
 
-    policy_adapter: str = field(metadata={"help": "Policy adapter to evaluate, of PPO or of a baseline."})
-    output_dir: str = field(metadata={"help": "Where the report goes."})
+    policy_adapter: str = field(
+        kw_only=True, metadata={"help": "Policy adapter to evaluate, of PPO or of a baseline."}
+    )
     sft_adapter: str | None = field(default=None, metadata={"help": "Adapter it started from; unset: the backbone."})
-    dataset_name: str = field(default="human_ratings", metadata={"help": "Prompts: hub id, folder or file."})
-    dataset_eval_split: str = field(default="test", metadata={"help": "Split to take prompts from."})
     policy_name: str = field(default="PPO", metadata={"help": "What report.md calls it."})
-    max_prompts: int = field(default=512, metadata={"help": "The first so many prompts."})
-    max_completion_length: int = field(default=24, metadata={"help": "Tokens sampled at most."})
-    temperature: float = field(default=1.0, metadata={"help": "Sampling temperature, as in PPO."})
-    batch_size: int = field(default=64, metadata={"help": "Prompts sampled at once."})
-    reward_weights: list[float] | None = field(default=None, metadata={"help": "As in PPO; unset: 1 each."})
-    seed: int = 0
 
 
 class Completions:
@@ -108,13 +102,10 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     prompts = load_prompts(args.dataset_name, args.dataset_eval_split)
     prompts = prompts.select(range(min(args.max_prompts, len(prompts))))
     functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)
-    base, tokenizer = load_pretrained(model)
-    context = base.config.get_text_config().max_position_embeddings
-    check_prompt_lengths(prompts, tokenizer, context, args.max_completion_length, args.dataset_name)
-    policy = read_adapter(args.policy_adapter, base=base)
-    backbone = Backbone(base, policy)
+    backbone, tokenizer = load_backbone(model, args.policy_adapter)
+    check_prompt_lengths(prompts, tokenizer, context_length(backbone), args.max_completion_length, args.dataset_name)
     if args.sft_adapter:
-        backbone.add_role("reference", read_adapter(args.sft_adapter, base=base))
+        backbone.add_role("reference", read_adapter(args.sft_adapter, base=backbone.get_base_model()))
     composite = Composite(learned_rewards(rewards, backbone, tokenizer) + functions, args.reward_weights)
     backbone.to(Accelerator().device).eval()
 
@@ -122,9 +113,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     with asyncio.Runner() as runner:
         for name, role in (("sft", "reference"), ("ppo", "policy")):
             done = results[name] = complete(role, backbone, prompts, tokenizer, args)
-            answers = done.texts
-            if not isinstance(asked[0], str):
-                answers = [[{"role": "assistant", "content": answer}] for answer in answers]
+            answers = as_answers(done.texts, asked)
             done.judge = np.array(sentiment(asked, answers))
             columns = call_rewards(composite.functions, prompts, answers, done.ids, runner)
             done.scores = composite.total(columns, asked, answers).numpy()

@@ -15,8 +15,9 @@ from trl import ModelConfig
 from data.prompts import check_prompt_lengths, load_prompts
 from data.texts import load_texts, tokenize_texts
 from pipeline.artifacts import finish_stage
-from pipeline.backbone import Backbone, fingerprint, load_pretrained, read_adapter
-from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, PPOConfig, lora_config, parse
+from pipeline.backbone import load_backbone
+from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, PPOConfig, parse
+from pipeline.loading import context_length, fingerprint
 from pipeline.ppo_trainer import PPOTrainer
 from pipeline.preflight import preflight
 from pipeline.samples import SampleTable
@@ -46,8 +47,11 @@ def main(
 ) -> None:
     prompts = load_prompts(data.dataset_name, data.dataset_train_split)
     functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)
-    base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)
-    context = base.config.get_text_config().max_position_embeddings
+    torch.manual_seed(args.seed)  # a fresh adapter is drawn here
+    backbone, tokenizer = load_backbone(
+        model, roles.sft_adapter, reach=reach, trust_remote_code=args.trust_remote_code
+    )
+    identity, context = fingerprint(backbone.get_base_model()), context_length(backbone)
     check_prompt_lengths(prompts, tokenizer, context, args.max_completion_length, data.dataset_name)
     held_out = None
     if args.eval_strategy != "no":
@@ -66,14 +70,6 @@ def main(
     if len(prompts) < args.generation_batch_size:  # TRL samples each prompt once a pass and drops a short last batch
         prompts = prompts.repeat(-(-args.generation_batch_size // len(prompts)))
 
-    torch.manual_seed(args.seed)  # a fresh adapter is drawn here
-    identity = fingerprint(base)
-    policy = (
-        read_adapter(roles.sft_adapter, base=base)
-        if roles.sft_adapter
-        else lora_config(model, task_type="CAUSAL_LM", reach=reach, base=base)
-    )
-    backbone = Backbone(base, policy)
     trainer = PPOTrainer(
         backbone=backbone,
         reward_funcs=learned_rewards(rewards, backbone, tokenizer) + functions,

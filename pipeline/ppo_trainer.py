@@ -17,9 +17,10 @@ from trl.trainer.utils import pad, shuffle_sequence_dict, split_tensor_dict
 
 from pipeline.advantages import gae, token_rewards
 from pipeline.artifacts import completions_sampled
-from pipeline.backbone import Backbone, backbone_copies, read_adapter
+from pipeline.backbone import Backbone, backbone_copies
 from pipeline.configs import PPOConfig
 from pipeline.kl import adapted_kl_coef, kl_per_token
+from pipeline.loading import read_adapter
 from pipeline.losses import approx_kl, policy_loss, text_loss, value_loss
 from pipeline.masking import masked_mean, masked_sums, whiten
 from pipeline.rollout import Rollout

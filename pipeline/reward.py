@@ -14,8 +14,9 @@ from trl import ModelConfig, RewardConfig, RewardTrainer
 from data.preferences import load_preferences
 from data.prompts import check_prompt_lengths
 from pipeline.artifacts import finish_stage
-from pipeline.backbone import Backbone, fingerprint, load_pretrained, read_adapter
+from pipeline.backbone import load_backbone
 from pipeline.configs import DataArguments, LoraArguments, RewardModelArguments, check_max_length, lora_config, parse
+from pipeline.loading import context_length, fingerprint, load_pretrained, read_adapter
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows
 from reward_models.normalization import Normalization, measure
@@ -56,9 +57,8 @@ def normalization_of(
 ) -> Normalization:
     """Mean and deviation of the trained adapter's scores on completions of the SFT policy."""
     set_seed(args.seed)
-    base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)
-    backbone = Backbone(base, read_adapter(pairs.sft_adapter, base=base))
-    backbone.add_role("reward", read_adapter(args.output_dir, needs_head=True, base=base))
+    backbone, tokenizer = load_backbone(model, pairs.sft_adapter, trust_remote_code=args.trust_remote_code)
+    backbone.add_role("reward", read_adapter(args.output_dir, needs_head=True, base=backbone.get_base_model()))
     backbone.to(args.device).eval()
     return measure(backbone, prompts, tokenizer, max_completion_length=pairs.max_completion_length)
 
@@ -72,7 +72,7 @@ def main(
         train = train.remove_columns("margin")
     torch.manual_seed(args.seed)  # the score head is drawn here
     base, tokenizer = load_pretrained(model, head=True, trust_remote_code=args.trust_remote_code)
-    check_max_length(args.max_length, base.config.get_text_config().max_position_embeddings)
+    check_max_length(args.max_length, context_length(base))
     identity = fingerprint(base)
     if pairs.sft_adapter:
         read_adapter(pairs.sft_adapter, base=base)  # an adapter that does not fit is refused before training
@@ -84,7 +84,7 @@ def main(
         check_prompt_lengths(
             train.select(range(min(pairs.sft_completions, len(train)))),
             tokenizer,
-            base.config.get_text_config().max_position_embeddings,
+            context_length(base),
             pairs.max_completion_length,
             data.dataset_name,
         )

@@ -12,8 +12,9 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer
 
 from data.prompts import check_prompt_lengths, load_prompts
 from pipeline.artifacts import completions_sampled, finish_stage
-from pipeline.backbone import Backbone, backbone_copies, fingerprint, load_pretrained, read_adapter
-from pipeline.configs import DataArguments, PolicyArguments, lora_config, parse
+from pipeline.backbone import backbone_copies, load_backbone
+from pipeline.configs import DataArguments, PolicyArguments, parse
+from pipeline.loading import context_length, fingerprint
 from reward_models.composite import RewardArguments, learned_rewards, load_functions
 
 
@@ -28,19 +29,14 @@ def train(
     """Train the policy role of a backbone with one of TRL's online trainers, and leave its adapter."""
     prompts = load_prompts(data.dataset_name, data.dataset_train_split)
     functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)
-    base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)
-    context = base.config.get_text_config().max_position_embeddings
-    check_prompt_lengths(prompts, tokenizer, context, args.max_completion_length, data.dataset_name)
+    torch.manual_seed(args.seed)  # a fresh adapter is drawn here
+    backbone, tokenizer = load_backbone(model, start.sft_adapter, trust_remote_code=args.trust_remote_code)
+    identity = fingerprint(backbone.get_base_model())
+    check_prompt_lengths(prompts, tokenizer, context_length(backbone), args.max_completion_length, data.dataset_name)
     asked = args.generation_batch_size // args.num_generations
     if len(prompts) < asked:  # TRL samples each prompt once a pass and drops a short last batch
         prompts = prompts.repeat(-(-asked // len(prompts)))
 
-    torch.manual_seed(args.seed)  # a fresh adapter is drawn here
-    identity = fingerprint(base)
-    policy = (
-        read_adapter(start.sft_adapter, base=base) if start.sft_adapter else lora_config(model, task_type="CAUSAL_LM")
-    )
-    backbone = Backbone(base, policy)
     trainer = trainer_class(
         model=backbone,  # TRL clones its policy adapter as the reference
         reward_funcs=learned_rewards(rewards, backbone, tokenizer) + functions,

@@ -25,6 +25,13 @@ class Sample(NamedTuple):
         return [row[keep].tolist() for row, keep in zip(self.completion_ids, self.mask, strict=True)]
 
 
+def as_answers(texts: list[str], prompts: list) -> list:
+    """Completions as reward functions get them: the texts, or to conversations an assistant's turn each."""
+    if isinstance(prompts[0], str):
+        return texts
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
 @torch.no_grad()
 def sample(
     backbone: Backbone,

@@ -9,15 +9,15 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from data.texts import load_texts
 from pipeline.artifacts import finish_stage
-from pipeline.backbone import fingerprint, load_pretrained
 from pipeline.configs import DataArguments, LoraArguments, check_max_length, lora_config, parse
+from pipeline.loading import context_length, fingerprint, load_pretrained
 
 
 def main(data: DataArguments, reach: LoraArguments, model: ModelConfig, args: SFTConfig) -> None:
     train = load_texts(data.dataset_name, data.dataset_train_split)
     held_out = load_texts(data.eval_source, data.dataset_eval_split) if data.eval_source else None
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)
-    check_max_length(args.max_length, base.config.get_text_config().max_position_embeddings)
+    check_max_length(args.max_length, context_length(base))
     identity = fingerprint(base)
     trainer = SFTTrainer(
         model=base,

@@ -20,7 +20,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerState
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from pipeline.backbone import Backbone, read_adapter
+from pipeline.backbone import Backbone
+from pipeline.loading import read_adapter
 from reward_models.learned import LearnedReward
 from reward_models.normalization import read_normalization
 

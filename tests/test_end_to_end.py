@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from trl import ModelConfig
 
-from pipeline.backbone import Backbone, load_pretrained, read_adapter
+from pipeline.backbone import Backbone
+from pipeline.loading import load_pretrained, read_adapter
 
 
 ROOT = Path(__file__).parents[1]

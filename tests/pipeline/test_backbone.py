@@ -11,16 +11,8 @@ from transformers import GPT2LMHeadModel
 from trl import ModelConfig
 from trl.trainer.utils import pad
 
-from pipeline.backbone import (
-    ADAPTERS,
-    HEAD,
-    WEIGHTS,
-    Backbone,
-    backbone_copies,
-    fingerprint,
-    load_pretrained,
-    read_adapter,
-)
+from pipeline.backbone import ADAPTERS, Backbone, backbone_copies
+from pipeline.loading import HEAD, WEIGHTS, fingerprint, load_pretrained, read_adapter
 from pipeline.losses import text_loss
 
 

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback
 from trl import RLOOTrainer
 
 from pipeline import ppo_trainer
-from pipeline.backbone import read_adapter
+from pipeline.loading import read_adapter
 from pipeline.ppo_trainer import PPOTrainer
 from pipeline.rollout import Rollout
 from reward_models.composite import PROTOCOL

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SFTConfig
 
 from pipeline import baselines, best_of_n, dpo, evaluation, grpo, ppo, reward, rloo, sft
-from pipeline.backbone import HEAD, WEIGHTS, load_pretrained, read_adapter
 from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, PPOConfig, RewardModelArguments, parse
+from pipeline.loading import HEAD, WEIGHTS, load_pretrained, read_adapter
 from reward_models.composite import RewardArguments
 
 

@@ -21,8 +21,9 @@ from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pipeline.advantages import gae, token_rewards
-from pipeline.backbone import Adapter, Backbone
+from pipeline.backbone import Backbone
 from pipeline.kl import kl_per_token
+from pipeline.loading import Adapter
 from pipeline.losses import approx_kl, policy_loss, value_loss
 from pipeline.masking import masked_sums, whiten
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 from trl import ModelConfig
 
-from pipeline.backbone import Backbone, load_pretrained, read_adapter
+from pipeline.backbone import Backbone
+from pipeline.loading import load_pretrained, read_adapter
 from pipeline.sampling import sample
 from reward_models.composite import RewardArguments, learned_rewards
 from reward_models.normalization import FILE, Normalization, measure, read_normalization
