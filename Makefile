@@ -4,6 +4,8 @@ SEED ?= 0
 OUT ?= runs/demo
 SEEDS ?= 0 1 2 3 4 5 6 7 8 9
 BASELINES ?= runs/baselines
+ABLATIONS ?= value_init=auto value_init=policy critic=head normalize_advantages=false whiten_rewards=true \
+	reward_clip_range=-1,1 adam_epsilon=1e-8
 
 LAUNCH = .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml -m
 RECIPES = pipeline/recipes
@@ -13,7 +15,7 @@ RECIPES = pipeline/recipes
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 
-.PHONY: demo baselines seeds reward-long backbone test
+.PHONY: demo baselines seeds ablations reward-long backbone test
 
 # SFT, reward model, PPO and evaluation on the embedded default; leaves $(OUT)/report.md and report.json.
 demo: .venv/installed
@@ -41,12 +43,27 @@ baselines: .venv/installed
 			--output_dir $(BASELINES)/$$method/evaluation --sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward \
 			--policy_adapter $(BASELINES)/$$method --policy_name $$(echo $$method | tr a-z A-Z) || exit 1; \
 	done
-	.venv/bin/python -m pipeline.baselines --demo $(OUT) --baselines $(BASELINES)
+	.venv/bin/python -m pipeline.tables baselines $(BASELINES) $(OUT)
 
 # The README's table: the demo under ten seeds, about an hour.
 seeds: .venv/installed
 	for seed in $(SEEDS); do $(MAKE) demo SEED=$$seed OUT=runs/seeds/$$seed || exit 1; done
-	.venv/bin/python -m pipeline.report $(SEEDS:%=runs/seeds/%/report.json)
+	.venv/bin/python -m pipeline.tables seeds runs/seeds
+
+# What single settings of PPO are worth: half as many updates as the demo, three seeds each, from the adapters that
+# `make seeds` left; leaves runs/ablations/table.md. The first is the recipe as it is.
+ablations: .venv/installed
+	for seed in 0 1 2; do \
+		from="--sft_adapter runs/seeds/$$seed/sft --reward_adapter runs/seeds/$$seed/reward"; \
+		for change in $(ABLATIONS); do \
+			out=runs/ablations/$$change/$$seed; \
+			$(LAUNCH) pipeline.ppo --config $(RECIPES)/demo/ppo.yaml --seed $$seed --output_dir $$out/ppo $$from \
+				--max_steps 128 --$${change%%=*} $$(echo $${change#*=} | tr , ' ') || exit 1; \
+			$(LAUNCH) pipeline.evaluation --config $(RECIPES)/demo/evaluation.yaml --seed $$seed --output_dir $$out $$from \
+				--policy_adapter $$out/ppo || exit 1; \
+		done; \
+	done
+	.venv/bin/python -m pipeline.tables ablations runs/ablations $(ABLATIONS)
 
 # A longer reward model, about half an hour; leaves runs/reward-long/metrics.json.
 reward-long: .venv/installed

@@ -1,17 +1,12 @@
-"""The evaluation stage's report: four figures and the text of report.md; tables of several seeds and of the baselines.
-
-    python -m pipeline.report runs/seeds/*/report.json
+"""What the evaluation stage and best-of-n report: figures, tables, and the text of report.md.
 
 Figures go through matplotlib's object API (`Figure`, Agg), so nothing here touches pyplot's global state or a display.
 They are about 900 px wide, the width of a README, with the type at its final size.
 """
 
-import json
 import math
-import sys
 from collections.abc import Sequence
 from os import PathLike
-from pathlib import Path
 
 import matplotlib
 import numpy as np
@@ -212,13 +207,13 @@ def markdown_cell(text: str) -> str:
     return "<br>".join(text.splitlines()) or "(empty)"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:
     """A markdown table; the columns `numbers` are aligned right."""
     rule = ["---:" if column in numbers else "---" for column in range(len(header))]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
     return "–" if value is None or not math.isfinite(value) else format(value, form)
 
 
@@ -227,7 +222,7 @@ def _interval(interval: dict, form: str) -> str:
     return f"**{mean}** (95% interval {low} to {high})"
 
 
-def _short(interval: dict, form: str) -> str:
+def with_interval(interval: dict, form: str) -> str:
     mean, low, high = (format(interval[key], form) for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
@@ -237,7 +232,7 @@ def _headline(report: dict) -> str:
     sft, ppo, policy = report["sft"], report["ppo"], report.get("policy", "PPO")
     judged = sft.get("judge") is not None and ppo.get("judge") is not None
     key, name = ("judge", "judge's") if judged else ("score", "reward model's")
-    before, after = _number(sft.get(key), ".3f"), _number(ppo.get(key), ".3f")
+    before, after = number(sft.get(key), ".3f"), number(ppo.get(key), ".3f")
     clauses = [f"The {name} mean score goes from {before} (SFT) to {after} ({policy})"]
     if judged and report.get("judge_gain"):
         clauses[0] += f", a gain of {_interval(report['judge_gain'], '+.3f')}"
@@ -245,7 +240,7 @@ def _headline(report: dict) -> str:
         wins = _interval(report["win_rate"], ".1%")
         clauses.append(f"{policy} beats SFT on {wins} of the prompts, ties counting half")
     if ppo.get("kl") is not None:
-        clauses.append(f"the KL to the reference is {_number(ppo['kl'], '.2f')} nats a sequence")
+        clauses.append(f"the KL to the reference is {number(ppo['kl'], '.2f')} nats a sequence")
     return "; ".join(clauses) + "."
 
 
@@ -291,7 +286,7 @@ def _samples(samples: list[dict], policy: str) -> str:
 
     def scores(sample: dict, model: str) -> str:
         keys = ("score", "judge") if judged else ("score",)
-        return ", ".join(_number(sample.get(f"{model}_{key}"), ".2f") for key in keys)
+        return ", ".join(number(sample.get(f"{model}_{key}"), ".2f") for key in keys)
 
     rows = [
         [
@@ -304,7 +299,7 @@ def _samples(samples: list[dict], policy: str) -> str:
         for sample in samples
     ]
     title = "score, judge" if judged else "score"
-    return _table(["prompt", "SFT", title, policy, title], rows, numbers=(2, 4))
+    return markdown_table(["prompt", "SFT", title, policy, title], rows, numbers=(2, 4))
 
 
 def _checks(checks: list[dict]) -> str:
@@ -312,14 +307,14 @@ def _checks(checks: list[dict]) -> str:
     rows = [
         [
             check["name"],
-            _number(check["measured"], ".3g"),
+            number(check["measured"], ".3g"),
             check["bound"],
             check["result"],
             markdown_cell(check["why"]),
         ]
         for check in checks
     ]
-    return _table(["check", "measured", "bound", "result", "why"], rows, numbers=(1,))
+    return markdown_table(["check", "measured", "bound", "result", "why"], rows, numbers=(1,))
 
 
 def markdown_report(report: dict, samples: list[dict], curves: bool = True) -> str:
@@ -336,12 +331,12 @@ def markdown_report(report: dict, samples: list[dict], curves: bool = True) -> s
     """
     sft, ppo, policy = report["sft"], report["ppo"], report.get("policy", "PPO")
     rows = [
-        [name, _number(sft.get(key), form), _number(ppo.get(key), form)]
+        [name, number(sft.get(key), form), number(ppo.get(key), form)]
         for key, name, form in METRICS
         if sft.get(key) is not None or ppo.get(key) is not None
     ]
     parts = ["# Evaluation", _headline(report), _facts(report)]
-    parts.append(_table(["metric", "SFT", policy], rows, numbers=(1, 2)))
+    parts.append(markdown_table(["metric", "SFT", policy], rows, numbers=(1, 2)))
     parts.append(_figure_link("score_histograms", f"Reward model scores of SFT's and {policy}'s completions"))
     if curves:
         parts.append(_figure_link("ppo_curves", "Mean score, KL to the reference and value loss during PPO"))
@@ -353,48 +348,11 @@ def markdown_report(report: dict, samples: list[dict], curves: bool = True) -> s
         parts += ["## Samples", _samples(samples, policy)]
     if report.get("seconds"):
         seconds = [[markdown_cell(stage), f"{value:,.1f}"] for stage, value in report["seconds"].items()]
-        parts += ["## Time", _table(["stage", "seconds"], seconds, numbers=(1,))]
+        parts += ["## Time", markdown_table(["stage", "seconds"], seconds, numbers=(1,))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-# ----------------------------------------------------------------------------------------------- several seeds
-def seeds_table(reports: Sequence[dict]) -> str:
-    """The README's table and chart of one recipe under several seeds, from the report.json of each."""
-
-    def change(report: dict, key: str, form: str) -> str:
-        return f"{report['sft'][key]:{form}} → {report['ppo'][key]:{form}}"
-
-    reports = sorted(reports, key=lambda report: report["seed"])
-    header = ("seed", "score, SFT → PPO", "judge, SFT → PPO", "gain, 95% interval", "PPO beats SFT", "KL, nats")
-    rows = [
-        [
-            str(report["seed"]),
-            change(report, "score", "+.2f"),
-            change(report, "judge", "+.2f"),
-            _short(report["judge_gain"], "+.2f"),
-            _short(report["win_rate"], ".0%"),
-            f"{report['ppo']['kl']:.1f}",
-            change(report, "distinct_2", ".2f"),
-            f"{report['reward_model']['accuracy']:.3f}",
-        ]
-        for report in reports
-    ]
-    bars = {model: ", ".join(f"{report[model]['judge']:.2f}" for report in reports) for model in ("ppo", "sft")}
-    chart = (
-        "```mermaid",
-        "xychart-beta",
-        '    title "Judge on held-out prompts: SFT (front), PPO (behind)"',
-        f'    x-axis "seed" [{", ".join(str(report["seed"]) for report in reports)}]',
-        '    y-axis "VADER compound" 0 --> 0.7',
-        f"    bar [{bars['ppo']}]",
-        f"    bar [{bars['sft']}]",
-        "```",
-    )
-    table = _table((*header, "distinct-2, SFT → PPO", "reward model accuracy"), rows)
-    return table + "\n\n" + "\n".join(chart)
-
-
-# ----------------------------------------------------------------------------------------------- baselines
+# ----------------------------------------------------------------------------------------------- best of n
 def draw_best_of_n(rows: list[dict], path: str | PathLike, compared: dict | None = None) -> None:
     """Judge and score of best-of-n against the square root of its KL, as a PNG at `path`.
 
@@ -431,39 +389,12 @@ def best_of_n_table(rows: list[dict]) -> str:
             str(row["n"]),
             f"{row['score']:+.2f}",
             f"{row['judge']:+.3f}",
-            _short(row["judge_gain"], "+.3f"),
-            _short(row["win_rate"], ".1%"),
+            with_interval(row["judge_gain"], "+.3f"),
+            with_interval(row["win_rate"], ".1%"),
             f"{row['kl']:.2f}",
             f"{row['distinct_2']:.3f}",
             f"{row['mean_length']:.1f}",
         ]
         for row in rows
     ]
-    return _table(header, cells, numbers=range(len(header)))
-
-
-def comparison_table(rows: list[dict]) -> str:
-    """Methods side by side as a markdown table; intervals are of 95%, and what a row lacks is a dash.
-
-    `rows` have `method`, `completions` (learned from), `judge_gain` and `win_rate` (intervals, against SFT), `kl` (nats
-    a sequence), `distinct_2`, `score` and `seconds` (of training).
-    """
-    header = ["method", "completions", "judge gain", "beats SFT", "KL, nats", "distinct-2", "score", "seconds"]
-    cells = [
-        [
-            row["method"],
-            _number(row.get("completions"), ","),
-            _short(row["judge_gain"], "+.3f") if row.get("judge_gain") else "–",
-            _short(row["win_rate"], ".1%") if row.get("win_rate") else "–",
-            _number(row.get("kl"), ".2f"),
-            _number(row.get("distinct_2"), ".3f"),
-            _number(row.get("score"), "+.2f"),
-            _number(row.get("seconds"), ",.0f"),
-        ]
-        for row in rows
-    ]
-    return _table(header, cells, numbers=range(1, len(header)))
-
-
-if __name__ == "__main__":
-    print(seeds_table([json.loads(Path(path).read_text()) for path in sys.argv[1:]]))
+    return markdown_table(header, cells, numbers=range(len(header)))

@@ -170,7 +170,7 @@ def test_baselines_of_the_demo(demo, tiny, tmp_path):
                "--policy_name", name, "--output_dir", tmp_path / name / "evaluation")  # fmt: skip
         text = (tmp_path / name / "evaluation" / "report.md").read_text()
         assert f"| metric | SFT | {name} |" in text and "PPO" not in text
-    command = [sys.executable, "-m", "pipeline.baselines", "--demo", str(out), "--baselines", str(tmp_path)]
+    command = [sys.executable, "-m", "pipeline.tables", "baselines", str(tmp_path), str(out)]
     subprocess.run(command, cwd=ROOT, check=True)
     table = {row["method"]: row for row in json.loads((tmp_path / "table.json").read_text())}
     assert list(table) == ["SFT", "PPO", "RLOO", "GRPO", "DPO", "best of 2"]

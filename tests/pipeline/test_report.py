@@ -11,7 +11,6 @@ from pipeline.report import (
     PPO,
     SFT,
     best_of_n_table,
-    comparison_table,
     draw_accuracy_by_gap,
     draw_best_of_n,
     draw_calibration,
@@ -295,11 +294,3 @@ def test_best_of_n_plot(tmp_path):
 def test_best_of_n_table():
     *_, last = best_of_n_table(BEST_OF_N).splitlines()
     assert last == "| 4 | +0.40 | +0.200 | +0.250 [+0.125, +0.375] | 50.0% [25.0%, 75.0%] | 0.64 | 0.875 | 18.2 |"
-
-
-def test_comparison_table_has_dashes_for_what_is_missing():
-    full = {**BEST_OF_N[1], "method": "RLOO", "completions": 2048, "seconds": 119.6}
-    assert comparison_table([{"method": "SFT", "kl": 0.0}, full]).splitlines()[2:] == [
-        "| SFT | – | – | – | 0.00 | – | – | – |",
-        "| RLOO | 2,048 | +0.250 [+0.125, +0.375] | 50.0% [25.0%, 75.0%] | 0.64 | 0.875 | +0.40 | 120 |",
-    ]

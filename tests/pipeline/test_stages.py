@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SFTConfig
 
-from pipeline import baselines, best_of_n, dpo, evaluation, grpo, ppo, reward, rloo, sft
+from pipeline import best_of_n, dpo, evaluation, grpo, ppo, reward, rloo, sft, tables
 from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, PPOConfig, RewardModelArguments, parse
 from pipeline.loading import HEAD, WEIGHTS, load_pretrained, read_adapter
 from reward_models.composite import RewardArguments
@@ -333,21 +333,40 @@ def report_of(folder: Path, judge: float, seconds: float) -> None:
 
 def test_the_table_of_baselines(tmp_path):
     demo, folder = tmp_path / "demo", tmp_path / "baselines"
-    args = baselines.TableArguments(str(demo), str(folder))
     with pytest.raises(FileNotFoundError, match="report.json: no such file. Run `make demo` first"):
-        baselines.main(args)
+        tables.baselines(folder, demo)
     report_of(demo, 0.25, 100.0)
     with pytest.raises(FileNotFoundError, match="rloo/evaluation/report.json: no such file. Run `make baselines`"):
-        baselines.main(args)
+        tables.baselines(folder, demo)
     for number, method in enumerate(("rloo", "grpo", "dpo")):
         report_of(folder / method / "evaluation", 0.5, 200.0 + number)
     rows = [{"n": n, "score": 2.0, "kl": 0.5, "distinct_2": 0.75, "judge": 0.1} for n in (1, 16)]
     (folder / "best_of_n").mkdir()
     (folder / "best_of_n" / "best_of_n.json").write_text(json.dumps({"rows": rows, "seconds": 9.0}))
-    baselines.main(args)
+    tables.baselines(folder, demo)
     table = json.loads((folder / "table.json").read_text())
     assert [row["method"] for row in table] == ["SFT", "PPO", "RLOO", "GRPO", "DPO", "best of 16"]
     lines = (folder / "table.md").read_text().splitlines()
     assert lines[3] == "| PPO | 64 | +0.250 [+0.150, +0.350] | 25.0% [15.0%, 35.0%] | 4.00 | 0.500 | +1.00 | 100 |"
     assert lines[6].startswith("| DPO | 64 |") and lines[6].endswith("| 202 |")
     assert lines[7] == "| best of 16 | 0 | – | – | 0.50 | 0.750 | +2.00 | – |"
+
+
+def test_the_table_of_ablations(tmp_path):
+    for seed, gain in ((0, 0.5), (1, 0.25)):
+        folder = tmp_path / "critic=head" / str(seed)
+        report_of(folder, gain, 100.0)
+        updates = [{"loss/value": number, "approxkl": 0.01 * number} for number in range(1, 9)]
+        (folder / "ppo").mkdir()
+        (folder / "ppo" / "metrics.json").write_text(json.dumps({"history": [*updates, {"train_runtime": 1.0}]}))
+    with pytest.raises(FileNotFoundError, match="critic=adapter: no <seed>/report.json there. Run `make ablations`"):
+        tables.ablations(tmp_path, "critic=head", "critic=adapter")
+    tables.ablations(tmp_path, "critic=head")
+    *_, last, _, note = (tmp_path / "table.md").read_text().splitlines()
+    assert last == (
+        "| `critic=head` | 2 | +0.38 [+0.25, +0.50] | 38% [25%, 50%] | 4.0 [4.0, 4.0] | 0.50 [0.50, 0.50] | "
+        "1.50 [1.50, 1.50] | 0.0150 [0.0150, 0.0150] |"
+    )
+    assert note == tables.ABLATIONS_NOTE
+    (row,) = json.loads((tmp_path / "table.json").read_text())
+    assert [run["seed"] for run in row["runs"]] == [0, 1]

@@ -1,0 +1,203 @@
+"""Tables of runs that are done: one recipe under several seeds, PPO beside its baselines, PPO with one setting changed.
+
+    python -m pipeline.tables seeds runs/seeds
+    python -m pipeline.tables baselines runs/baselines runs/demo
+    python -m pipeline.tables ablations runs/ablations value_init=auto value_init=policy
+
+The Makefile's targets of these names make the runs. The last two leave table.md and table.json in the folder.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pipeline.artifacts import read_metrics
+from pipeline.report import markdown_table, number, with_interval
+
+
+METHODS = {"rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO"}
+BASELINES_NOTE = (
+    "Completions are those that a method learned from; DPO's are people's, with their labels. Best-of-n trains "
+    "nothing: it samples and scores n completions for each answer, its gain is over one sample, its KL the bound "
+    "log n - (n - 1) / n. The judge is in -1 to 1, intervals are of 95%, seconds are those of training."
+)
+ABLATIONS_NOTE = (
+    "Mean over the seeds, and the lowest and highest of them in brackets; the first row is the recipe as it is. Value "
+    "loss and approxkl are means over the first quarter of the updates. The judge is in -1 to 1."
+)
+
+
+def read_result(path: Path, remedy: str) -> dict:
+    """A stage's JSON.
+
+    Raises:
+        FileNotFoundError: there is none; the message says what makes it.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file. {remedy}")
+    return json.loads(path.read_text())
+
+
+def write(folder: Path, rows: list[dict], table: str, note: str) -> None:
+    (folder / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
+    (folder / "table.md").write_text(f"{table}\n\n{note}\n")
+    print(table)
+
+
+# ----------------------------------------------------------------------------------------------- several seeds
+
+
+def seeds_table(reports: Sequence[dict]) -> str:
+    """The README's table and chart of one recipe under several seeds, from the report.json of each."""
+
+    def change(report: dict, key: str, form: str) -> str:
+        return f"{report['sft'][key]:{form}} → {report['ppo'][key]:{form}}"
+
+    reports = sorted(reports, key=lambda report: report["seed"])
+    header = ("seed", "score, SFT → PPO", "judge, SFT → PPO", "gain, 95% interval", "PPO beats SFT", "KL, nats")
+    rows = [
+        [
+            str(report["seed"]),
+            change(report, "score", "+.2f"),
+            change(report, "judge", "+.2f"),
+            with_interval(report["judge_gain"], "+.2f"),
+            with_interval(report["win_rate"], ".0%"),
+            f"{report['ppo']['kl']:.1f}",
+            change(report, "distinct_2", ".2f"),
+            f"{report['reward_model']['accuracy']:.3f}",
+        ]
+        for report in reports
+    ]
+    bars = {model: ", ".join(f"{report[model]['judge']:.2f}" for report in reports) for model in ("ppo", "sft")}
+    chart = (
+        "```mermaid",
+        "xychart-beta",
+        '    title "Judge on held-out prompts: SFT (front), PPO (behind)"',
+        f'    x-axis "seed" [{", ".join(str(report["seed"]) for report in reports)}]',
+        '    y-axis "VADER compound" 0 --> 0.7',
+        f"    bar [{bars['ppo']}]",
+        f"    bar [{bars['sft']}]",
+        "```",
+    )
+    cells = markdown_table((*header, "distinct-2, SFT → PPO", "reward model accuracy"), rows)
+    return cells + "\n\n" + "\n".join(chart)
+
+
+def seeds(folder: Path) -> None:
+    print(seeds_table([json.loads(path.read_text()) for path in folder.glob("*/report.json")]))
+
+
+# ----------------------------------------------------------------------------------------------- baselines
+
+
+def comparison_table(rows: list[dict]) -> str:
+    """Methods side by side as a markdown table; intervals are of 95%, and what a row lacks is a dash.
+
+    `rows` have `method`, `completions` (learned from), `judge_gain` and `win_rate` (intervals, against SFT), `kl` (nats
+    a sequence), `distinct_2`, `score` and `seconds` (of training).
+    """
+    header = ["method", "completions", "judge gain", "beats SFT", "KL, nats", "distinct-2", "score", "seconds"]
+    cells = [
+        [
+            row["method"],
+            number(row.get("completions"), ","),
+            with_interval(row["judge_gain"], "+.3f") if row.get("judge_gain") else "–",
+            with_interval(row["win_rate"], ".1%") if row.get("win_rate") else "–",
+            number(row.get("kl"), ".2f"),
+            number(row.get("distinct_2"), ".3f"),
+            number(row.get("score"), "+.2f"),
+            number(row.get("seconds"), ",.0f"),
+        ]
+        for row in rows
+    ]
+    return markdown_table(header, cells, numbers=range(1, len(header)))
+
+
+def baselines_row(method: str, report: dict) -> dict:
+    """A row of the table from a report of the evaluation stage."""
+    policy = {key: report["ppo"][key] for key in ("judge", "kl", "distinct_2", "score")}
+    gains = {key: report[key] for key in ("judge_gain", "win_rate")}
+    seconds = report["seconds"].get("ppo")
+    return {"method": method, "completions": report.get("completions"), **gains, **policy, "seconds": seconds}
+
+
+def baselines(folder: Path, demo: Path) -> None:
+    report = read_result(demo / "report.json", "Run `make demo` first.")
+    start = {key: report["sft"][key] for key in ("judge", "kl", "distinct_2", "score")}
+    rows = [{"method": "SFT", **start}, baselines_row("PPO", report)]
+    for name, method in METHODS.items():
+        found = read_result(folder / name / "evaluation" / "report.json", "Run `make baselines`.")
+        rows.append(baselines_row(method, found))
+    sampled = read_result(folder / "best_of_n" / "best_of_n.json", "Run `make baselines`.")
+    rows += [{"method": f"best of {best['n']}", "completions": 0, **best} for best in sampled["rows"] if best["n"] > 1]
+    write(folder, rows, comparison_table(rows), BASELINES_NOTE)
+
+
+# ----------------------------------------------------------------------------------------------- ablations
+ABLATION_COLUMNS = {
+    "judge_gain": ("judge gain", "+.2f"),
+    "win_rate": ("beats SFT", ".0%"),
+    "kl": ("KL, nats", ".1f"),
+    "distinct_2": ("distinct-2", ".2f"),
+    "value_loss": ("value loss", ".2f"),
+    "approxkl": ("approxkl", ".4f"),
+}
+
+
+def ablation_row(report: dict, history: list[dict]) -> dict:
+    """What one run reached, and how it began: `history` is that of PPO's metrics file."""
+    updates = [row for row in history if "loss/value" in row]
+    early = updates[: -(-len(updates) // 4)]
+    return {
+        "judge_gain": report["judge_gain"]["mean"],
+        "win_rate": report["win_rate"]["mean"],
+        "kl": report["ppo"]["kl"],
+        "distinct_2": report["ppo"]["distinct_2"],
+        "value_loss": statistics.fmean(row["loss/value"] for row in early),
+        "approxkl": statistics.fmean(row["approxkl"] for row in early),
+    }
+
+
+def ablations_table(runs: dict[str, list[dict]]) -> str:
+    """Settings (`key=value`) side by side as a markdown table, each with its rows of `ablation_row`, one a seed."""
+
+    def cell(rows: list[dict], key: str, form: str) -> str:
+        values = [row[key] for row in rows]
+        return with_interval({"mean": statistics.fmean(values), "low": min(values), "high": max(values)}, form)
+
+    header = ["setting", "seeds", *(name for name, _ in ABLATION_COLUMNS.values())]
+    cells = [
+        [f"`{setting}`", str(len(rows)), *(cell(rows, key, form) for key, (_, form) in ABLATION_COLUMNS.items())]
+        for setting, rows in runs.items()
+    ]
+    return markdown_table(header, cells, numbers=range(1, len(header)))
+
+
+def ablations(folder: Path, *settings: str) -> None:
+    """The runs in <folder>/<setting>/<seed>, settings in this order."""
+    runs = {}
+    for setting in settings:
+        found = sorted((folder / setting).glob("*/report.json"), key=lambda path: int(path.parent.name))
+        if not found:
+            raise FileNotFoundError(f"{folder / setting}: no <seed>/report.json there. Run `make ablations`.")
+        runs[setting] = [
+            {
+                "seed": int(path.parent.name),
+                **ablation_row(json.loads(path.read_text()), read_metrics(path.parent / "ppo")["history"]),
+            }
+            for path in found
+        ]
+    rows = [{"setting": setting, "runs": of_seeds} for setting, of_seeds in runs.items()]
+    write(folder, rows, ablations_table(runs), ABLATIONS_NOTE)
+
+
+if __name__ == "__main__":
+    name, folder, *others = sys.argv[1:]
+    if name == "seeds":
+        seeds(Path(folder))
+    elif name == "baselines":
+        baselines(Path(folder), *map(Path, others))
+    else:
+        ablations(Path(folder), *others)

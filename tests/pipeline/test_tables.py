@@ -1,0 +1,28 @@
+from pipeline.tables import comparison_table, seeds_table
+
+
+def interval(mean: float) -> dict:
+    return {"mean": mean, "low": mean - 0.125, "high": mean + 0.125}
+
+
+def test_comparison_table_has_dashes_for_what_is_missing():
+    full = {"method": "RLOO", "completions": 2048, "seconds": 119.6, "kl": 0.64, "distinct_2": 0.875, "score": 0.4}
+    full |= {"judge_gain": interval(0.25), "win_rate": interval(0.5)}
+    assert comparison_table([{"method": "SFT", "kl": 0.0}, full]).splitlines()[2:] == [
+        "| SFT | – | – | – | 0.00 | – | – | – |",
+        "| RLOO | 2,048 | +0.250 [+0.125, +0.375] | 50.0% [37.5%, 62.5%] | 0.64 | 0.875 | +0.40 | 120 |",
+    ]
+
+
+def test_seeds_table_is_in_the_order_of_the_seeds():
+    def report(seed: int, judge: float) -> dict:
+        roles = {role: {"score": 0.5, "judge": judge, "kl": 9.06, "distinct_2": 0.75} for role in ("sft", "ppo")}
+        gains = {"judge_gain": interval(0.25), "win_rate": interval(0.5)}
+        return {"seed": seed, **roles, **gains, "reward_model": {"accuracy": 0.7444}}
+
+    _, _, zero, one, _, *chart = seeds_table([report(1, 0.5), report(0, 0.25)]).splitlines()
+    assert zero == (
+        "| 0 | +0.50 → +0.50 | +0.25 → +0.25 | +0.25 [+0.12, +0.38] | 50% [38%, 62%] | 9.1 | 0.75 → 0.75 | 0.744 |"
+    )
+    assert one.startswith("| 1 | +0.50 → +0.50 | +0.50 → +0.50 |")
+    assert '    x-axis "seed" [0, 1]' in chart and chart.count("    bar [0.25, 0.50]") == 2
