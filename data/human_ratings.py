@@ -8,6 +8,7 @@ anything in it is read, and keep no text of it in this repository.
 import hashlib
 import html
 import io
+import itertools
 import json
 import os
 import random
@@ -178,7 +179,7 @@ def preference_pairs(
     min_gap: float = 0.5,
     seed: int = 0,
 ) -> Dataset:
-    """Same-prompt preference pairs of one split, drawn with a fixed seed.
+    """Same-prompt preference pairs of one split, drawn with a fixed seed: what a reward model is measured on.
 
     Two snippets of one source that begin with the same word make a pair: prompt = all the words they share, chosen =
     the continuation that people rated higher. Both members are drawn uniformly, so that common openings do not crowd
@@ -190,12 +191,8 @@ def preference_pairs(
     Raises:
         ValueError: the split has fewer than `pairs` such pairs.
     """
-    groups = defaultdict(list)
-    for snippet in load_split(split, sources):
-        words = snippet.text.split(" ")
-        if len(words) > 1:
-            groups[snippet.source, words[0]].append((snippet, words))
-    members = [(key, member) for key, group in groups.items() if len(group) > 1 for member in group]
+    groups = _openings(split, sources)
+    members = [(opening, member) for opening, group in groups.items() if len(group) > 1 for member in group]
     wanted = EMBEDDED_PAIRS[split] if pairs is None else pairs
     generator = random.Random(seed)
     rows, seen, fruitless = [], set(), 0
@@ -203,26 +200,74 @@ def preference_pairs(
         fruitless += 1
         if not members or fruitless > 10_000:
             raise ValueError(f"pairs={wanted}: the {split} split of {', '.join(sources)} has only about {len(rows)}.")
-        key, (a, a_words) = generator.choice(members)
-        b, b_words = generator.choice(groups[key])
-        shared = _shared_words(a_words, b_words)
+        opening, a = generator.choice(members)
+        b = generator.choice(groups[opening])
         texts = frozenset((a.text, b.text))
-        if shared == 0 or texts in seen or abs(a.mean - b.mean) < min_gap:
+        row = _pair(a, b, min_gap)
+        if row is None or texts in seen:
             continue
         seen.add(texts)
         fruitless = 0
-        if a.mean < b.mean:
-            (a, a_words), (b, b_words) = (b, b_words), (a, a_words)
-        rows.append(
-            {
-                "prompt": " ".join(a_words[:shared]),
-                "chosen": " " + " ".join(a_words[shared:]),
-                "rejected": " " + " ".join(b_words[shared:]),
-                "margin": a.mean - b.mean,
-                "agreement": agreement(a, b),
-            }
-        )
+        rows.append(row)
     return Dataset.from_list(rows)
+
+
+def ranked_pairs(
+    split: str,
+    *,
+    sources: tuple[str, ...] = DOMAIN,
+    size: int = 8,
+    rounds: int = 2,
+    min_gap: float = 0.5,
+    seed: int = 0,
+) -> Dataset:
+    """Same-prompt preference pairs of one split, as rankings: what a reward model learns from.
+
+    In each round every snippet falls into one group of up to `size` that begin with the same word and are about as
+    long; all the pairs of a group follow each other, so that a trainer which batches them together scores each snippet
+    once for all its pairs (Ouyang et al. 2022, arXiv 2203.02155, section 3.5). Columns as in `preference_pairs`.
+    """
+    generator = random.Random(seed)
+    rows = []
+    for _ in range(rounds):
+        groups = []
+        for members in _openings(split, sources).values():
+            generator.shuffle(members)
+            for start in range(0, len(members), 8 * size):
+                window = sorted(members[start : start + 8 * size], key=lambda snippet: len(snippet.text))
+                groups += [window[i : i + size] for i in range(0, len(window), size)]
+        generator.shuffle(groups)
+        pairs = (_pair(a, b, min_gap) for group in groups for a, b in itertools.combinations(group, 2))
+        rows += [row for row in pairs if row]
+    return Dataset.from_list(rows)
+
+
+def _openings(split: str, sources: tuple[str, ...]) -> dict[tuple[str, str], list[Snippet]]:
+    """The snippets of a split by source and first word; those of one word leave nothing to say."""
+    groups = defaultdict(list)
+    for snippet in load_split(split, sources):
+        first, *others = snippet.text.split(" ")
+        if others:
+            groups[snippet.source, first].append(snippet)
+    return groups
+
+
+def _pair(a: Snippet, b: Snippet, min_gap: float) -> dict | None:
+    """The two snippets as a row of preferences, unless they share no first word or are rated about the same."""
+    if abs(a.mean - b.mean) < min_gap:
+        return None
+    chosen, rejected = (a, b) if a.mean > b.mean else (b, a)
+    chosen_words, rejected_words = chosen.text.split(" "), rejected.text.split(" ")
+    shared = _shared_words(chosen_words, rejected_words)
+    if shared == 0:
+        return None
+    return {
+        "prompt": " ".join(chosen_words[:shared]),
+        "chosen": " " + " ".join(chosen_words[shared:]),
+        "rejected": " " + " ".join(rejected_words[shared:]),
+        "margin": chosen.mean - rejected.mean,
+        "agreement": agreement(chosen, rejected),
+    }
 
 
 def prompts(split: str, *, sources: tuple[str, ...] = DOMAIN, seed: int = 0) -> Dataset:

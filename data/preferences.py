@@ -18,7 +18,7 @@ COLUMNS = ("prompt", "chosen", "rejected", "margin", "agreement")
 def load_preferences(name: str, split: str) -> Dataset:
     """Checked preference pairs of the embedded default (`human_ratings`), or of whatever `load_rows` can read."""
     if name == "human_ratings":
-        return human_ratings.preference_pairs(split)
+        return human_ratings.ranked_pairs(split) if split == "train" else human_ratings.preference_pairs(split)
     return check_preferences(load_rows(name, split), name)
 
 

@@ -23,12 +23,13 @@ from pipeline.loading import context_length, fingerprint
 class PairArguments(PolicyArguments):
     """Where the policy starts, and how much of the data it learns from."""
 
-    max_pairs: int | None = field(default=None, metadata={"help": "The first so many pairs; unset: all."})
+    max_pairs: int | None = field(default=None, metadata={"help": "So many pairs, drawn at random; unset: all."})
 
 
 def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DPOConfig) -> None:
     pairs = load_preferences(data.dataset_name, data.dataset_train_split)
-    pairs = pairs.select(range(min(start.max_pairs or len(pairs), len(pairs))))
+    if start.max_pairs:  # pairs of one ranking follow each other
+        pairs = pairs.shuffle(seed=args.seed).select(range(min(start.max_pairs, len(pairs))))
     pairs = pairs.select_columns([name for name in ("prompt", "chosen", "rejected") if name in pairs.column_names])
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
     backbone, tokenizer = load_backbone(model, start.sft_adapter, trust_remote_code=args.trust_remote_code)

@@ -2,14 +2,15 @@
 
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.reward --config pipeline/recipes/demo/reward.yaml
 
-Trains a LoRA adapter and a score head on the frozen backbone with TRL's RewardTrainer, and measures it on held-out
-pairs: accuracy beside the human ceiling, by rating gap, and calibration.
+Trains a LoRA adapter and a score head on the frozen backbone with TRL's RewardTrainer, where pairs of one ranking share
+a batch and each text is scored once, and measures it on held-out pairs: accuracy beside the human ceiling, by rating
+gap, and calibration.
 """
 
 import numpy as np
 import torch
 from transformers import set_seed
-from trl import ModelConfig, RewardConfig, RewardTrainer
+from trl import ModelConfig, RewardConfig
 
 from data.preferences import load_preferences
 from data.prompts import check_prompt_lengths
@@ -20,9 +21,10 @@ from pipeline.loading import context_length, fingerprint, load_pretrained, read_
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows
 from reward_models.normalization import Normalization, measure
+from reward_models.ranking import RankingTrainer
 
 
-def held_out_report(trainer: RewardTrainer) -> dict:
+def held_out_report(trainer: RankingTrainer) -> dict:
     """Accuracy and calibration on the trainer's evaluation pairs. A text that stands in many pairs is scored once."""
     rows, model = trainer.eval_dataset, trainer.model.eval()
 
@@ -81,14 +83,12 @@ def main(
                 f"{data.dataset_name}: sft_adapter={pairs.sft_adapter!r} needs prompts to complete; give the pairs a "
                 f"column `prompt`, or set sft_adapter to '' and leave scores as they are."
             )
+        # Drawn at random: pairs of one ranking follow each other.
+        completed = train.shuffle(seed=args.seed).select(range(min(pairs.sft_completions, len(train))))
         check_prompt_lengths(
-            train.select(range(min(pairs.sft_completions, len(train)))),
-            tokenizer,
-            context_length(base),
-            pairs.max_completion_length,
-            data.dataset_name,
+            completed, tokenizer, context_length(base), pairs.max_completion_length, data.dataset_name
         )
-    trainer = RewardTrainer(
+    trainer = RankingTrainer(
         model=base,
         args=args,
         train_dataset=train,
@@ -96,17 +96,13 @@ def main(
         processing_class=tokenizer,
         peft_config=lora_config(model, task_type="SEQ_CLS", reach=reach, base=base),
     )
-    # With `train_sampling_strategy: group_by_length`, pairs of like length share a batch and padding costs little.
-    trainer.train_dataset = trainer.train_dataset.map(
-        lambda row: {args.length_column_name: max(len(row["chosen_ids"]), len(row["rejected_ids"]))}, desc="Lengths"
-    )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     metrics = held_out_report(trainer) if held_out else {}
     finish_stage(trainer, identity, {**metrics, "history": trainer.state.log_history})
     if pairs.sft_adapter and trainer.is_world_process_zero():
         trainer.accelerator.free_memory()
         del trainer, base  # the backbone is loaded again, as a language model
-        normalization_of(pairs, model, args, train["prompt"][: pairs.sft_completions]).save(args.output_dir)
+        normalization_of(pairs, model, args, completed["prompt"][:]).save(args.output_dir)
 
 
 if __name__ == "__main__":

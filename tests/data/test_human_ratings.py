@@ -30,6 +30,7 @@ from data.human_ratings import (
     load_split,
     preference_pairs,
     prompts,
+    ranked_pairs,
     split_of,
     texts,
 )
@@ -276,6 +277,15 @@ def test_all_pairs_of_a_few_snippets(few, seed):
     assert found == {key: pytest.approx(value) for key, value in PAIRS.items()}
 
 
+def test_ranked_pairs_of_a_few_snippets(few):
+    """A group of five holds all that begin alike, so a round finds every pair once, and a group of two some of them."""
+    rows = ranked_pairs("train", size=5, rounds=1).to_list()
+    found = {(r["prompt"], r["chosen"], r["rejected"]): (r["margin"], r["agreement"]) for r in rows}
+    assert len(rows) == len(PAIRS) and found == {key: pytest.approx(value) for key, value in PAIRS.items()}
+    twos = [len(ranked_pairs("train", size=2, rounds=1, seed=seed)) for seed in range(10)]
+    assert max(twos) <= 2 and len(ranked_pairs("train", size=5, rounds=3)) == 3 * len(PAIRS)
+
+
 def test_a_pair_too_many(few):
     with pytest.raises(ValueError, match="^pairs=9: the train split of movieReviewSnippets has only about 8.$"):
         preference_pairs("train", pairs=9)
@@ -456,6 +466,23 @@ def test_pairs_are_those_of_the_seed(snippets, pairs):
     assert preference_pairs("test", pairs=300, seed=1).to_list() == first
     assert preference_pairs("test", pairs=300, seed=2).to_list() != first
     assert preference_pairs("test", pairs=300).to_list() == pairs["test"][:300]
+
+
+def test_ranked_pairs_come_in_groups(snippets):
+    rows = ranked_pairs("train", rounds=1).to_list()
+    assert 15_000 < len(rows) < 20_000
+    groups, texts = [], set()
+    for row in rows:
+        pair = {whole(row, "chosen"), whole(row, "rejected")}
+        if texts.isdisjoint(pair):
+            groups.append(texts)
+            texts = set()
+        texts = texts | pair
+    assert max(map(len, groups)) == 8 and sum(len(group) == 8 for group in groups) > 0.5 * len(groups)
+    once = Counter(text for group in [*groups, texts] for text in group)
+    assert max(once.values()) <= 2  # a snippet that stands in the data twice
+    assert ranked_pairs("train", rounds=1).to_list() == rows
+    assert ranked_pairs("train", rounds=1, seed=1).to_list() != rows
 
 
 def test_far_too_many_pairs(snippets):

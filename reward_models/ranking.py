@@ -1,0 +1,96 @@
+"""Rankings: where people compared several completions of a prompt, each is scored once for all its pairs."""
+
+from collections.abc import Iterator
+
+import torch
+from datasets import Dataset
+from torch import nn
+from torch.utils.data import Sampler
+from transformers.trainer_pt_utils import get_length_grouped_indices
+from trl import RewardTrainer
+
+
+def groups_of(dataset: Dataset, most: int) -> list[list[int]]:
+    """Row numbers of tokenized pairs, in groups: a row joins the one before it if they share a text, up to `most`."""
+    groups, texts = [], set()
+    for number, row in enumerate(dataset.select_columns(["chosen_ids", "rejected_ids"])):
+        pair = {tuple(row["chosen_ids"]), tuple(row["rejected_ids"])}
+        if groups and len(groups[-1]) < most and not texts.isdisjoint(pair):
+            groups[-1].append(number)
+            texts |= pair
+        else:
+            groups.append([number])
+            texts = pair
+    return groups
+
+
+class GroupSampler(Sampler):
+    """Shuffles groups of rows, and keeps the rows of a group together.
+
+    Args:
+        groups: row numbers.
+        lengths: tokens of the longest row of each group, to put groups of like length together; None: any order.
+        size: rows in a batch of all processes.
+        seed: with the epoch, it fixes the order.
+    """
+
+    def __init__(self, groups: list[list[int]], lengths: list[int] | None, size: int, seed: int):
+        self.groups, self.lengths, self.seed, self.epoch = groups, lengths, seed, 0
+        self.rows = sum(map(len, groups))
+        self.groups_at_once = max(1, round(size * len(groups) / max(1, self.rows)))
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.rows
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        if self.lengths is None:
+            order = torch.randperm(len(self.groups), generator=generator).tolist()
+        else:
+            order = get_length_grouped_indices(self.lengths, self.groups_at_once, generator=generator)
+        return (row for group in order for row in self.groups[group])
+
+
+def score_each_text_once(model: nn.Module) -> None:
+    """Make a sequence classifier run on the distinct rows of its input, and give each row its logits: what it returns,
+    and the gradients, are the same."""
+    inverse = []
+
+    def distinct(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        ids, mask = kwargs["input_ids"], kwargs["attention_mask"]
+        rows, where = torch.unique(torch.cat([ids, mask], dim=1), dim=0, return_inverse=True)
+        inverse.append(where)
+        return args, {**kwargs, "input_ids": rows[:, : ids.shape[1]], "attention_mask": rows[:, ids.shape[1] :]}
+
+    def spread(module: nn.Module, args: tuple, kwargs: dict, output):
+        output.logits = output.logits[inverse.pop()]
+        return output
+
+    model.register_forward_pre_hook(distinct, with_kwargs=True)
+    model.register_forward_hook(spread, with_kwargs=True)
+
+
+class RankingTrainer(RewardTrainer):
+    """TRL's RewardTrainer, on pairs that share texts: those that follow each other in the dataset share a batch, and
+    each text of a batch is scored once.
+
+    All comparisons of one prompt are a step's worth of the same few texts, which costs less and overfits less than
+    pairs drawn one by one (Ouyang et al. 2022, arXiv 2203.02155, section 3.5). Pairs that share nothing are shuffled and
+    scored as ever.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        score_each_text_once(self.model)
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        groups = groups_of(rows, most=self.args.per_device_train_batch_size)
+        lengths = None
+        if self.args.train_sampling_strategy == "group_by_length":
+            of_rows = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+            lengths = [max(of_rows[number] for number in group) for group in groups]
+        return GroupSampler(groups, lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
