@@ -41,7 +41,7 @@ class Backbone(PeftModelForCausalLM):
         fresh = isinstance(policy, LoraConfig)
         super().__init__(base, policy if fresh else _language_config(policy.config), adapter_name=ADAPTERS["policy"])
         self.heads = nn.ModuleDict()
-        self.trunk_depth, self._on_trunk = 0, set()
+        self.trunk_depth, self.value_has_trunk = 0, False
         if not fresh:
             self._set_weights("policy", policy.weights, policy.source)
 
@@ -131,22 +131,32 @@ class Backbone(PeftModelForCausalLM):
             for layer, (name, disabled) in zip(layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = name, disabled
 
-    def share_trunk(self) -> set[str]:
-        """Find the layers below the policy's adapter, which `trunk` computes once for all roles that begin there or
-        above; returns those that begin lower, and so run in full. With no such layers, `trunk_depth` is 0."""
+    def layers_below_policy(self) -> int:
+        """How many of the lowest layers the policy's adapter leaves as they are; the last layer is not counted."""
         base = self.get_base_model()
-        first = {
-            role: first_adapted_layer(base, self._adapter(role))
-            for role in ("policy", "reference", "value", *self.heads)
-        }
-        self.trunk_depth = min(first["policy"], len(decoder_layers(base)[2]) - 1)
-        self._on_trunk = {role for role, layer in first.items() if layer >= self.trunk_depth > 0}
-        return first.keys() - self._on_trunk
+        return min(first_adapted_layer(base, self._adapter("policy")), len(decoder_layers(base)[2]) - 1)
 
-    def trunk(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """States at the foot of the first layer that the policy adapts, (B, S) -> (B, S, D)."""
+    def share_trunk(self) -> None:
+        """Run the layers below the policy's adapter, `trunk_depth` of them, once a rollout, not in every pass.
+
+        A value adapter that begins lower, as one of a reward model may, is frozen there: it then has a trunk of its own.
+        """
+        base = self.get_base_model()
+        layers = decoder_layers(base)[2]
+        self.trunk_depth = self.layers_below_policy()
+        self.value_has_trunk = first_adapted_layer(base, self._adapter("value")) < self.trunk_depth
+        if self.value_has_trunk:
+            below = (base.get_input_embeddings(), *layers[: self.trunk_depth])
+            frozen = {id(parameter) for part in below for parameter in part.parameters()}
+            for parameter in self.role_parameters("value"):
+                if id(parameter) in frozen:
+                    parameter.requires_grad_(False)
+
+    def trunk(self, input_ids: Tensor, attention_mask: Tensor, role: str | None = None) -> Tensor:
+        """States at the foot of the first layer that the policy adapts, (B, S) -> (B, S, D): those of the bare backbone,
+        which a role that begins there or above has too, or those of another role."""
         inputs = {"attention_mask": attention_mask, "position_ids": _positions(attention_mask)}
-        with self.role(None):
+        with self.role(role):
             return lower(self.get_base_model(), self.trunk_depth, input_ids=input_ids, **inputs)
 
     def hidden_states(
@@ -154,12 +164,12 @@ class Backbone(PeftModelForCausalLM):
     ) -> Tensor:
         """Last hidden states of a role, (B, S) -> (B, S, D). Positions count real tokens, wherever the padding is.
 
-        With what `trunk` gave for these tokens, a role that can starts from there.
+        With what `trunk` gave for these tokens and this role, the pass starts from there.
         """
         base = self.get_base_model()
         inputs = {"attention_mask": attention_mask, "position_ids": _positions(attention_mask)}
         with self.role(role):
-            if trunk is not None and role in self._on_trunk:
+            if trunk is not None:
                 return upper(base, self.trunk_depth, trunk, **inputs)
             return base.base_model(input_ids=input_ids, **inputs, use_cache=False).last_hidden_state
 
@@ -218,6 +228,7 @@ class Backbone(PeftModelForCausalLM):
         entropy_requires_grad=False,
         texts=None,
         trunk=None,
+        value_trunk=None,
         **kwargs,
     ):
         """The policy's language-model forward; with `completion_ids` (B, T), PPO's training pass.
@@ -237,7 +248,7 @@ class Backbone(PeftModelForCausalLM):
         hidden = self.hidden_states("policy", input_ids, attention_mask, trunk)[:, -length - 1 : -1]
         logprobs, entropy = self._logprobs(hidden, completion_ids, temperature, entropy_requires_grad)
         if ADAPTERS["value"] in self.peft_config:
-            values = self.values(input_ids, attention_mask, length, trunk)
+            values = self.values(input_ids, attention_mask, length, value_trunk if self.value_has_trunk else trunk)
         else:
             values = self._read("value", hidden)
         if texts is None:

@@ -88,15 +88,17 @@ class PPOTrainer(RLOOTrainer):
 
     def _share_trunk(self) -> None:
         """Compute the layers below the policy's adapter once a rollout, where dropout does not change them."""
-        in_full = self.model.share_trunk()
-        depth = self.model.trunk_depth
-        if depth and not self.args.disable_dropout:
-            self.model.trunk_depth = 0
-            logger.warning(f"The lowest {depth} layers run in every pass: disable_dropout=False changes their states.")
-        elif depth and in_full:
+        if not self.args.disable_dropout:
+            if depth := self.model.layers_below_policy():
+                logger.warning(
+                    f"The lowest {depth} layers run in every pass: disable_dropout=False changes their states."
+                )
+            return
+        self.model.share_trunk()
+        if self.model.value_has_trunk:
             logger.warning(
-                f"The lowest {depth} layers are computed once a rollout, but not for {', '.join(sorted(in_full))}: "
-                f"that adapter begins below. Train it with lora_top_layers too."
+                f"The value adapter is frozen in the lowest {self.model.trunk_depth} layers, which the policy leaves as "
+                f"they are: they run once a rollout."
             )
 
     # ------------------------------------------------------------------------------------------ one update
@@ -185,14 +187,17 @@ class PPOTrainer(RLOOTrainer):
                 strict=True,
             ):
                 trunk = self.model.trunk(ids, attend) if self.model.trunk_depth else None
+                value_trunk = self.model.trunk(ids, attend, "value") if self.model.value_has_trunk else None
                 policy, reference = (
                     self.model.logprobs(role, ids, attend, chosen, self.temperature, trunk)[0]
                     for role in ("policy", "reference")
                 )
-                chunks.append((policy, reference, self.model.values(ids, attend, chosen.shape[1], trunk), trunk))
-        logprobs, ref_logprobs, values, trunks = zip(*chunks, strict=True)
+                values = self.model.values(ids, attend, chosen.shape[1], trunk if value_trunk is None else value_trunk)
+                chunks.append((policy, reference, values, trunk, value_trunk))
+        logprobs, ref_logprobs, values, trunks, value_trunks = zip(*chunks, strict=True)
         logprobs, ref_logprobs, values = torch.cat(logprobs), torch.cat(ref_logprobs), torch.cat(values)
         trunk = torch.cat(trunks) if self.model.trunk_depth else None
+        value_trunk = torch.cat(value_trunks) if self.model.value_has_trunk else None
         scores = self._scores(inputs, prompts, completions, completion_rows)
         rewards = token_rewards(
             scores, logprobs, ref_logprobs, mask, kl_coef=self.beta, kl_estimator=self.args.kl_estimator
@@ -211,8 +216,8 @@ class PPOTrainer(RLOOTrainer):
         self._logs["prompt"].extend(gather_object(prompts))
         self._logs["completion"].extend(gather_object(completions))
         self._logs["advantages"].extend(gather_object(advantages.sum(dim=1).tolist()))
-        rollout = Rollout(prompt_ids, prompt_mask, completion_ids, mask, logprobs, values, advantages, returns, trunk)
-        return rollout._asdict()
+        sampled = (prompt_ids, prompt_mask, completion_ids, mask, logprobs, values)
+        return Rollout(*sampled, advantages, returns, trunk, value_trunk)._asdict()
 
     def _whiten(self, values: Tensor, mask: Tensor, **options) -> Tensor:
         return whiten(values, mask, self.accelerator.reduce(masked_sums(values, mask), reduction="sum"), **options)
@@ -282,6 +287,7 @@ class PPOTrainer(RLOOTrainer):
                 entropy_requires_grad=args.entropy_coef != 0,
                 texts=texts,
                 trunk=rollout.trunk,
+                value_trunk=rollout.value_trunk,
             )
         policy, policy_clipped = policy_loss(logprobs, rollout.logprobs, rollout.advantages, mask, clip=args.epsilon)
         value, value_clipped = value_loss(values, rollout.values, rollout.returns, mask, clip=args.value_clip)

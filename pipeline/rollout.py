@@ -21,3 +21,4 @@ class Rollout(NamedTuple):
     advantages: Tensor  # (B, T)
     returns: Tensor  # (B, T) targets of the value function
     trunk: Tensor | None = None  # (B, P + T, D) states below the policy's adapter, where it leaves layers as they are
+    value_trunk: Tensor | None = None  # (B, P + T, D) the same of the value, where its adapter begins lower

@@ -58,9 +58,11 @@ def test_the_trunk_changes_no_result(make_trainer, options, caplog):
         trainer = make_trainer(policy=TOP_LAYER, **options)
         assert trainer.model.trunk_depth == 1
         if not share:
-            trainer.model.trunk_depth = 0
+            trainer.model.trunk_depth, trainer.model.value_has_trunk = 0, False
         trainer.train()
         assert (trainer._rollout["trunk"] is not None) == share
+        of_value = trainer._rollout["value_trunk"]
+        assert (of_value is not None) == (share and options.get("value_init") == "reward")
         results.append({n: p for n, p in trainer.model.named_parameters() if p.requires_grad})
     for name, parameter in results[0].items():
         torch.testing.assert_close(parameter, results[1][name], atol=1e-5, rtol=0)
@@ -68,7 +70,8 @@ def test_the_trunk_changes_no_result(make_trainer, options, caplog):
 
 def test_where_the_trunk_is_not_shared(make_trainer, caplog):
     trainer = make_trainer(policy=TOP_LAYER, value_init="reward")
-    assert "The lowest 1 layers are computed once a rollout, but not for reward, value" in caplog.text
+    assert trainer.model.trunk_depth == 1
+    assert "The value adapter is frozen in the lowest 1 layers, which the policy leaves as they are" in caplog.text
     trainer = make_trainer(policy=TOP_LAYER, disable_dropout=False)
     assert trainer.model.trunk_depth == 0 and "disable_dropout=False changes their states" in caplog.text
 

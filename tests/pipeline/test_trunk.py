@@ -50,7 +50,8 @@ def batch():
 @pytest.mark.parametrize("critic", ["adapter", "head"])
 def test_from_the_trunk_all_is_as_in_full(name, top, depth, critic):
     backbone = make(name, top, critic)
-    assert backbone.share_trunk() == set() and backbone.trunk_depth == depth
+    backbone.share_trunk()
+    assert backbone.trunk_depth == depth and not backbone.value_has_trunk
     ids, mask, completion, real = batch()
     trunk = backbone.trunk(ids, mask)
     assert trunk.shape == (2, 8, 32) and not trunk.requires_grad
@@ -96,17 +97,31 @@ def test_a_model_is_whole_again_afterwards():
 
 def test_an_adapter_of_all_layers_leaves_no_trunk():
     backbone = make("gpt2", None)
-    assert backbone.share_trunk() == {"policy", "reference", "value"} and backbone.trunk_depth == 0
+    backbone.share_trunk()
+    assert backbone.trunk_depth == 0 and not backbone.value_has_trunk
 
 
-def test_a_role_that_begins_lower_runs_in_full():
+def test_a_value_that_begins_lower_has_a_trunk_of_its_own():
+    """It is frozen there, and from its states all is as in full: values, and gradients of what still trains."""
     backbone = make("gpt2", 2)
     deep = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["wte", "c_attn"], init_lora_weights=False)
     backbone.delete_adapter("value")
     backbone.add_adapter("value", deep)
     assert first_adapted_layer(backbone.get_base_model(), "value") == 0
-    assert backbone.share_trunk() == {"value"} and backbone.trunk_depth == 3
+    backbone.train_only("policy", "value")
+    trained = {name for name, p in backbone.named_parameters() if p.requires_grad}
+    backbone.share_trunk()
+    assert backbone.trunk_depth == 3 and backbone.value_has_trunk
+    frozen = trained - {name for name, p in backbone.named_parameters() if p.requires_grad}
+    assert len(frozen) == 2 + 2 * 3  # of the embeddings and three layers
+    assert all(".value" in name and (".wte." in name or any(f".h.{i}." in name for i in range(3))) for name in frozen)
     ids, mask, completion, real = batch()
-    trunk = backbone.trunk(ids, mask)
-    full, short = (backbone.values(ids, mask, 4, states) for states in (None, trunk))
-    assert torch.equal(full, short)
+    trunk, own = backbone.trunk(ids, mask), backbone.trunk(ids, mask, "value")
+    assert not torch.equal(trunk, own)
+    results = []
+    for states in ({}, {"trunk": trunk, "value_trunk": own}):
+        logprobs, _, values = backbone(ids, mask, completion_ids=completion, **states)
+        ((logprobs + values.square()) * real).sum().backward()
+        results.append([logprobs[real], values[real], *(p.grad for p in backbone.parameters() if p.grad is not None)])
+        backbone.zero_grad()
+    torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
