@@ -21,7 +21,6 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
@@ -197,7 +196,7 @@ def load_state(path: Path) -> Any:
     def with_tensors(value: Any) -> Any:
         if isinstance(value, dict):
             if value.keys() == {TENSOR}:
-                return tensors[value[TENSOR]]
+                return tensors[value[TENSOR]].clone()  # of the file, which may be removed
             return {key: with_tensors(entry) for key, entry in value.items()}
         return [with_tensors(entry) for entry in value] if isinstance(value, list) else value
 
@@ -255,7 +254,7 @@ class Checkpointed:
             self.accelerator.wait_for_everyone()  # all files are there
             if self.args.should_save:
                 self._publish(staged, folder)
-        except (OSError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # writers raise their own kinds, tokenizers a bare Exception
             self.state.best_model_checkpoint = best_before
             shutil.rmtree(staged.parent, ignore_errors=True)
             raise OSError(
