@@ -1,16 +1,20 @@
 """`pipeline.checkpoints`: a run that was stopped and resumed leaves the same bytes, and nothing damaged is trusted."""
 
 import contextlib
+import inspect
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import test_stages
 import torch
@@ -19,7 +23,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from pipeline.artifacts import finish_stage
-from pipeline.checkpoints import MANIFEST, _sha256, _sha256_of, check, find_checkpoint
+from pipeline.checkpoints import LOOP, MANIFEST, _sha256, _sha256_of, check, find_checkpoint
 from pipeline.samples import SampleTable
 
 
@@ -82,7 +86,9 @@ def ppo_run(make_trainer, tmp_path):
             return None
         trainer.train(resume_from_checkpoint=resume)
         finish_stage(trainer, "backbone", trainer.summary())
-        return files(folder)
+        table = {name: list(trainer._logs[name]) for name in ("prompt", "completion", "advantages")}
+        rewards = {name: list(column) for name, column in trainer._logs["rewards"].items()}
+        return files(folder) | {"table": (table, rewards), "watch": trainer.watch}
 
     return run
 
@@ -446,3 +452,155 @@ def test_a_signal_ends_sft_at_once_and_its_folder_holds_no_result(run_stage, tmp
     assert caught.value.code == 143
     assert not (tmp_path / "out" / "metrics.json").exists()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+# ------------------------------------------------------------------------------------------ under accelerate launch
+TWO = "distributed_type: MULTI_GPU\nnum_processes: 2\nuse_cpu: true\nmixed_precision: 'no'\nmain_process_port: 0\n"
+
+
+@pytest.fixture
+def launch():
+    """Starts a stage, under `accelerate launch` if it is given a config, in a process group of its own; all that it and
+    its workers say goes to `log`."""
+    started = []
+
+    def launch(stage, config, recipe, folder, log) -> psutil.Popen:
+        command = [sys.executable]
+        if config:
+            command += ["-m", "accelerate.commands.launch", "--config_file", str(config)]
+        command += ["-m", f"pipeline.{stage}", "--config", str(recipe), "--output_dir", str(folder)]
+        command += ["--resume_from_checkpoint", "auto"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        options = {"cwd": ROOT, "env": environment, "stderr": subprocess.STDOUT, "start_new_session": True}
+        with open(log, "a") as file:
+            started.append(psutil.Popen(command, stdout=file, **options))
+        return started[-1]
+
+    yield launch
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(path: Path, process: psutil.Popen, log: Path) -> None:
+    end = time.monotonic() + 120
+    while not path.exists():
+        assert process.poll() is None and time.monotonic() < end, log.read_text()[-4000:]
+        time.sleep(0.005)
+
+
+def wait_for_end(workers: list[psutil.Process], log: Path) -> None:
+    _, alive = psutil.wait_procs(workers, timeout=120)
+    assert not alive, log.read_text()[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_two_processes_resume_to_the_bit(stage, launch, tiny, sft_adapter, reward_adapter, tmp_path):
+    """Killed, then asked to stop through the launcher, then left to finish."""
+    recipe = {
+        "model_name_or_path": tiny, "dataset_name": str(tmp_path / "rows.jsonl"), "max_steps": 24,
+        "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "logging_steps": 3,
+        "learning_rate": 1e-2, "bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True,
+        "gradient_checkpointing": False,
+    }  # fmt: skip
+    if stage == "sft":
+        recipe |= {"lora_dropout": 0.1, "lora_r": 4, "train_sampling_strategy": "group_by_length", "max_length": 64}
+    else:
+        recipe |= {
+            "sft_adapter": sft_adapter, "reward_adapter": [reward_adapter], "steps_per_generation": 4,
+            "num_iterations": 2, "max_completion_length": 4, "beta": 0.3, "kl_target": 1.0,
+        }  # fmt: skip
+    column = "text" if stage == "sft" else "prompt"
+    rows = [{column: text + word} for text in PROMPTS for word in ("", " film", " one or two")]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "two.yaml").write_text(TWO)
+    given = (stage, tmp_path / "two.yaml", tmp_path / "recipe.yaml")
+
+    log, folder = tmp_path / "log", tmp_path / "at once"
+    assert launch(*given, folder, log).wait(120) == 0, log.read_text()[-4000:]
+    expected = files(folder)
+    folder = tmp_path / "in pieces"
+    process = launch(*given, folder, log)
+    wait_for(folder / "checkpoint-5", process, log)
+    workers = process.children(recursive=True)
+    assert len(workers) >= 2
+    for one in [process, *workers]:
+        one.kill()
+    wait_for_end([process, *workers], log)
+    process = launch(*given, folder, log)
+    wait_for(folder / "checkpoint-9", process, log)
+    workers = process.children(recursive=True)
+    process.terminate()
+    wait_for_end([process, *workers], log)
+    stopped = re.search(r"SIGTERM: stopped after step (\d+); checkpoint-\1 is in", log.read_text())
+    assert stopped and (folder / f"checkpoint-{stopped[1]}" / "rng_state_1.pth").is_file(), log.read_text()[-4000:]
+    if stage == "ppo":
+        assert int(stopped[1]) % 8 == 0  # an update is of 8
+    assert launch(*given, folder, log).wait(120) == 0, log.read_text()[-4000:]
+    assert f"resumes from {folder}/checkpoint-{stopped[1]}." in log.read_text()
+    found = files(folder)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name] == expected[name], name
+    assert json.loads((folder / "checkpoint-24" / MANIFEST).read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_one_process_stops_under_the_launcher_and_without_it(launch, tiny, tmp_path):
+    recipe = {
+        "model_name_or_path": tiny, "dataset_name": str(tmp_path / "rows.jsonl"), "max_steps": 10_000, "save_steps": 4,
+        "save_total_limit": 1, "per_device_train_batch_size": 2, "bf16": False, "use_cpu": True, "report_to": "none",
+        "gradient_checkpointing": False, "max_length": 64,
+    }  # fmt: skip
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in PROMPTS))
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    log, folder = tmp_path / "log", tmp_path / "run"
+    process = launch("sft", ROOT / "accelerate_configs" / "cpu.yaml", tmp_path / "recipe.yaml", folder, log)
+    wait_for(folder / "checkpoint-4", process, log)
+    workers = process.children(recursive=True)
+    os.killpg(process.pid, signal.SIGTERM)  # as slurm, a terminal or `timeout` does
+    wait_for_end([process, *workers], log)
+    assert re.search(r"SIGTERM: stopped after step (\d+); checkpoint-\1 is in", log.read_text())
+    steps = int(max(folder.glob("checkpoint-*")).name.removeprefix("checkpoint-"))
+    process = launch("sft", None, tmp_path / "recipe.yaml", folder, log)
+    later = steps // 4 * 4 + 8
+    wait_for(folder / f"checkpoint-{later}", process, log)
+    process.send_signal(signal.SIGUSR1)
+    assert process.wait(60) == 128 + signal.SIGUSR1
+    assert "SIGUSR1: stopped after step" in log.read_text()
+
+
+def test_trainer_has_what_we_override():
+    """Each name below is overridden or called here; if transformers moves one, this names it."""
+    for name, arguments in {
+        "_get_output_dir": ["self", "trial"],
+        "_save_checkpoint": ["self", "model", "trial"],
+        "_push_from_checkpoint": ["self", "checkpoint_folder"],
+        "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
+        "_load_best_model": ["self"],
+        "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+        "_load_rng_state": ["self", "checkpoint"],
+        "_get_train_sampler": ["self", "train_dataset"],
+        "_finalize_training": ["self", "trial", "num_train_samples", "start_time"],
+    }.items():
+        assert list(inspect.signature(getattr(Trainer, name)).parameters) == arguments, name
+    loop = inspect.getsource(Trainer._inner_training_loop)
+    assert all(f"self.{name} = " in loop for name in LOOP)
+    assert (
+        max(loop.index(f"self.{name} = ") for name in LOOP) < loop.index("on_train_begin") < loop.index("_run_epoch(")
+    )
+    epoch = inspect.getsource(Trainer._run_epoch)
+    order = [
+        "_load_rng_state(",
+        "iter(train_dataloader)",
+        "_load_rng_state(",
+        "on_step_end(",
+        "_maybe_log_save_evaluate(",
+    ]
+    places = [epoch.index(order[0])]
+    for call in order[1:]:
+        places.append(epoch.index(call, places[-1] + 1))
+    step = inspect.getsource(Trainer._maybe_log_save_evaluate)
+    assert step.index("self.log(") < step.index("self._evaluate(") < step.index("self._save_checkpoint(")
