@@ -8,6 +8,7 @@ JSON; Trainer's optimizer, scheduler and random states it reads with torch's `we
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -33,6 +34,7 @@ from pipeline.loading import WEIGHTS, digest
 
 MANIFEST = "manifest.json"
 STAGING = ".staging"
+NAME = re.compile(PREFIX_CHECKPOINT_DIR + r"-\d+")
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 # A place among the batches means something only while these stay as they were.
 ORDER = (
@@ -137,7 +139,7 @@ def _other(folder: Path) -> str:
 def _checkpoints(output_dir: str | Path) -> list[Path]:
     """Checkpoint folders in the order they were written; those that do not say when come last, so that they are
     noticed."""
-    folders = [path for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.is_dir()]
+    folders = [path for path in Path(output_dir).glob("*") if NAME.fullmatch(path.name) and path.is_dir()]
     written = {path: (_read_manifest(path) or {}).get("written", float("inf")) for path in folders}
     return sorted(folders, key=lambda path: (written[path], len(path.name), path.name))
 
@@ -294,19 +296,20 @@ class Checkpointed:
             os.rename(folder, staged.parent / "replaced")
         os.rename(staged, folder)
         _sync(folder.parent)
-        found = _checkpoints(folder.parent)
-        limit, best = self.args.save_total_limit or len(found), self._best() and self._best().name
-        self._remove([path for path in found if path != folder and path.name != best][: max(len(found) - limit, 0)])
+        self._make_room(self.args.save_total_limit, folder.name)
 
     def _best(self) -> Path | None:
         best = self.state.best_model_checkpoint
         return Path(best) if best else None
 
-    def _remove(self, folders: list[Path]) -> None:
-        """Remove checkpoints, and what is staged. They lose their names first, so that none is ever half there."""
-        staging = Path(self.args.output_dir) / STAGING
+    def _make_room(self, limit: int | None, *kept: str) -> None:
+        """Remove the oldest checkpoints of ours until `limit` are left, but not the best nor those that are `kept`, and
+        what is staged. A checkpoint loses its name first, so that none is ever half there."""
+        staging, best = Path(self.args.output_dir) / STAGING, self._best()
+        ours = [path for path in _checkpoints(self.args.output_dir) if _read_manifest(path)]
+        spare = [path for path in ours if path.name not in (*kept, best and best.name)]
         staging.mkdir(exist_ok=True)
-        for path in folders:
+        for path in spare[: max(len(ours) - (limit or len(ours)), 0)]:
             os.rename(path, staging / f"removed-{path.name}")
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -482,7 +485,7 @@ class Checkpointed:
             self.end()
             raise SystemExit(128 + self._stopped_by)
         if self.args.should_save and self.state.best_model_checkpoint and self.args.save_total_limit == 1:
-            self._remove([path for path in _checkpoints(self.args.output_dir) if path.name != self._best().name])
+            self._make_room(1)
         if self._resumed and self._initial_global_step:  # there was no epoch left
             self._take_up_loop()
         return super()._finalize_training(trial, num_train_samples, start_time - self._trained_before)

@@ -93,6 +93,7 @@ def ppo_run(make_trainer, tmp_path):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["defaults", "everything"])
 def test_ppo_resumes_to_the_bit_from_any_step(ppo_run, options, tmp_path):
     """At the end of an update (4, 8), of a pass over the prompts (8), of an epoch (2, 6), and within one."""
@@ -269,6 +270,7 @@ def test_a_finished_run_takes_no_further_step(ppo_run, tmp_path):
     assert found == expected
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_an_earlier_run_is_replaced(ppo_run, make_trainer, tmp_path):
     ppo_run("run", max_steps=6, save_steps=3, seed=1)
     expected = ppo_run("run", max_steps=6, save_steps=3)
@@ -277,11 +279,21 @@ def test_a_checkpoint_of_an_earlier_run_is_replaced(ppo_run, make_trainer, tmp_p
     assert ppo_run("run", max_steps=6, save_steps=3, resume=str(tmp_path / "run" / "checkpoint-3")) == expected
 
 
+def test_what_is_not_ours_is_not_removed(ppo_run, tmp_path):
+    for name in ("checkpoint-1", "checkpoint-mine"):
+        (tmp_path / "run" / name).mkdir(parents=True)
+        (tmp_path / "run" / name / "notes.txt").write_text("mine")
+    ppo_run("run", kill=6, save_steps=2, save_total_limit=1)
+    names = {path.name for path in (tmp_path / "run").glob("checkpoint-*")}
+    assert names == {"checkpoint-1", "checkpoint-mine", "checkpoint-6"}
+
+
 def fading(completions, trainer_state, **kwargs):
     """Worth less with every step, so that the first checkpoint is the best."""
     return [-1.0 - trainer_state.global_step] * len(completions)
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_known_after_a_resume_and_a_move(ppo_run, tmp_path):
     options = {
         "reward_funcs": [fading], "held_out": PROMPTS[:2], "save_steps": 2, "save_total_limit": 2, "eval_steps": 2,
@@ -326,6 +338,7 @@ def small_files(folder: Path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disk", [small_disk, small_files])
 def test_a_disk_that_fills_up(disk, ppo_run, make_trainer, tmp_path):
     expected = ppo_run("at once")
