@@ -63,7 +63,7 @@ def without_clock(row: dict) -> dict:
 
 EVERYTHING = {
     "beta": 0.5, "kl_target": 1.0, "kl_horizon": 20, "whiten_rewards": True, "ptx_coef": 0.1, "texts": TEXTS,
-    "max_approx_kl": 0.2, "critic_warmup_updates": 1, "held_out": PROMPTS[:2], "eval_strategy": "steps",
+    "max_approx_kl": 1e-12, "critic_warmup_updates": 1, "held_out": PROMPTS[:2], "eval_strategy": "steps",
     "eval_steps": 3, "per_device_eval_batch_size": 2, "sample_updates": 1, "logging_steps": 2, "normalize_scores": True,
 }  # fmt: skip
 
@@ -96,10 +96,10 @@ def ppo_run(make_trainer, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["defaults", "everything"])
 def test_ppo_resumes_to_the_bit_from_any_step(ppo_run, options, tmp_path):
-    """At the end of an update (4, 8), of a pass over the prompts (8), of an epoch (2, 6), and within one."""
+    """At the end of an update (4, 8), of a pass over the prompts (8), of an epoch (6), and within one; 7 is in what an early stop skips."""
     expected = ppo_run("at once", **options)
     folder, resume = tmp_path / "in pieces", None
-    for step in (1, 3, 4, 6, 8, 11):
+    for step in (1, 3, 4, 6, 7, 8, 11):
         ppo_run("in pieces", kill=step, resume=resume, **options)
         assert sorted(path.name for path in folder.glob("checkpoint-*"))[-1:] and not (folder / ".staging").exists()
         resume = str(folder / f"checkpoint-{step}")
