@@ -143,7 +143,7 @@ def test_a_stage_resumes_to_the_bit(stage, run_stage, tmp_path, monkeypatch, cap
     run_stage(stage, output_dir=tmp_path / "at once", **options)
     expected = files(tmp_path / "at once")
     assert "holds no checkpoint: training starts anew" in capsys.readouterr().out
-    for step in (3, 4, 10, None):
+    for step in (3, 4, 6, 10, None):
         kill[0] = step
         if step is None:
             run_stage(stage, output_dir=tmp_path / "in pieces", **options)
