@@ -35,6 +35,6 @@ def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict) -> None:
     if trainer.is_world_process_zero():
         trainer.create_model_card(model_name=folder.name)
         stamp(folder, trainer.model.config._name_or_path, fingerprint)
-        metrics = {**metrics, "seconds": round(seconds_running(), 1)}
+        metrics = {**metrics, "seconds": round(trainer.seconds_before + seconds_running(), 1)}
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     trainer.end()

@@ -106,7 +106,6 @@ UNSUPPORTED = (
     "epsilon_high",
     "router_aux_loss_coef",
     "chat_template_kwargs",
-    "resume_from_checkpoint",
 )
 
 

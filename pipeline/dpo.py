@@ -3,7 +3,7 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.dpo --config pipeline/recipes/baselines/dpo.yaml
 
 Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) learns from people's labels themselves and
-samples nothing. The trainer is TRL's own, unchanged.
+samples nothing. The trainer is TRL's own, with our checkpoints.
 """
 
 from dataclasses import dataclass, field
@@ -15,6 +15,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 from data.preferences import load_preferences
 from pipeline.artifacts import finish_stage
 from pipeline.backbone import backbone_copies, load_backbone
+from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, PolicyArguments, check_max_length, parse
 from pipeline.loading import context_length, fingerprint
 
@@ -26,7 +27,12 @@ class PairArguments(PolicyArguments):
     max_pairs: int | None = field(default=None, metadata={"help": "So many pairs, drawn at random; unset: all."})
 
 
+class DPO(Checkpointed, DPOTrainer):
+    """TRL's, with our checkpoints."""
+
+
 def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DPOConfig) -> None:
+    checkpoint = find_checkpoint(args)
     pairs = load_preferences(data.dataset_name, data.dataset_train_split)
     if start.max_pairs:  # pairs of one ranking follow each other
         pairs = pairs.shuffle(seed=args.seed).select(range(min(start.max_pairs, len(pairs))))
@@ -35,7 +41,7 @@ def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DP
     backbone, tokenizer = load_backbone(model, start.sft_adapter, trust_remote_code=args.trust_remote_code)
     check_max_length(args.max_length, context_length(backbone))
     identity = fingerprint(backbone.get_base_model())
-    trainer = DPOTrainer(
+    trainer = DPO(
         model=backbone,  # TRL clones its policy adapter as the reference
         args=args,
         train_dataset=pairs,
@@ -43,7 +49,7 @@ def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DP
     )
     backbone.train_only("policy")  # adding adapters toggles requires_grad
     set_seed(args.seed)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     read = 2 * min(trainer.state.global_step * batch, len(trainer.train_dataset))
     summary = {"backbone_copies": backbone_copies(backbone), "completions": read}

@@ -3,20 +3,25 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.grpo --config pipeline/recipes/baselines/grpo.yaml
 
 Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300): the advantage of a completion is its reward
-less the mean of its prompt's group, over the group's deviation. The trainer is TRL's own, unchanged.
+less the mean of its prompt's group, over the group's deviation. The trainer is TRL's own, with our checkpoints.
 """
 
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
+from pipeline.checkpoints import Checkpointed
 from pipeline.configs import DataArguments, PolicyArguments, parse
 from pipeline.rloo import train
 from reward_models.composite import RewardArguments
 
 
+class GRPO(Checkpointed, GRPOTrainer):
+    """TRL's, with our checkpoints."""
+
+
 def main(
     data: DataArguments, start: PolicyArguments, rewards: RewardArguments, model: ModelConfig, args: GRPOConfig
 ) -> None:
-    train(GRPOTrainer, data, start, rewards, model, args)
+    train(GRPO, data, start, rewards, model, args)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,17 +83,21 @@ def context_length(model: nn.Module) -> int:
 def fingerprint(base: PreTrainedModel) -> str:
     """Hex digest that tells one pretrained trunk from another, whatever head it carries, in float32 or bfloat16.
 
-    Names, shapes and up to 65,536 evenly spaced values of every tensor, rounded to bfloat16; LoRA weights are left out.
+    LoRA weights are left out.
     """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(base.base_model.state_dict().items()):
-        if "lora_" in name:
-            continue
+    trunk = sorted(base.base_model.state_dict().items())
+    return digest((name.replace("base_layer.", ""), tensor) for name, tensor in trunk if "lora_" not in name)
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hex digest of names, shapes and up to 65,536 evenly spaced values of every tensor, rounded to bfloat16."""
+    result = hashlib.sha256()
+    for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)
-        sample = flat[:: -(-flat.numel() // 65_536)].to("cpu", torch.bfloat16)
-        digest.update(f"{name.replace('base_layer.', '')} {tuple(tensor.shape)}".encode())
-        digest.update(sample.view(torch.int16).numpy().tobytes())
-    return digest.hexdigest()
+        sample = flat[:: max(-(-flat.numel() // 65_536), 1)].to("cpu", torch.bfloat16)
+        result.update(f"{name} {tuple(tensor.shape)}".encode())
+        result.update(sample.view(torch.int16).numpy().tobytes())
+    return result.hexdigest()
 
 
 def stamp(folder: str | Path, model_name_or_path: str, digest: str) -> None:

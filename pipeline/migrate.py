@@ -136,6 +136,7 @@ _NEVER_READ = "TRL never read it. Nothing to do."
 
 # Old key -> why there is no such key here, and what to do.
 _DROPPED = {
+    "resume_from_checkpoint": "a checkpoint of TRL's PPO is none of ours. Start anew.",
     "dataset_num_proc": _PREPROCESSING,
     "eval_strategy": _EVALUATION,
     "evaluation_strategy": _EVALUATION,

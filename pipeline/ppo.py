@@ -16,6 +16,7 @@ from data.prompts import check_prompt_lengths, load_prompts
 from data.texts import load_texts, tokenize_texts
 from pipeline.artifacts import finish_stage
 from pipeline.backbone import load_backbone
+from pipeline.checkpoints import find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, PPOConfig, parse
 from pipeline.loading import context_length, fingerprint
 from pipeline.ppo_trainer import PPOTrainer
@@ -45,6 +46,7 @@ def main(
     model: ModelConfig,
     args: PPOConfig,
 ) -> None:
+    checkpoint = find_checkpoint(args)
     prompts = load_prompts(data.dataset_name, data.dataset_train_split)
     functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
@@ -86,7 +88,7 @@ def main(
     if args.sample_updates:
         trainer.add_callback(SampleTable(trainer, prompts.select(range(min(args.sample_prompts, len(prompts))))))
     set_seed(args.seed)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     finish_stage(trainer, identity, {"preflight": [asdict(check) for check in checks], **trainer.summary()})
 
 

@@ -4,20 +4,22 @@ TRL's RLOOTrainer samples completions, calls reward functions, logs, saves and r
 makes PPO of it is here: roles on one backbone, a reward for each token, generalised advantages, two clipped losses.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl import RLOOTrainer
-from trl.trainer.utils import pad, shuffle_sequence_dict, split_tensor_dict
+from trl.trainer.utils import pad, split_tensor_dict
 
 from pipeline.advantages import gae, token_rewards
 from pipeline.artifacts import completions_sampled
 from pipeline.backbone import Backbone, backbone_copies
+from pipeline.checkpoints import Checkpointed
 from pipeline.configs import PPOConfig
 from pipeline.kl import adapted_kl_coef, kl_per_token
 from pipeline.loading import read_adapter
@@ -31,7 +33,7 @@ from reward_models.composite import Composite
 logger = get_logger(__name__)
 
 
-class PPOTrainer(RLOOTrainer):
+class PPOTrainer(Checkpointed, RLOOTrainer):
     """Proximal policy optimisation (Schulman et al. 2017) of the policy role of a `Backbone`.
 
     Each update: sample completions, score them, give every token its reward, estimate advantages, then
@@ -121,6 +123,7 @@ class PPOTrainer(RLOOTrainer):
         if position == 0:
             self._rollout = self._generate_and_score_completions(generation_batch)
         if position % steps == 0:
+            self._order = torch.randperm(len(self._rollout["prompt_ids"]))
             self._buffered_inputs = self._minibatches()
         return self._buffered_inputs[position % steps]
 
@@ -162,10 +165,11 @@ class PPOTrainer(RLOOTrainer):
         self.control.should_training_stop = self.control.should_save = True
 
     def _minibatches(self) -> list[dict[str, Tensor]]:
-        """The rollout, shuffled and cut. Each piece carries its share of the tokens of its optimizer step over all
+        """The rollout, in this epoch's order and cut. Each piece carries its share of the tokens of its optimizer step over all
         processes, so that neither gradient accumulation nor the number of processes changes the gradient."""
         accumulation = self.args.gradient_accumulation_steps
-        pieces = split_tensor_dict(shuffle_sequence_dict(self._rollout), self.args.steps_per_generation)
+        shuffled = {name: x if x is None else x[self._order] for name, x in self._rollout.items()}
+        pieces = split_tensor_dict(shuffled, self.args.steps_per_generation)
         tokens = torch.stack([piece["completion_mask"].sum() for piece in pieces]).float()
         of_step = self.accelerator.reduce(tokens.view(-1, accumulation).sum(dim=1), reduction="sum")
         # Trainer averages over the pieces of a step, and the backend over processes: what they divide by comes back.
@@ -347,14 +351,35 @@ class PPOTrainer(RLOOTrainer):
         self.model.save_role("value", folder / "value")
         self.processing_class.save_pretrained(folder)
 
-    def _load_best_model(self) -> None:
-        """Take the policy and value of the best checkpoint."""
-        best = self.state.best_model_checkpoint
-        self.model.load_role("policy", read_adapter(best))
-        self.model.load_role("value", read_adapter(f"{best}/value", needs_head=True))
+    # ------------------------------------------------------------------------------------------ checkpoints
+    @property
+    def between_updates(self) -> bool:
+        return self._step % self.steps_per_update == 0
+
+    def training_state(self) -> dict:
+        """With what PPO keeps from step to step; within an update, the rollout and its order in this epoch too."""
+        state = super().training_state()
+        del state["counters"]["_buffered_inputs"]  # the rollout, cut
+        state["ppo"] = {"beta": self.beta, "_far": self._far, "_skip": self._skip}
+        state["watch"] = {**asdict(self.watch), "said": sorted(self.watch.said)}
+        if not self.between_updates:
+            state |= {"rollout": self._rollout, "rollout_order": self._order}
+        return state
+
+    def load_training_state(self, state: dict) -> None:
+        super().load_training_state(state)
+        for name, value in state["ppo"].items():
+            setattr(self, name, value)
+        # What ended training is not taken up: one resumes it with a remedy.
+        self.watch = Watch(**{**state["watch"], "said": set(state["watch"]["said"]) - {"nan"}, "stop": None})
+        if "rollout" in state:
+            self._rollout, self._order = send_to_device(state["rollout"], self.args.device), state["rollout_order"]
+            self._buffered_inputs = self._minibatches()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        raise ValueError(f"resume_from_checkpoint={resume_from_checkpoint!r}: PPO cannot resume yet; start anew.")
+        """Take the policy and value of a checkpoint."""
+        self.model.load_role("policy", read_adapter(resume_from_checkpoint))
+        self.model.load_role("value", read_adapter(f"{resume_from_checkpoint}/value", needs_head=True))
 
     def summary(self) -> dict:
         """What the metrics file states of the run: backbones held by this process, and the log of every update."""

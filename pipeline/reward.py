@@ -16,6 +16,7 @@ from data.preferences import load_preferences
 from data.prompts import check_prompt_lengths
 from pipeline.artifacts import finish_stage
 from pipeline.backbone import load_backbone
+from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, RewardModelArguments, check_max_length, lora_config, parse
 from pipeline.loading import context_length, fingerprint, load_pretrained, read_adapter
 from reward_models.calibration import reward_model_report
@@ -24,7 +25,11 @@ from reward_models.normalization import Normalization, measure
 from reward_models.ranking import RankingTrainer
 
 
-def held_out_report(trainer: RankingTrainer) -> dict:
+class RewardModel(Checkpointed, RankingTrainer):
+    """Ours, with checkpoints."""
+
+
+def held_out_report(trainer: RewardModel) -> dict:
     """Accuracy and calibration on the trainer's evaluation pairs. A text that stands in many pairs is scored once."""
     rows, model = trainer.eval_dataset, trainer.model.eval()
 
@@ -68,6 +73,7 @@ def normalization_of(
 def main(
     data: DataArguments, pairs: RewardModelArguments, reach: LoraArguments, model: ModelConfig, args: RewardConfig
 ) -> None:
+    checkpoint = find_checkpoint(args)
     train = load_preferences(data.dataset_name, data.dataset_train_split)
     held_out = load_preferences(data.eval_source, data.dataset_eval_split) if data.eval_source else None
     if not pairs.use_margin and "margin" in train.column_names:
@@ -88,7 +94,7 @@ def main(
         check_prompt_lengths(
             completed, tokenizer, context_length(base), pairs.max_completion_length, data.dataset_name
         )
-    trainer = RankingTrainer(
+    trainer = RewardModel(
         model=base,
         args=args,
         train_dataset=train,
@@ -96,7 +102,7 @@ def main(
         processing_class=tokenizer,
         peft_config=lora_config(model, task_type="SEQ_CLS", reach=reach, base=base),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     metrics = held_out_report(trainer) if held_out else {}
     finish_stage(trainer, identity, {**metrics, "history": trainer.state.log_history})
     if pairs.sft_adapter and trainer.is_world_process_zero():

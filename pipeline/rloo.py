@@ -3,7 +3,7 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.rloo --config pipeline/recipes/baselines/rloo.yaml
 
 REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740): the baseline of a completion is the mean reward of
-the others to the same prompt. The trainer is TRL's own, unchanged.
+the others to the same prompt. The trainer is TRL's own, with our checkpoints.
 """
 
 import torch
@@ -13,9 +13,14 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer
 from data.prompts import check_prompt_lengths, load_prompts
 from pipeline.artifacts import completions_sampled, finish_stage
 from pipeline.backbone import backbone_copies, load_backbone
+from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, PolicyArguments, parse
 from pipeline.loading import context_length, fingerprint
 from reward_models.composite import RewardArguments, learned_rewards, load_functions
+
+
+class RLOO(Checkpointed, RLOOTrainer):
+    """TRL's, with our checkpoints."""
 
 
 def train(
@@ -27,6 +32,7 @@ def train(
     args: RLOOConfig | GRPOConfig,
 ) -> None:
     """Train the policy role of a backbone with one of TRL's online trainers, and leave its adapter."""
+    checkpoint = find_checkpoint(args)
     prompts = load_prompts(data.dataset_name, data.dataset_train_split)
     functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
@@ -46,7 +52,7 @@ def train(
     )
     backbone.train_only("policy")  # adding adapters toggles requires_grad
     set_seed(args.seed)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     summary = {"backbone_copies": backbone_copies(backbone), "completions": completions_sampled(trainer)}
     finish_stage(trainer, identity, {**summary, "history": trainer.state.log_history})
 
@@ -54,7 +60,7 @@ def train(
 def main(
     data: DataArguments, start: PolicyArguments, rewards: RewardArguments, model: ModelConfig, args: RLOOConfig
 ) -> None:
-    train(RLOOTrainer, data, start, rewards, model, args)
+    train(RLOO, data, start, rewards, model, args)
 
 
 if __name__ == "__main__":

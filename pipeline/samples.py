@@ -44,13 +44,22 @@ class SampleTable(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("")
-        self._add(state.global_step)
+            self._keep_rows_of(state.global_step)
+        if state.global_step == 0:
+            self._add(0)
 
     def on_step_end(self, args, state, control, **kwargs):
         steps = self.trainer.steps_per_update // args.gradient_accumulation_steps * args.sample_updates
         if state.global_step % steps == 0:
             self._add(state.global_step)
+
+    def _keep_rows_of(self, step: int) -> None:
+        """On resuming, keep the rows up to the checkpoint's step: those of later steps are written again."""
+        lines = self.path.read_text().splitlines(keepends=True) if step and self.path.is_file() else []
+        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        fresh = self.path.with_suffix(".new")
+        fresh.write_text("".join(whole))
+        fresh.replace(self.path)
 
     def _add(self, step: int) -> None:
         rows = self._rows(step)  # on all processes, since sharded models generate together

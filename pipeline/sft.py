@@ -9,17 +9,23 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from data.texts import load_texts
 from pipeline.artifacts import finish_stage
+from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, check_max_length, lora_config, parse
 from pipeline.loading import context_length, fingerprint, load_pretrained
 
 
+class SFT(Checkpointed, SFTTrainer):
+    """TRL's, with our checkpoints."""
+
+
 def main(data: DataArguments, reach: LoraArguments, model: ModelConfig, args: SFTConfig) -> None:
+    checkpoint = find_checkpoint(args)
     train = load_texts(data.dataset_name, data.dataset_train_split)
     held_out = load_texts(data.eval_source, data.dataset_eval_split) if data.eval_source else None
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)
     check_max_length(args.max_length, context_length(base))
     identity = fingerprint(base)
-    trainer = SFTTrainer(
+    trainer = SFT(
         model=base,
         args=args,
         train_dataset=train,
@@ -27,7 +33,7 @@ def main(data: DataArguments, reach: LoraArguments, model: ModelConfig, args: SF
         processing_class=tokenizer,
         peft_config=lora_config(model, task_type="CAUSAL_LM", reach=reach, base=base),
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if held_out else {}
     finish_stage(trainer, identity, {**metrics, "history": trainer.state.log_history})
 

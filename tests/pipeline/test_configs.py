@@ -218,7 +218,6 @@ def test_no_completion_a_prompt(number):
         ("epsilon_high", 0.3),
         ("router_aux_loss_coef", 0.1),
         ("chat_template_kwargs", {"a": 1}),
-        ("resume_from_checkpoint", "runs/ppo/checkpoint-8"),
     ],
 )
 def test_what_ppo_does_not_support(name, value):

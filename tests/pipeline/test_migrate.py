@@ -355,6 +355,7 @@ def test_what_ppo_does_not_support_is_no_key():
     found = migrate({"num_ppo_epochs": 4, "gradient_checkpointing": True, "resume_from_checkpoint": "x"})
     assert not {"gradient_checkpointing", "resume_from_checkpoint"} & yaml.safe_load(found).keys()
     assert "# gradient_checkpointing: True\n#   PPO does not support it." in found
+    assert "# resume_from_checkpoint: 'x'\n#   a checkpoint of TRL's PPO is none of ours." in found
 
 
 def test_what_is_not_set_is_not_given():

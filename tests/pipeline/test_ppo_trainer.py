@@ -242,13 +242,6 @@ def test_what_reward_functions_log_is_logged(make_trainer):
     assert not trainer._pending_extra_logs and not trainer._pending_metrics
 
 
-def test_resuming_is_refused(make_trainer, tmp_path):
-    trainer = make_trainer(save_strategy="steps", save_steps=4)
-    trainer.train()
-    with pytest.raises(ValueError, match="PPO cannot resume yet"):
-        make_trainer().train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-
-
 def nothing(completions, **kwargs):
     return [None for _ in completions]
 

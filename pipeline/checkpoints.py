@@ -1,0 +1,491 @@
+"""Checkpoints that are whole or not there, runs that resume to the bit, and signals that end a run without loss.
+
+A checkpoint is written to a staging folder, forced to disk and renamed, so that a run killed at any moment leaves no
+half of one. `manifest.json` lists its files with their SHA-256. Weights, rollouts and our own state are safetensors and
+JSON; Trainer's optimizer, scheduler and random states it reads with torch's `weights_only`, which executes nothing.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import send_to_device
+from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pipeline.artifacts import seconds_running
+from pipeline.loading import WEIGHTS, digest
+
+
+MANIFEST = "manifest.json"
+STAGING = ".staging"
+NAME = re.compile(PREFIX_CHECKPOINT_DIR + r"-\d+")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# A place among the batches means something only while these stay as they were.
+ORDER = (
+    "seed",
+    "data_seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "train_sampling_strategy",
+    "steps_per_generation",
+    "num_iterations",
+    "num_generations",
+)
+# What Trainer starts anew with each call of `train`: sums of the loss since the last log and since the beginning.
+LOOP = (
+    "_tr_loss",
+    "_total_loss_scalar",
+    "_globalstep_last_logged",
+    "_initial_global_step",
+    "_initial_num_input_tokens_seen",
+)
+TENSOR = "__tensor__"
+
+
+# ------------------------------------------------------------------------------------------ what is there to resume
+def find_checkpoint(args: TrainingArguments) -> str | None:
+    """The checkpoint that `resume_from_checkpoint` asks for, checked, or None to start anew.
+
+    `auto` is the newest in `output_dir`. A damaged one is an error, never passed over: which other one to go back to
+    is the user's choice.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or a file of it is missing.
+        ValueError: it is damaged, or of a launch or a recipe that this one cannot go on from.
+    """
+    asked = args.resume_from_checkpoint
+    if not asked:
+        return None
+    if asked == "auto":
+        found = _checkpoints(args.output_dir)
+        if not found:
+            PartialState().print(f"{args.output_dir} holds no checkpoint: training starts anew.")
+            return None
+        asked = str(found[-1])
+    check(asked, args)
+    PartialState().print(f"Training resumes from {asked}.")
+    return asked
+
+
+def check(folder: str | Path, args: TrainingArguments) -> None:
+    """Read a checkpoint through, and see that it fits this launch; raises what `find_checkpoint` does."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={str(folder)!r}: no such folder. Name a {PREFIX_CHECKPOINT_DIR}-<step> folder, or "
+            f"auto for the newest of output_dir."
+        )
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        raise ValueError(
+            f"{folder / MANIFEST}: missing or damaged, so the checkpoint cannot be trusted. {_other(folder)}"
+        )
+    names = {_name(path, folder) for path in _files(folder)} - {MANIFEST}
+    for name, expected in manifest["files"].items():
+        path = folder / name
+        if name not in names:
+            raise FileNotFoundError(f"{path}: the checkpoint's manifest lists it and it is missing. {_other(folder)}")
+        if path.stat().st_size != expected["bytes"]:
+            raise ValueError(
+                f"{path}: {path.stat().st_size} bytes, written with {expected['bytes']}: it is cut off or was changed. "
+                f"{_other(folder)}"
+            )
+        if _sha256(path) != expected["sha256"]:
+            raise ValueError(f"{path}: its SHA-256 is not the manifest's: the file is damaged. {_other(folder)}")
+    unlisted = sorted(names - manifest["files"].keys())
+    if unlisted:
+        raise ValueError(f"{folder / unlisted[0]}: not a file of this checkpoint (its manifest has none). Remove it.")
+    if "optimizer" not in manifest["holds"]:
+        raise ValueError(
+            f"{folder}: written with save_only_model, so it holds no state to resume from. {_other(folder)}"
+        )
+    if manifest["world_size"] != args.world_size:
+        raise ValueError(
+            f"{folder}: written by {manifest['world_size']} processes, and this launch has {args.world_size}. Random "
+            f"states, rollouts and the order of prompts belong to a process each: launch with --num_processes "
+            f"{manifest['world_size']}."
+        )
+    for name, then in manifest["order"].items():
+        now = getattr(args, name, None)
+        if now != then:
+            raise ValueError(
+                f"{folder}: written with {name}={then!r}, and {name}={now!r} would put its step elsewhere among the "
+                f"batches. Set {name} as it was, or start anew."
+            )
+
+
+def _other(folder: Path) -> str:
+    """The remedy for a checkpoint of no use: the newest of the others."""
+    others = [path for path in _checkpoints(folder.parent) if path.name != folder.name and _read_manifest(path)]
+    return f"Go on from another: --resume_from_checkpoint {others[-1]}" if others else "There is no other: start anew."
+
+
+def _checkpoints(output_dir: str | Path) -> list[Path]:
+    """Checkpoint folders in the order they were written; those that do not say when come last, so that they are
+    noticed."""
+    folders = [path for path in Path(output_dir).glob("*") if NAME.fullmatch(path.name) and path.is_dir()]
+    written = {path: (_read_manifest(path) or {}).get("written", float("inf")) for path in folders}
+    return sorted(folders, key=lambda path: (written[path], len(path.name), path.name))
+
+
+def _read_manifest(folder: Path) -> dict | None:
+    """A checkpoint's manifest, None if there is none or it is damaged."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+        return manifest if manifest["sha256"] == _sha256_of(manifest) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _sha256_of(manifest: dict) -> str:
+    """Of all that a manifest says, but for this itself."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink())
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+# ------------------------------------------------------------------------------------------ state as files
+def save_state(state: Any, path: Path) -> None:
+    """Write nested dicts and lists of tensors and JSON values as `path`.json and `path`.safetensors."""
+    tensors = {}
+
+    def without_tensors(value: Any, name: str) -> Any:
+        if isinstance(value, Tensor):
+            tensors[name] = value.detach().cpu().clone()
+            return {TENSOR: name}
+        if isinstance(value, dict):
+            return {key: without_tensors(entry, f"{name}.{key}") for key, entry in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [without_tensors(entry, f"{name}.{i}") for i, entry in enumerate(value)]
+        return value
+
+    path.with_suffix(".json").write_text(json.dumps(without_tensors(state, "state")) + "\n")
+    save_file(tensors, path.with_suffix(".safetensors"))
+
+
+def load_state(path: Path) -> Any:
+    """What `save_state` wrote, with tensors on the CPU."""
+    tensors = load_file(path.with_suffix(".safetensors"))
+
+    def with_tensors(value: Any) -> Any:
+        if isinstance(value, dict):
+            if value.keys() == {TENSOR}:
+                return tensors[value[TENSOR]].clone()  # of the file, which may be removed
+            return {key: with_tensors(entry) for key, entry in value.items()}
+        return [with_tensors(entry) for entry in value] if isinstance(value, list) else value
+
+    return with_tensors(json.loads(path.with_suffix(".json").read_text()))
+
+
+def _sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# ------------------------------------------------------------------------------------------ trainers
+class Checkpointed:
+    """Put before one of TRL's trainers, `class SFT(Checkpointed, SFTTrainer)`, it gives it what the module says.
+
+    Trainer saves weights, optimizer, scheduler, its own state and random states, and finds its place among the batches
+    again. What it and TRL would lose is in `training_state`: what has been measured since the last log, the order of an
+    epoch that has begun, and the completions that an update is learning from.
+    """
+
+    seconds_before = 0.0  # that the run took before it was resumed
+    _staging = False
+    _sampler = None
+    _signal = 0  # the last one that asked to stop, on this process
+    _stopped_by = 0  # the one that this run stops for, on all processes
+
+    # -------------------------------------------------------------------------------------- writing
+    def _get_output_dir(self, trial) -> str:
+        """Where Trainer puts checkpoints: while it writes one, the staging folder."""
+        folder = super()._get_output_dir(trial)
+        return os.path.join(folder, STAGING) if self._staging else folder
+
+    def _save_checkpoint(self, model, trial) -> None:
+        output_dir = Path(self._get_output_dir(trial))
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder, staged = output_dir / name, output_dir / STAGING / name
+        best_before = self.state.best_model_checkpoint
+        self._staging = True
+        try:
+            if self.args.should_save:
+                shutil.rmtree(staged.parent, ignore_errors=True)
+                staged.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            if self._best() == staged:  # where Trainer found it
+                self.state.best_model_checkpoint = str(folder)
+                if self.args.should_save:
+                    self.state.save_to_json(staged / TRAINER_STATE_NAME)
+            if not self.args.save_only_model:
+                save_state(self.training_state(), staged / f"state_{self.args.process_index}")
+            self.accelerator.wait_for_everyone()  # all files are there
+            if self.args.should_save:
+                self._publish(staged, folder)
+        except Exception as error:  # writers raise their own kinds, tokenizers a bare Exception
+            self.state.best_model_checkpoint = best_before
+            shutil.rmtree(staged.parent, ignore_errors=True)
+            raise OSError(
+                f"{folder} could not be written: {error}. Checkpoints before it are whole. Free some space if the disk "
+                f"is full, and resume with --resume_from_checkpoint auto."
+            ) from error
+        finally:
+            self._staging = False
+        self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Trainer's, once the checkpoint has its name: it uploads in the background."""
+        if not self._staging:
+            super()._push_from_checkpoint(checkpoint_folder)
+
+    def _publish(self, staged: Path, folder: Path) -> None:
+        """Force a written checkpoint to disk, give it its name, and remove what `save_total_limit` leaves no room for."""
+        manifest = {
+            "step": self.state.global_step,
+            "written": time.time(),
+            "world_size": self.args.world_size,
+            "holds": ["weights"] if self.args.save_only_model else ["weights", "optimizer"],
+            "order": {name: getattr(self.args, name) for name in ORDER if hasattr(self.args, name)},
+            "files": {
+                _name(path, staged): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+                for path in sorted(_files(staged))
+            },
+        }
+        manifest["sha256"] = _sha256_of(manifest)
+        (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        for path in staged.rglob("*"):
+            _sync(path)
+        _sync(staged)
+        if folder.exists():  # of an earlier run
+            os.rename(folder, staged.parent / "replaced")
+        os.rename(staged, folder)
+        _sync(folder.parent)
+        self._make_room(self.args.save_total_limit, folder.name)
+
+    def _best(self) -> Path | None:
+        best = self.state.best_model_checkpoint
+        return Path(best) if best else None
+
+    def _make_room(self, limit: int | None, *kept: str) -> None:
+        """Remove the oldest checkpoints of ours until `limit` are left, but not the best nor those that are `kept`, and
+        what is staged. A checkpoint loses its name first, so that none is ever half there."""
+        staging, best = Path(self.args.output_dir) / STAGING, self._best()
+        ours = [path for path in _checkpoints(self.args.output_dir) if _read_manifest(path)]
+        spare = [path for path in ours if path.name not in (*kept, best and best.name)]
+        staging.mkdir(exist_ok=True)
+        for path in spare[: max(len(ours) - (limit or len(ours)), 0)]:
+            os.rename(path, staging / f"removed-{path.name}")
+        shutil.rmtree(staging, ignore_errors=True)
+
+    def training_state(self) -> dict:
+        """What this process needs to go on, beside what Trainer saves: nested dicts and lists of tensors and JSON."""
+        names = ("_total_train_tokens", "_step", "_current_train_step_time", "_buffered_inputs")
+        state = {
+            "counters": {name: getattr(self, name) for name in names if hasattr(self, name)},
+            "metrics": self._metrics,
+            "loop": {name: getattr(self, name) for name in LOOP},
+            "trained_for": self._trained_before + time.time() - self._began,
+            "epoch_start": self._epoch_start,
+            "now": self._order_state(),
+            "rows": self._rows(),
+            "frozen": self._frozen,
+            "seconds": self.seconds_before + seconds_running(),
+        }
+        if hasattr(self, "_logs"):  # the table of completions
+            state["logs"] = {name: list(self._logs[name]) for name in ("prompt", "completion", "advantages")}
+            state["logs"] |= {
+                "rewards": {name: list(column) for name, column in self._logs["rewards"].items()},
+                "extra": {name: list(map(str, column)) for name, column in self._logs["extra"].items()},
+            }
+        return state
+
+    # -------------------------------------------------------------------------------------- resuming
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """Trainer's, from a checkpoint that is read through before, and until a signal asks to stop.
+
+        SIGTERM, SIGINT and SIGUSR1 finish the update that is under way, write a checkpoint and exit with 128 + signal.
+        """
+        if resume_from_checkpoint:
+            check(resume_from_checkpoint, self.args)
+        if self.args.should_save:
+            shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)  # of a run that was killed
+        self._frozen = digest((n, p) for n, p in sorted(self.model.named_parameters()) if not p.requires_grad)
+        self._signal = self._stopped_by = 0
+        self._resumed, self._trained_before, self._began = None, 0.0, time.time()
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():  # no other may set them
+            handlers = {number: signal.signal(number, self._ask_to_stop) for number in STOP_SIGNALS}
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """The trained adapter, with its head if it has one."""
+        model = self.accelerator.unwrap_model(model or self.model)
+        path = Path(resume_from_checkpoint) / WEIGHTS
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file.")
+        weights = load_file(path)
+        odd = sorted(weights.keys() ^ get_peft_model_state_dict(model).keys())
+        if odd:
+            raise ValueError(f"{path}: {len(odd)} tensors do not match the model's adapter, first {odd[0]!r}.")
+        set_peft_model_state_dict(model, weights)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        state = load_state(Path(checkpoint) / f"state_{self.args.process_index}")
+        if state["rows"] != self._rows():
+            raise ValueError(
+                f"{checkpoint}: written with {state['rows']} rows to train on, and there are {self._rows()}. Resume on "
+                f"the same data, or start anew."
+            )
+        if state["frozen"] != self._frozen:
+            raise ValueError(
+                f"{checkpoint}: written on another backbone, SFT adapter or reward adapter than these. Name the same "
+                f"ones (model_name_or_path, sft_adapter, reward_adapter), or start anew."
+            )
+        best = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).best_model_checkpoint
+        if best:  # it lies beside this one, wherever the run's folder has been moved
+            best = Path(checkpoint).parent / Path(best).name
+            if self.args.load_best_model_at_end and not best.is_dir():
+                raise FileNotFoundError(
+                    f"{best}: the best checkpoint so far is missing, and load_best_model_at_end needs it. Put it back, "
+                    f"or set load_best_model_at_end: false."
+                )
+            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+        self.load_training_state(state)
+
+    def load_training_state(self, state: dict) -> None:
+        """Take up what `training_state` gave."""
+        for name, value in state["counters"].items():
+            setattr(self, name, value)
+        if state["counters"].get("_buffered_inputs"):
+            self._buffered_inputs = send_to_device(self._buffered_inputs, self.args.device)
+        self._metrics = {mode: defaultdict(list, values) for mode, values in state["metrics"].items()}
+        self.seconds_before = state["seconds"]
+        self._trained_before, self._resumed = state["trained_for"], state
+        for name, values in state.get("logs", {}).items():
+            if isinstance(values, list):
+                self._logs[name].extend(values)
+            else:
+                for column, entries in values.items():
+                    self._logs[name][column].extend(entries)
+
+    def _take_up_loop(self) -> None:
+        for name, value in self._resumed["loop"].items():
+            setattr(self, name, send_to_device(value, self.args.device))
+
+    def _rows(self) -> int | None:
+        return len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
+
+    # -------------------------------------------------------------------------------------- the order of batches
+    def _get_train_sampler(self, *args):
+        self._sampler = super()._get_train_sampler(*args)
+        return self._sampler
+
+    def _order_state(self) -> dict[str, Tensor | None]:
+        """Random states that an epoch's order is drawn from: torch's, or that of the sampler's own generator, which moves
+        on with every epoch."""
+        generator = getattr(self._sampler, "generator", None)
+        return {"torch": torch.get_rng_state(), "sampler": None if generator is None else generator.get_state()}
+
+    def _run_epoch(self, **kwargs):
+        """Trainer's, with the batches in the order that they had when the epoch began.
+
+        It skips those that were trained on, but samplers draw their order when an epoch begins, from random states
+        that are then no longer those of the checkpoint.
+        """
+        checkpoint, skipped = kwargs["resume_from_checkpoint"], kwargs["steps_trained_in_current_epoch"]
+        sampler = None
+        if checkpoint is not None and kwargs["epoch"] == kwargs["epochs_trained"]:
+            self._take_up_loop()
+            if skipped:
+                torch.set_rng_state(self._resumed["epoch_start"]["torch"])
+            sampler = self._resumed["epoch_start" if skipped else "now"]["sampler"]
+            if not skipped:
+                self._load_rng_state(checkpoint)
+        if self.state.global_step >= self.state.max_steps:  # Trainer would take one more step before it looks
+            self.control.should_training_stop = True
+            return
+        if sampler is not None:
+            self._sampler.generator.set_state(sampler)
+        self._epoch_start = self._order_state()
+        super()._run_epoch(**kwargs)
+
+    # -------------------------------------------------------------------------------------- stopping
+    @property
+    def between_updates(self) -> bool:
+        """Whether a signal may end training after this step."""
+        return True
+
+    def _ask_to_stop(self, number, frame) -> None:
+        self._signal = number
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """Trainer's, after every step; here it also ends training and saves, if any process was asked to stop."""
+        if not self._stopped_by and (self.between_updates or self.control.should_training_stop):
+            asked = torch.tensor([self._signal], device=self.args.device)
+            self._stopped_by = int(self.accelerator.gather(asked).max())
+            if self._stopped_by:
+                self.control.should_training_stop = self.control.should_save = True
+        return super()._maybe_log_save_evaluate(*args, **kwargs)
+
+    def _finalize_training(self, trial, num_train_samples, start_time):
+        if self._stopped_by:
+            self._finish_current_push()
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            PartialState().print(
+                f"{signal.Signals(self._stopped_by).name}: stopped after step {self.state.global_step}; "
+                f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step} is in {self.args.output_dir}. Go on with the same "
+                f"command and --resume_from_checkpoint auto."
+            )
+            self.end()
+            raise SystemExit(128 + self._stopped_by)
+        if self.args.should_save and self.state.best_model_checkpoint and self.args.save_total_limit == 1:
+            self._make_room(1)
+        if self._resumed and self._initial_global_step:  # there was no epoch left
+            self._take_up_loop()
+        return super()._finalize_training(trial, num_train_samples, start_time - self._trained_before)
