@@ -61,6 +61,7 @@ class CompletionArguments:
     batch_size: int = field(default=64, metadata={"help": "Completions sampled at once."})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "As in PPO; unset: 1 each."})
     seed: int = 0
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
 
 
 @dataclass
@@ -233,8 +234,11 @@ def lora_config(
     A reward adapter (SEQ_CLS) trains and saves its head too.
 
     Raises:
-        ValueError: the model has fewer layers than are to be adapted.
+        ValueError: the model has fewer layers than are to be adapted; or an option of ModelConfig has no effect here.
     """
+    for option in ("use_dora", "lora_modules_to_save", "lora_target_parameters"):
+        if getattr(model, option):
+            raise ValueError(f"{option}={getattr(model, option)!r} is not supported; leave it unset.")
     modules, layers = model.lora_target_modules, {}
     if isinstance(modules, str) and modules != "all-linear":
         modules = [modules]  # ModelConfig unwraps a list of one, and peft would take the bare name for a pattern
