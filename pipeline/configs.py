@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, RLOOConfig, TrlParser
 
@@ -302,7 +303,19 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
     check_types(recipe, dataclass_types, path)
     parser.set_defaults_with_config(**recipe)
     check_ranges(vars(parser.parse_known_args(rest)[0]))
-    return parser.parse_args_and_config(args)
+    parts = parser.parse_args_and_config(args)
+    for part in parts:
+        _check_trackers(getattr(part, "report_to", None))
+    return parts
+
+
+def _check_trackers(report_to: list[str] | None) -> None:
+    """Raise a ValueError for a tracker that is not installed: Trainer does so after the model is loaded."""
+    try:
+        for callback in get_reporting_integration_callbacks(report_to):
+            callback()
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise ValueError(f"report_to={report_to}: {error}") from error
 
 
 def _refuse(message: str) -> None:

@@ -159,7 +159,7 @@ def read_adapter(
     tensors = load_file(folder / WEIGHTS)
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
-            kind = "values that are not finite" if tensor.is_floating_point() else f"type {tensor.dtype}"
-            raise ValueError(f"{folder / WEIGHTS}: {key} has {kind}. The training that left it failed; train it anew.")
+            problem = "is not finite" if tensor.is_floating_point() else f"is of {tensor.dtype}, which no weight is"
+            raise ValueError(f"{folder / WEIGHTS}: {key} {problem}. Train the adapter anew.")
     head = tensors.pop(HEAD, None)
     return Adapter(name, PeftConfig.from_pretrained(str(folder)), tensors, head)

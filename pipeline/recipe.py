@@ -14,7 +14,7 @@ import yaml
 
 
 ABOVE_0 = """
-    temperature num_train_epochs epsilon value_clip kl_target kl_horizon max_approx_kl adam_epsilon repetition_penalty
+    temperature num_train_epochs epsilon value_clip kl_target kl_horizon max_approx_kl adam_epsilon repetition_penalty top_p
     logging_steps eval_steps save_steps lora_alpha
 """
 FROM_0 = """
@@ -26,7 +26,7 @@ FROM_1 = """
     generation_batch_size num_generations num_iterations max_completion_length max_length sft_completions
     sample_prompts eval_prompts max_prompts max_pairs batch_size lora_r lora_top_layers
 """
-SHARE = "gamma lam min_reward_accuracy top_p min_p lora_dropout adam_beta1 adam_beta2"
+SHARE = "gamma lam min_reward_accuracy min_p lora_dropout adam_beta1 adam_beta2"
 # What the numbers of an option may be; unset (None) is always right.
 RANGES = (
     (ABOVE_0.split(), "above 0", lambda x: x > 0),
@@ -156,5 +156,5 @@ def check_ranges(options: dict[str, Any]) -> None:
         for name in names:
             value = options.get(name)
             for number in value if isinstance(value, (list, tuple)) else [value]:
-                if number is not None and not (math.isfinite(number) and holds(number)):
+                if isinstance(number, (int, float)) and not (math.isfinite(number) and holds(number)):
                     raise ValueError(f"{name}={value} must be {words}.")
