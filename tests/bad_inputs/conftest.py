@@ -111,6 +111,7 @@ def refuses(world, monkeypatch):
         monkeypatch.setattr(target, name, noted)
 
     def refuses(stage: str, message: str, *, loads: bool = False, trains: bool = False, **options) -> None:
+        done.clear()
         for kind in ("AutoModelForCausalLM", "AutoModelForSequenceClassification"):
             note(getattr(loading, kind), "from_pretrained", "loading the model", goes_on=True)
         note(import_module("accelerate.optimizer").AcceleratedOptimizer, "step", "a training step")

@@ -9,18 +9,19 @@ from trl.import_utils import is_vllm_available
 
 
 def test_a_port_in_use_is_named_before_a_process_starts(monkeypatch):
-    """accelerate says so itself; each of our stages is started by it."""
-    for name in ("MASTER_PORT", "MASTER_ADDR"):
-        monkeypatch.delenv(name, raising=False)
+    """accelerate says so itself, and every stage is started by it: on several machines, that is, for which all must name
+    the same port. On one machine it takes another port."""
+    monkeypatch.setattr("torch.distributed.run.run", lambda args: pytest.fail("a process was started"))
     with socket.socket() as other:
-        other.bind(("", 0))
+        other.bind(("127.0.0.1", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        options = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+        where = ["--num_machines", "2", "--machine_rank", "0", "--main_process_ip", "127.0.0.1"]
+        options = ["--multi_gpu", "--num_processes", "4", "--mixed_precision", "no", "--dynamo_backend", "no"]
         args = launch_command_parser().parse_args(
-            [*options, "--main_process_port", port, "--dynamo_backend", "no", "-m", "pipeline.sft"]
+            [*options, *where, "--main_process_port", port, "-m", "pipeline.sft"]
         )
-        with pytest.raises(ConnectionError, match=rf"port `{port}`.*--main_process_port"):
+        with pytest.raises(ConnectionError, match=rf"port `{port}`, but another process .*`--main_process_port`"):
             launch_command(args)
 
 
