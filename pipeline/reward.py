@@ -80,6 +80,11 @@ def main(
     )
     train = load_preferences(data.dataset_name, data.dataset_train_split)
     held_out = load_preferences(data.eval_source, data.dataset_eval_split) if data.eval_source else None
+    if pairs.sft_adapter and "prompt" not in train.column_names:
+        raise ValueError(
+            f"{data.dataset_name}: sft_adapter={pairs.sft_adapter!r} needs prompts to complete; give the pairs a "
+            f"column `prompt`, or set sft_adapter to '' and leave scores as they are."
+        )
     if not pairs.use_margin and "margin" in train.column_names:
         train = train.remove_columns("margin")
     torch.manual_seed(args.seed)  # the score head is drawn here
@@ -90,11 +95,6 @@ def main(
     if pairs.sft_adapter:
         # One that does not fit is refused before training.
         read_adapter(pairs.sft_adapter, needs_head=False, base=base, tokenizer=tokenizer)
-        if "prompt" not in train.column_names:
-            raise ValueError(
-                f"{data.dataset_name}: sft_adapter={pairs.sft_adapter!r} needs prompts to complete; give the pairs a "
-                f"column `prompt`, or set sft_adapter to '' and leave scores as they are."
-            )
         # Drawn at random: pairs of one ranking follow each other.
         completed = train.shuffle(seed=args.seed).select(range(min(pairs.sft_completions, len(train))))
         check_prompt_lengths(

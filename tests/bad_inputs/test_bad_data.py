@@ -65,6 +65,11 @@ ROWS = {
     "an agreement in percent": ("reward", [{**PAIR, "agreement": 95.0}], "'agreement' must be a share from 0 to 1"),
     "an empty answer for DPO": ("dpo", [{**PAIR, "rejected": " "}], "'rejected' must not be empty"),
     "a text and a conversation": ("dpo", [{"chosen": TURNS, "rejected": "b"}], "'rejected' must be a conversation"),
+    "no prompts to measure scores on": (
+        "reward",
+        [{"chosen": "A fine film.", "rejected": "A poor film."}],
+        "needs prompts to complete; give the pairs a column `prompt`",
+    ),
     "no prompt to judge": ("evaluation", [{"text": "A"}], "no column 'prompt'"),
     "no prompt to choose for": ("best_of_n", [{"prompt": ""}], "'prompt' must not be empty"),
 }
@@ -84,11 +89,6 @@ TO_THE_MODEL = {
         "reward",
         [{**PAIR, "chosen": " fine" * 200}],
         "rows.jsonl: every pair is longer than max_length=128 tokens",
-    ),
-    "no prompts to measure scores on": (
-        "reward",
-        [{"chosen": "A fine film.", "rejected": "A poor film."}],
-        "needs prompts to complete; give the pairs a column `prompt`",
     ),
 }
 
