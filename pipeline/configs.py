@@ -277,7 +277,8 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
         ValueError: the recipe is not YAML; a key that no dataclass has, and the message names the nearest one; a value
             that is not of the key's type, or outside of its range.
     """
-    if args is None:
+    runs = args is None
+    if runs:
         args = sys.argv[1:]
         _report_errors_once()
     args = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
@@ -304,8 +305,9 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
     parser.set_defaults_with_config(**recipe)
     check_ranges(vars(parser.parse_known_args(rest)[0]))
     parts = parser.parse_args_and_config(args)
-    for part in parts:
-        _check_trackers(getattr(part, "report_to", None))
+    if runs:
+        for part in parts:
+            _check_trackers(getattr(part, "report_to", None))
     return parts
 
 

@@ -127,9 +127,10 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, bool) or str(value).lower() in ("true", "false")
     if hint in (int, float):
         try:
-            return not isinstance(value, bool) and hint(value) == float(value) or math.isnan(float(value))
-        except (TypeError, ValueError):
+            number = hint(value)
+        except (TypeError, ValueError, OverflowError):
             return False
+        return not isinstance(value, bool) and (isinstance(value, str) or math.isnan(number) or number == value)
     if not isinstance(hint, type):  # dict[str, int], Any
         return hint is Any or origin is None or isinstance(value, (origin, str))
     return isinstance(value, hint)
