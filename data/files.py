@@ -26,6 +26,8 @@ def load_rows(name: str, split: str) -> Dataset:
     A file (.jsonl, .json, .csv, .parquet) and a folder that `Dataset.save_to_disk` wrote have no splits: all their
     rows are returned whatever `split` is, so training and evaluation rows belong in two of them.
 
+    On the hub, `owner/name@revision` is a branch, a tag or a commit.
+
     Raises:
         FileNotFoundError: there is no such file or folder, and the hub does not give such a dataset.
         ValueError: it cannot be read, has no such split, or has no rows.
@@ -39,10 +41,11 @@ def load_rows(name: str, split: str) -> Dataset:
         # A name without owner never goes to the hub: `datasets` takes `text` or `csv` for all files of this folder.
         raise FileNotFoundError(
             f"{name}: no such file or folder (looked for {path.absolute()}). Correct the path; a dataset on the hub "
-            f"is `owner/name`."
+            f"is `owner/name`, or `owner/name@revision`."
         )
     else:
-        rows = _load_split(name, name, split)
+        source, _, revision = name.partition("@")
+        rows = _load_split(name, source, split, **({"revision": revision} if revision else {}))
     if len(rows) == 0:
         raise _no_rows(name)
     return rows
@@ -114,9 +117,9 @@ def _load_saved(name: str, path: Path) -> Dataset:
         raise _unreadable(name, f"{path} could not be loaded", error, "Save the dataset anew.") from error
 
 
-def _load_split(name: str, source: str, split: str) -> Dataset:
+def _load_split(name: str, source: str, split: str, **options) -> Dataset:
     try:
-        return datasets.load_dataset(source, split=split)
+        return datasets.load_dataset(source, split=split, **options)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"{name}: no data found, neither here nor on the hub ({error}). Check the name and the network; a private "
@@ -165,6 +168,8 @@ def require_columns(rows: Dataset, needed: tuple[str, ...], name: str) -> None:
         if column not in found:
             near = difflib.get_close_matches(column, [other for other in found if other not in needed], n=1)
             remedy = f"Did you mean {near[0]!r}? Rename it." if near else "Rename the column that holds it."
+            if len(found) == 1 and any(mark in found[0] for mark in ";\t|"):
+                remedy = "Separate the cells by commas."
             raise ValueError(f"{name}: no column {column!r}; needed: {list(needed)}, found: {found}. {remedy}")
 
 
@@ -185,6 +190,22 @@ def check_cell(where: str, field: str, value: object, kind: str | None, *, fille
     if filled and not last.strip():
         raise cell_error(where, field, value, "must not be empty")
     return found
+
+
+def check_chat_template(rows: Dataset, tokenizer, name: str) -> None:
+    """Check that the tokenizer can write conversations, where the rows are some.
+
+    Raises:
+        ValueError: they are, and it has no chat template.
+    """
+    if tokenizer.chat_template is not None:
+        return
+    for field, value in rows[0].items():
+        if _cell_kind(value) == "conversation":
+            raise ValueError(
+                f"{row_name(name, 1)}: {field!r} is a conversation ({shorten(value)}), but the tokenizer has no chat "
+                f"template. Give text, or take a model whose tokenizer has one."
+            )
 
 
 def _cell_kind(value: object) -> str | None:

@@ -99,10 +99,19 @@ def fetch() -> bytes:
     return content
 
 
+def _archive(content: bytes) -> tarfile.TarFile:
+    try:
+        return tarfile.open(fileobj=io.BytesIO(content), mode="r:gz")
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{SDIST}: what should be an archive is none ({error}); it is not the published one."
+        ) from error
+
+
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
     try:
         return archive.extractfile(name).read()
-    except KeyError:
+    except (KeyError, AttributeError):  # extractfile gives None for what is no file
         raise ValueError(f"{SDIST}: it has no file {name!r}; the archive is not the published one.") from None
 
 
@@ -112,10 +121,10 @@ def load_snippets() -> list[Snippet]:
     HTML entities are decoded, runs of white space collapsed, and the movie file's doubled single quotes made double
     quotes. The mean is taken from the individual ratings (195 tweets state another one in their text file).
     """
-    with tarfile.open(fileobj=io.BytesIO(fetch()), mode="r:gz") as outer:
+    with _archive(fetch()) as outer:
         inner = _member(outer, INNER)
     snippets = []
-    with tarfile.open(fileobj=io.BytesIO(inner), mode="r:gz") as archive:
+    with _archive(inner) as archive:
         for source in SOURCES:
             tables = []
             for kind, columns in (("anonDataRatings", 4), ("GroundTruth", 3)):

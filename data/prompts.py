@@ -3,7 +3,7 @@
 from datasets import Dataset
 
 from data import human_ratings
-from data.files import check_cell, load_rows, require_columns, row_name, shorten
+from data.files import check_cell, check_chat_template, load_rows, require_columns, row_name, shorten
 
 
 def load_prompts(name: str, split: str) -> Dataset:
@@ -35,11 +35,7 @@ def check_prompt_lengths(rows: Dataset, tokenizer, context: int, max_completion_
             the tokenizer has no chat template.
     """
     prompts = rows["prompt"][:]
-    if not isinstance(prompts[0], str) and tokenizer.chat_template is None:
-        raise ValueError(
-            f"{row_name(name, 1)}: 'prompt' is a conversation ({shorten(prompts[0])}), but the tokenizer has no chat "
-            f"template. Give prompts as text, or take a model whose tokenizer has one."
-        )
+    check_chat_template(rows.select_columns(["prompt"]), tokenizer, name)
     for number, (prompt, ids) in enumerate(zip(prompts, tokenize_prompts(prompts, tokenizer), strict=True), 1):
         if len(ids) + max_completion_length > context:
             raise ValueError(

@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 from transformers import Trainer
 
+from pipeline.folders import adapter_folder, read_json
 from pipeline.loading import stamp
 
 
@@ -16,9 +17,9 @@ def seconds_running() -> float:
 
 
 def read_metrics(folder: str | Path) -> dict:
-    """The metrics file of a stage, empty when the folder has none (an adapter made elsewhere)."""
-    path = Path(folder) / "metrics.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
+    """The metrics file beside an adapter, empty when there is none (an adapter made elsewhere)."""
+    path = adapter_folder(str(folder)) / "metrics.json"
+    return read_json(path) if path.is_file() else {}
 
 
 def completions_sampled(trainer: Trainer) -> int:

@@ -79,17 +79,29 @@ class Backbone(PeftModelForCausalLM):
         self._add_head("value", self.heads["reward"].weight if origin == "reward" else torch.zeros(1, hidden_size))
 
     def _add_head(self, role: str, weight: Tensor) -> None:
+        hidden_size = self.get_base_model().config.get_text_config().hidden_size
+        if weight.shape[1] != hidden_size:
+            raise ValueError(
+                f"the score head of {role!r} reads {weight.shape[1]} hidden units, and the backbone has {hidden_size}: "
+                f"the adapter was trained on another base. Name one of this base."
+            )
         head = nn.Linear(weight.shape[1], 1, bias=False)
         head.weight.data.copy_(weight)
         self.heads[role] = head.to(self.get_base_model().device)
 
     def _set_weights(self, role: str, weights: dict[str, Tensor], source: str) -> None:
-        expected = get_peft_model_state_dict(self, adapter_name=self._adapter(role)).keys()
-        if weights.keys() != expected:
-            odd = sorted(weights.keys() ^ expected)
+        expected = get_peft_model_state_dict(self, adapter_name=self._adapter(role))
+        if weights.keys() != expected.keys():
+            odd = sorted(weights.keys() ^ expected.keys())
             raise ValueError(
                 f"{source}: {len(odd)} tensors of the adapter do not match the backbone, first {odd[0]!r}."
             )
+        for name, tensor in weights.items():
+            if tensor.shape != expected[name].shape:
+                raise ValueError(
+                    f"{source}: {name} has shape {tuple(tensor.shape)}, and on this backbone {tuple(expected[name].shape)}: "
+                    f"its config names another rank, or it was trained on another base. Name the adapter of this base."
+                )
         set_peft_model_state_dict(self, weights, adapter_name=self._adapter(role))
 
     def _adapter(self, role: str) -> str:
@@ -285,7 +297,7 @@ def load_backbone(
     from torch's generator, which changes nothing until it is trained."""
     base, tokenizer = load_pretrained(model, trust_remote_code=trust_remote_code)
     if policy:
-        return Backbone(base, read_adapter(policy, base=base)), tokenizer
+        return Backbone(base, read_adapter(policy, needs_head=False, base=base, tokenizer=tokenizer)), tokenizer
     return Backbone(base, lora_config(model, task_type="CAUSAL_LM", reach=reach, base=base)), tokenizer
 
 

@@ -26,6 +26,7 @@ from data.prompts import check_prompt_lengths, load_prompts, tokenize_prompts
 from pipeline.artifacts import seconds_running
 from pipeline.backbone import load_backbone
 from pipeline.configs import CompletionArguments, PolicyArguments, parse
+from pipeline.folders import check_folders, read_json
 from pipeline.loading import context_length
 from pipeline.metrics import best_of_n, best_of_n_kl, bootstrap_interval, distinct_n, wins
 from pipeline.report import best_of_n_table, draw_best_of_n
@@ -51,11 +52,18 @@ class BestOfNArguments(CompletionArguments):
 
 
 def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArguments, model: ModelConfig) -> None:
-    compared = json.loads(Path(args.report).read_text()) if args.report else None
+    compared = read_json(args.report) if args.report else None
+    check_folders(
+        args.output_dir,
+        model.model_name_or_path,
+        policies=(start.sft_adapter,),
+        rewards=rewards.reward_adapter,
+    )
+    rewards.check_weights(args.reward_weights)
     prompts = load_prompts(args.dataset_name, args.dataset_eval_split)
     prompts = prompts.select(range(min(args.max_prompts, len(prompts))))
     functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)
-    backbone, tokenizer = load_backbone(model, start.sft_adapter)
+    backbone, tokenizer = load_backbone(model, start.sft_adapter, trust_remote_code=args.trust_remote_code)
     check_prompt_lengths(prompts, tokenizer, context_length(backbone), args.max_completion_length, args.dataset_name)
     composite = Composite(learned_rewards(rewards, backbone, tokenizer) + functions, args.reward_weights)
     backbone.to(Accelerator().device).eval()

@@ -1,16 +1,18 @@
 """The stages' arguments: TRL's own config classes, what PPO adds to them, and a parser that takes no typo silently."""
 
 import difflib
+import os
 import sys
 from dataclasses import dataclass, field
 
-import yaml
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, RLOOConfig, TrlParser
 
+from pipeline.recipe import check_ranges, check_types, read_recipe
 from pipeline.trunk import decoder_layers
 
 
@@ -60,6 +62,7 @@ class CompletionArguments:
     batch_size: int = field(default=64, metadata={"help": "Completions sampled at once."})
     reward_weights: list[float] | None = field(default=None, metadata={"help": "As in PPO; unset: 1 each."})
     seed: int = 0
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
 
 
 @dataclass
@@ -174,8 +177,7 @@ class PPOConfig(RLOOConfig):
     eval_prompts: int = field(default=256, metadata={"help": "The first so many held-out prompts (eval_strategy)."})
 
     def __post_init__(self):
-        if self.num_generations < 1:
-            raise ValueError(f"num_generations={self.num_generations} must be at least 1.")
+        check_ranges(vars(self))
         try:
             super().__post_init__()
         except ValueError as error:
@@ -196,9 +198,10 @@ class PPOConfig(RLOOConfig):
             raise ValueError(
                 f"value_init={self.value_init!r} starts a value adapter, which critic='head' has not; leave it unset."
             )
-        for name in ("kl_target", "max_approx_kl", "kl_horizon"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name}={getattr(self, name)} must be above 0.")
+        if self.reward_clip_range is not None and not _ascends(self.reward_clip_range):
+            raise ValueError(
+                f"reward_clip_range={self.reward_clip_range} must be two numbers, the lower first: [-5, 5]."
+            )
         if self.kl_target and self.beta <= 0:
             raise ValueError(f"beta={self.beta} cannot be adapted to kl_target={self.kl_target}; start above 0.")
         minibatches = self.steps_per_generation / self.gradient_accumulation_steps
@@ -207,6 +210,10 @@ class PPOConfig(RLOOConfig):
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide "
                 f"steps_per_generation={self.steps_per_generation}; their ratio is the number of minibatches an epoch."
             )
+
+
+def _ascends(bounds: list[float]) -> bool:
+    return len(bounds) == 2 and bounds[0] < bounds[1]
 
 
 def check_max_length(max_length: int | None, context: int) -> None:
@@ -227,8 +234,11 @@ def lora_config(
     A reward adapter (SEQ_CLS) trains and saves its head too.
 
     Raises:
-        ValueError: the model has fewer layers than are to be adapted.
+        ValueError: the model has fewer layers than are to be adapted; or an option of ModelConfig has no effect here.
     """
+    for option in ("use_dora", "lora_modules_to_save", "lora_target_parameters"):
+        if getattr(model, option):
+            raise ValueError(f"{option}={getattr(model, option)!r} is not supported; leave it unset.")
     modules, layers = model.lora_target_modules, {}
     if isinstance(modules, str) and modules != "all-linear":
         modules = [modules]  # ModelConfig unwraps a list of one, and peft would take the bare name for a pattern
@@ -262,25 +272,60 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
     """Dataclasses from `--config recipe.yaml` and the command line, which overrides it.
 
     Raises:
-        ValueError: a key that no dataclass has; the message names the nearest one.
+        FileNotFoundError: there is no such recipe.
+        ValueError: the recipe is not YAML; a key that no dataclass has, and the message names the nearest one; a value
+            that is not of the key's type, or outside of its range.
     """
-    args = sys.argv[1:] if args is None else args
+    runs = args is None
+    if runs:
+        args = sys.argv[1:]
+        _report_errors_once()
+    args = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     parser = TrlParser(dataclass_types)
+    parser.error = _refuse  # argparse would print all options of the stage before what is wrong
     options = [word.lstrip("-").replace("-", "_") for action in parser._actions for word in action.option_strings]
     known = {"config", "env", *options}
     given = [(word[2:].split("=")[0].replace("-", "_"), "command line") for word in args if word.startswith("--")]
+    recipe, path, rest = {}, None, list(args)
     if "--config" in args:
         if args[-1] == "--config":
             raise ValueError("command line: --config needs the path of a recipe after it.")
-        path = args[args.index("--config") + 1]
-        with open(path, encoding="utf-8") as file:
-            recipe = yaml.safe_load(file)
-        if not isinstance(recipe, dict):
-            raise ValueError(f"{path}: a recipe is a YAML mapping of keys to values.")
+        at = rest.index("--config")
+        path = rest[at + 1]
+        del rest[at : at + 2]
+        recipe = read_recipe(path)
         given += [(str(key), path) for key in recipe]
     for key, source in given:
         if key not in known:
             nearest = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {nearest[0]}?" if nearest else ""
             raise ValueError(f"{source}: unknown key {key!r}.{hint}")
-    return parser.parse_args_and_config(args)
+    check_types(recipe, dataclass_types, path)
+    parser.set_defaults_with_config(**recipe)
+    check_ranges(vars(parser.parse_known_args(rest)[0]))
+    parts = parser.parse_args_and_config(args)
+    if runs:
+        for part in parts:
+            _check_trackers(getattr(part, "report_to", None))
+    return parts
+
+
+def _check_trackers(report_to: list[str] | None) -> None:
+    """Raise a ValueError for a tracker that is not installed: Trainer does so after the model is loaded."""
+    try:
+        for callback in get_reporting_integration_callbacks(report_to):
+            callback()
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise ValueError(f"report_to={report_to}: {error}") from error
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(f"command line: {message}")
+
+
+def _report_errors_once() -> None:
+    """Where several processes run a stage, all but the first tell their errors in a line each: most have the same, and
+    as many tracebacks printed at once can be read by no one."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        sys.excepthook = lambda kind, error, trace: sys.stderr.write(f"[rank {rank}] {kind.__name__}: {error}\n")

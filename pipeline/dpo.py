@@ -12,11 +12,13 @@ import torch
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
+from data.files import check_chat_template
 from data.preferences import load_preferences
 from pipeline.artifacts import finish_stage
 from pipeline.backbone import backbone_copies, load_backbone
 from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, PolicyArguments, check_max_length, parse
+from pipeline.folders import check_folders
 from pipeline.loading import context_length, fingerprint
 
 
@@ -32,6 +34,12 @@ class DPO(Checkpointed, DPOTrainer):
 
 
 def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DPOConfig) -> None:
+    check_folders(
+        args.output_dir,
+        model.model_name_or_path,
+        policies=(start.sft_adapter,),
+        leaves_reward=False,
+    )
     checkpoint = find_checkpoint(args)
     pairs = load_preferences(data.dataset_name, data.dataset_train_split)
     if start.max_pairs:  # pairs of one ranking follow each other
@@ -40,6 +48,7 @@ def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DP
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
     backbone, tokenizer = load_backbone(model, start.sft_adapter, trust_remote_code=args.trust_remote_code)
     check_max_length(args.max_length, context_length(backbone))
+    check_chat_template(pairs, tokenizer, data.dataset_name)
     identity = fingerprint(backbone.get_base_model())
     trainer = DPO(
         model=backbone,  # TRL clones its policy adapter as the reference

@@ -25,6 +25,7 @@ from pipeline import report as drawing
 from pipeline.artifacts import read_metrics, seconds_running
 from pipeline.backbone import Backbone, load_backbone
 from pipeline.configs import CompletionArguments, parse
+from pipeline.folders import check_folders
 from pipeline.loading import context_length, read_adapter
 from pipeline.metrics import bootstrap_interval, distinct_n, wins
 from pipeline.sampling import as_answers, sample
@@ -99,13 +100,22 @@ def complete(role: str, backbone: Backbone, prompts: Dataset, tokenizer, args: E
 
 
 def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig) -> None:
+    check_folders(
+        args.output_dir,
+        model.model_name_or_path,
+        policies=(args.policy_adapter, args.sft_adapter),
+        rewards=rewards.reward_adapter,
+    )
+    rewards.check_weights(args.reward_weights)
     prompts = load_prompts(args.dataset_name, args.dataset_eval_split)
     prompts = prompts.select(range(min(args.max_prompts, len(prompts))))
     functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)
-    backbone, tokenizer = load_backbone(model, args.policy_adapter)
+    backbone, tokenizer = load_backbone(model, args.policy_adapter, trust_remote_code=args.trust_remote_code)
     check_prompt_lengths(prompts, tokenizer, context_length(backbone), args.max_completion_length, args.dataset_name)
     if args.sft_adapter:
-        backbone.add_role("reference", read_adapter(args.sft_adapter, base=backbone.get_base_model()))
+        backbone.add_role(
+            "reference", read_adapter(args.sft_adapter, needs_head=False, base=backbone.get_base_model())
+        )
     composite = Composite(learned_rewards(rewards, backbone, tokenizer) + functions, args.reward_weights)
     backbone.to(Accelerator().device).eval()
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftConfig
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -17,15 +18,13 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file
 from trl import ModelConfig
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
+from pipeline.folders import HEAD, WEIGHTS, check_adapter, check_model_folder, damaged, read_json
 
-WEIGHTS = "adapter_model.safetensors"
+
 IDENTITY = "backbone.json"
-# Where peft keeps the head of a sequence-classification adapter (`modules_to_save=["score"]`).
-HEAD = "base_model.model.score.weight"
 
 
 def load_pretrained(
@@ -37,40 +36,53 @@ def load_pretrained(
     pad token pads with its end-of-text token, as TRL does. With `head`, the model is a sequence classifier whose one
     score starts at N(0, 1/sqrt(D + 1)) (Stiennon et al. 2020, arXiv 2009.01325).
 
-    Raises:
-        FileNotFoundError: there is no such folder, or it holds no tokenizer.
-        ValueError: the architecture keeps its score head elsewhere than in `score`.
+    Raises what `check_model_folder` raises, and:
+        ValueError: a file of it is damaged; the tokenizer has no end-of-text token, or more tokens than the model; the
+            architecture keeps its score head elsewhere than in `score`; the model is to be quantized.
     """
     name = model.model_name_or_path
-    if name is None:
-        raise ValueError("model_name_or_path is not set; name a hub id or a folder, such as data/backbone.")
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        name = str(folder.resolve())
-        if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
-            raise FileNotFoundError(
-                f"{folder}: the model folder has no tokenizer (tokenizer.json). Save it there with "
-                f"`tokenizer.save_pretrained({str(folder)!r})`."
-            )
-    elif name.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"model_name_or_path={name!r}: there is no such folder.")
+    check_model_folder(name)
+    for option in ("load_in_8bit", "load_in_4bit"):
+        if getattr(model, option):
+            raise ValueError(f"{option}=True is not supported: the backbone is not quantized. Leave it unset.")
+    if Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser().resolve())
     source = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{name}: the tokenizer's files are damaged ({error}). Save the tokenizer there anew."
+        ) from error
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"{name}: the tokenizer has no end-of-text token. Set eos_token in its tokenizer_config.json."
+        )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
 
     options = {"dtype": model.dtype, "attn_implementation": model.attn_implementation, "use_safetensors": True}
+    try:
+        if head:
+            with suppress_seqcls_warning():  # that the score head is fresh is what we want
+                base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **source, **options)
+        else:
+            base = AutoModelForCausalLM.from_pretrained(name, **source, **options)
+    except SafetensorError as error:
+        raise damaged(Path(name), error) from error
+    rows = base.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}. Take the tokenizer that the "
+            f"model was trained with, or call `model.resize_token_embeddings({len(tokenizer)})`, train and save it."
+        )
     if head:
-        with suppress_seqcls_warning():  # that the score head is fresh is what we want
-            base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **source, **options)
         if not isinstance(getattr(base, "score", None), nn.Linear):
             raise ValueError(
                 f"{name}: {type(base).__name__} keeps its head elsewhere than in `score`; take a decoder-only model "
                 f"(GPT-2, Llama, Qwen, Mistral ...)."
             )
         nn.init.normal_(base.score.weight, std=(base.score.in_features + 1) ** -0.5)
-    else:
-        base = AutoModelForCausalLM.from_pretrained(name, **source, **options)
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return base.requires_grad_(False), tokenizer
 
@@ -116,41 +128,43 @@ class Adapter:
     head: Tensor | None
 
 
-def read_adapter(folder: str, *, needs_head: bool = False, base: PreTrainedModel | None = None) -> Adapter:
-    """Read a standard peft adapter (a folder or a hub id; safetensors only) and check that it fits.
+def read_adapter(
+    name: str,
+    *,
+    needs_head: bool | None = None,
+    base: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Adapter:
+    """Read a standard peft adapter (a folder, a hub id or `owner/name@revision`; safetensors only) and check that it
+    fits: the `base`, and the `tokenizer` where one was saved beside the adapter.
 
-    Raises:
-        FileNotFoundError: the folder, its config or its safetensors file is missing.
-        ValueError: not a LoRA adapter; its head is missing; it was trained on another base.
+    Raises what `check_adapter` raises, and:
+        ValueError: it was trained on another base, or with another tokenizer; its tensors are not finite.
     """
-    path = Path(folder)
-    for name in ("adapter_config.json", WEIGHTS):
-        if (path.exists() or folder.startswith((".", "/", "~"))) and not (path / name).is_file():
-            raise FileNotFoundError(
-                f"{path / name}: no such file. Name the folder that `trainer.save_model` wrote (adapter_config.json "
-                f"and {WEIGHTS})."
-            )
-    config = PeftConfig.from_pretrained(folder)
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{folder}: the adapter is of type {config.peft_type}, not LORA.")
-    tensors = load_file(cached_file(folder, WEIGHTS))
-    head = tensors.pop(HEAD, None)
-    if needs_head and head is None:
-        raise ValueError(
-            f"{folder}: {WEIGHTS} holds no score head ({HEAD}), so it cannot score. Train the reward adapter with "
-            f"modules_to_save=['score'] (pipeline.reward does)."
-        )
-    if needs_head and head.shape[0] != 1:
-        raise ValueError(
-            f"{folder}: the score head has {head.shape[0]} outputs; a reward adapter has 1 (num_labels=1)."
-        )
-    identity = path / IDENTITY
+    folder = check_adapter(name, needs_head=needs_head)
+    identity = folder / IDENTITY
     if base is not None and identity.is_file():
-        made_for, ours = json.loads(identity.read_text()), fingerprint(base)
-        if made_for["fingerprint"] != ours:
+        made_for, ours = read_json(identity), fingerprint(base)
+        theirs = str(made_for.get("fingerprint"))
+        if theirs != ours:
             raise ValueError(
-                f"{folder}: the adapter was trained on another base, {made_for['model_name_or_path']} (fingerprint "
-                f"{made_for['fingerprint'][:12]}), than {base.config._name_or_path} ({ours[:12]}). Train it on this "
-                f"base, or set model_name_or_path to that one."
+                f"{name}: the adapter was trained on another base, {made_for.get('model_name_or_path')} (fingerprint "
+                f"{theirs[:12]}), than {base.config._name_or_path} ({ours[:12]}). Train it on this base, or set "
+                f"model_name_or_path to that one."
             )
-    return Adapter(folder, config, tensors, head)
+    if tokenizer is not None and (folder / "tokenizer.json").is_file():
+        vocabulary = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
+        ours = tokenizer.get_vocab()
+        if vocabulary != ours:
+            odd = next(iter(sorted(vocabulary.items() ^ ours.items())))[0]
+            raise ValueError(
+                f"{name}: the adapter was trained with another tokenizer ({len(vocabulary)} tokens, here {len(ours)}; "
+                f"{odd!r} is one that differs). Train it with this one, or give the model that one."
+            )
+    tensors = load_file(folder / WEIGHTS)
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            problem = "is not finite" if tensor.is_floating_point() else f"is of {tensor.dtype}, which no weight is"
+            raise ValueError(f"{folder / WEIGHTS}: {key} {problem}. Train the adapter anew.")
+    head = tensors.pop(HEAD, None)
+    return Adapter(name, PeftConfig.from_pretrained(str(folder)), tensors, head)

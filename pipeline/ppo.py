@@ -12,12 +12,14 @@ from accelerate.logging import get_logger
 from transformers import set_seed
 from trl import ModelConfig
 
+from data.files import check_chat_template
 from data.prompts import check_prompt_lengths, load_prompts
 from data.texts import load_texts, tokenize_texts
 from pipeline.artifacts import finish_stage
 from pipeline.backbone import load_backbone
 from pipeline.checkpoints import find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, PPOConfig, parse
+from pipeline.folders import check_folders
 from pipeline.loading import context_length, fingerprint
 from pipeline.ppo_trainer import PPOTrainer
 from pipeline.preflight import preflight
@@ -46,6 +48,14 @@ def main(
     model: ModelConfig,
     args: PPOConfig,
 ) -> None:
+    check_folders(
+        args.output_dir,
+        model.model_name_or_path,
+        policies=(roles.sft_adapter,),
+        rewards=rewards.reward_adapter,
+        leaves_reward=False,
+    )
+    rewards.check_weights(args.reward_weights)
     checkpoint = find_checkpoint(args)
     prompts = load_prompts(data.dataset_name, data.dataset_train_split)
     functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)
@@ -68,6 +78,7 @@ def main(
     texts = None
     if roles.ptx_dataset_name:
         rows = load_texts(roles.ptx_dataset_name, roles.ptx_dataset_split)
+        check_chat_template(rows, tokenizer, roles.ptx_dataset_name)
         texts = tokenize_texts(rows, tokenizer, context)
     if len(prompts) < args.generation_batch_size:  # TRL samples each prompt once a pass and drops a short last batch
         prompts = prompts.repeat(-(-args.generation_batch_size // len(prompts)))

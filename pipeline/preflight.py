@@ -140,6 +140,8 @@ def _reward_model_checks(metrics: dict[str, Any], args: PPOConfig) -> Iterator[C
         f"{why} Train it longer or on more pairs, or lower min_reward_accuracy.",
         least=True,
     )
+    if "ece" not in metrics:
+        return
     yield _held(
         "reward model's calibration error",
         metrics["ece"],

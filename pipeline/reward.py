@@ -7,21 +7,25 @@ a batch and each text is scored once, and measures it on held-out pairs: accurac
 gap, and calibration.
 """
 
+from pathlib import Path
+
 import numpy as np
 import torch
 from transformers import set_seed
 from trl import ModelConfig, RewardConfig
 
+from data.files import check_chat_template
 from data.preferences import load_preferences
 from data.prompts import check_prompt_lengths
 from pipeline.artifacts import finish_stage
 from pipeline.backbone import load_backbone
 from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, RewardModelArguments, check_max_length, lora_config, parse
+from pipeline.folders import check_folders
 from pipeline.loading import context_length, fingerprint, load_pretrained, read_adapter
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows
-from reward_models.normalization import Normalization, measure
+from reward_models.normalization import FILE, Normalization, measure
 from reward_models.ranking import RankingTrainer
 
 
@@ -73,22 +77,30 @@ def normalization_of(
 def main(
     data: DataArguments, pairs: RewardModelArguments, reach: LoraArguments, model: ModelConfig, args: RewardConfig
 ) -> None:
+    check_folders(
+        args.output_dir,
+        model.model_name_or_path,
+        policies=(pairs.sft_adapter,),
+        leaves_reward=True,
+    )
     checkpoint = find_checkpoint(args)
     train = load_preferences(data.dataset_name, data.dataset_train_split)
     held_out = load_preferences(data.eval_source, data.dataset_eval_split) if data.eval_source else None
+    if pairs.sft_adapter and "prompt" not in train.column_names:
+        raise ValueError(
+            f"{data.dataset_name}: sft_adapter={pairs.sft_adapter!r} needs prompts to complete; give the pairs a "
+            f"column `prompt`, or set sft_adapter to '' and leave scores as they are."
+        )
     if not pairs.use_margin and "margin" in train.column_names:
         train = train.remove_columns("margin")
     torch.manual_seed(args.seed)  # the score head is drawn here
     base, tokenizer = load_pretrained(model, head=True, trust_remote_code=args.trust_remote_code)
     check_max_length(args.max_length, context_length(base))
+    check_chat_template(train, tokenizer, data.dataset_name)
     identity = fingerprint(base)
     if pairs.sft_adapter:
-        read_adapter(pairs.sft_adapter, base=base)  # an adapter that does not fit is refused before training
-        if "prompt" not in train.column_names:
-            raise ValueError(
-                f"{data.dataset_name}: sft_adapter={pairs.sft_adapter!r} needs prompts to complete; give the pairs a "
-                f"column `prompt`, or set sft_adapter to '' and leave scores as they are."
-            )
+        # One that does not fit is refused before training.
+        read_adapter(pairs.sft_adapter, needs_head=False, base=base, tokenizer=tokenizer)
         # Drawn at random: pairs of one ranking follow each other.
         completed = train.shuffle(seed=args.seed).select(range(min(pairs.sft_completions, len(train))))
         check_prompt_lengths(
@@ -102,8 +114,12 @@ def main(
         processing_class=tokenizer,
         peft_config=lora_config(model, task_type="SEQ_CLS", reach=reach, base=base),
     )
+    for rows, source in ((trainer.train_dataset, data.dataset_name), (trainer.eval_dataset, data.eval_source)):
+        if rows is not None and len(rows) == 0:  # TRL drops those that are too long
+            raise ValueError(f"{source}: every pair is longer than max_length={args.max_length} tokens. Shorten them.")
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = held_out_report(trainer) if held_out else {}
+    (Path(args.output_dir) / FILE).unlink(missing_ok=True)  # an earlier run's scale is not that of these scores
     finish_stage(trainer, identity, {**metrics, "history": trainer.state.log_history})
     if pairs.sft_adapter and trainer.is_world_process_zero():
         trainer.accelerator.free_memory()

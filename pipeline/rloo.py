@@ -15,6 +15,7 @@ from pipeline.artifacts import completions_sampled, finish_stage
 from pipeline.backbone import backbone_copies, load_backbone
 from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, PolicyArguments, parse
+from pipeline.folders import check_folders
 from pipeline.loading import context_length, fingerprint
 from reward_models.composite import RewardArguments, learned_rewards, load_functions
 
@@ -32,6 +33,14 @@ def train(
     args: RLOOConfig | GRPOConfig,
 ) -> None:
     """Train the policy role of a backbone with one of TRL's online trainers, and leave its adapter."""
+    check_folders(
+        args.output_dir,
+        model.model_name_or_path,
+        policies=(start.sft_adapter,),
+        rewards=rewards.reward_adapter,
+        leaves_reward=False,
+    )
+    rewards.check_weights(args.reward_weights)
     checkpoint = find_checkpoint(args)
     prompts = load_prompts(data.dataset_name, data.dataset_train_split)
     functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)

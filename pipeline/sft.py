@@ -7,10 +7,12 @@ Trains a LoRA adapter on the frozen backbone with TRL's SFTTrainer.
 
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
+from data.files import check_chat_template
 from data.texts import load_texts
 from pipeline.artifacts import finish_stage
 from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, check_max_length, lora_config, parse
+from pipeline.folders import check_folders
 from pipeline.loading import context_length, fingerprint, load_pretrained
 
 
@@ -19,11 +21,17 @@ class SFT(Checkpointed, SFTTrainer):
 
 
 def main(data: DataArguments, reach: LoraArguments, model: ModelConfig, args: SFTConfig) -> None:
+    check_folders(
+        args.output_dir,
+        model.model_name_or_path,
+        leaves_reward=False,
+    )
     checkpoint = find_checkpoint(args)
     train = load_texts(data.dataset_name, data.dataset_train_split)
     held_out = load_texts(data.eval_source, data.dataset_eval_split) if data.eval_source else None
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)
     check_max_length(args.max_length, context_length(base))
+    check_chat_template(train, tokenizer, data.dataset_name)
     identity = fingerprint(base)
     trainer = SFT(
         model=base,

@@ -62,6 +62,14 @@ class RewardArguments:
         if self.normalize_scores and not self.reward_adapter:
             raise ValueError("normalize_scores scales reward adapters; name one in reward_adapter, or leave it unset.")
 
+    def check_weights(self, weights: list[float] | None) -> None:
+        """Check `reward_weights` against the rewards that are named, before any is loaded.
+
+        Raises:
+            ValueError: they are not as many.
+        """
+        _check_weights(weights, [*self.reward_adapter, *self.reward_funcs])
+
 
 def load_function(text: str) -> Callable:
     """The reward function that a recipe names, as Python would: a dotted path is the function itself, and a path with
@@ -140,7 +148,9 @@ def learned_rewards(
     learned = []
     for number, folder in enumerate(rewards.reward_adapter, 1):
         role = "reward" if number == 1 else f"reward_{number}"
-        backbone.add_role(role, read_adapter(folder, needs_head=True, base=backbone.get_base_model()))
+        backbone.add_role(
+            role, read_adapter(folder, needs_head=True, base=backbone.get_base_model(), tokenizer=tokenizer)
+        )
         shift = 0.0
         if rewards.normalize_scores:
             scale = read_normalization(folder)
@@ -168,11 +178,7 @@ class Composite:
 
     def __init__(self, functions: list[Callable], weights: list[float] | None = None):
         names = [get_callable_name(function) for function in functions]
-        if weights is not None and len(weights) != len(functions):
-            raise ValueError(
-                f"reward_weights={weights} has {len(weights)} weights for {len(functions)} rewards, "
-                f"{', '.join(names)}. Give each one."
-            )
+        _check_weights(weights, names)
         counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
         self.names = [name if n == 1 else f"{name}_{n}" for name, n in zip(names, counts, strict=True)]
         self.functions = [self._guard(*named) for named in zip(functions, self.names, strict=True)]
@@ -243,6 +249,14 @@ class Composite:
                 f"{completion!r}. At least one must give each row a number."
             )
         return scores
+
+
+def _check_weights(weights: list[float] | None, names: list[str]) -> None:
+    if weights is not None and len(weights) != len(names):
+        raise ValueError(
+            f"reward_weights={weights} has {len(weights)} weights for {len(names)} rewards, {', '.join(names)}. Give "
+            f"each one."
+        )
 
 
 def _problem(values: list, prompts: list, completions: list) -> str | None:

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from data.prompts import tokenize_prompts
 from pipeline.backbone import Backbone
+from pipeline.folders import adapter_folder, read_json
 from pipeline.sampling import sample
 from reward_models.learned import score_rows
 
@@ -39,13 +39,16 @@ def read_normalization(folder: str) -> Normalization:
     Raises:
         ValueError: there is none, or its numbers are of no use.
     """
-    path = cached_file(folder, FILE, _raise_exceptions_for_missing_entries=False)
-    if path is None:
+    path = adapter_folder(folder) / FILE
+    if not path.is_file():
         raise ValueError(
             f"normalize_scores: {folder} has no {FILE}. Train the reward model with --sft_adapter, which measures its "
             f"scores on that policy's completions, or set normalize_scores: false."
         )
-    found = Normalization(**json.loads(Path(path).read_text()))
+    try:
+        found = Normalization(**read_json(path))
+    except TypeError as error:
+        raise ValueError(f"{path}: it must hold mean, std and completions; measure them anew.") from error
     if not np.isfinite([found.mean, found.std]).all() or found.std <= 0:
         raise ValueError(f"{path}: mean {found.mean} and std {found.std} are no scale of scores; measure them anew.")
     return found

@@ -95,7 +95,7 @@ def get_token_similarity(tokenizer: str) -> Callable:
     Args:
         tokenizer: hub id or folder of the model's tokenizer.
     """
-    loaded = AutoTokenizer.from_pretrained(tokenizer)
+    loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
     special = set(loaded.all_special_ids)
 
     def spellings(ids: list[int]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Stages in this process: the backbone stays as it was, and wrong inputs fail with one error before any training."""
+"""Stages in this process: what they train, what they leave, and that the backbone stays as it was."""
 
 import json
 import shutil
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SFTConfig
 
 from pipeline import best_of_n, dpo, evaluation, grpo, ppo, reward, rloo, sft, tables
 from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, PPOConfig, RewardModelArguments, parse
-from pipeline.loading import HEAD, WEIGHTS, load_pretrained, read_adapter
+from pipeline.loading import WEIGHTS, load_pretrained, read_adapter
 from reward_models.composite import RewardArguments
 
 
@@ -51,14 +51,6 @@ def run(tiny, sft_adapter, reward_adapter, tmp_path):
     return run
 
 
-@pytest.fixture
-def no_training(monkeypatch):
-    def fail(*args, **kwargs):
-        raise AssertionError("training began")
-
-    monkeypatch.setattr("transformers.Trainer.train", fail)
-
-
 PAIRS = [{"prompt": "A", "chosen": " fine film.", "rejected": " poor film."} for _ in range(64)]
 
 
@@ -96,93 +88,6 @@ def test_the_backbone_is_bit_identical_after_the_stage(stage, run, tiny, monkeyp
         p.abs().max() for name, p in kept.items() if "lora_B" in name and (".default." in name or ".value." in name)
     ]
     assert min(moved) > 0
-
-
-BAD_PAIRS = {
-    "a missing column": ([{"prompt": "A", "chosen": " b"}], r"no column 'rejected'"),
-    "an empty completion": (
-        [*PAIRS, {"prompt": "A", "chosen": " ", "rejected": " b"}],
-        r"row 65 .*'chosen' must not be empty",
-    ),
-    "equal completions": ([{"prompt": "A", "chosen": " b", "rejected": " b"}], r"row 1 .*must differ from 'chosen'"),
-}
-
-
-@pytest.mark.parametrize("rows, message", BAD_PAIRS.values(), ids=BAD_PAIRS)
-def test_bad_preferences(rows, message, run, no_training, tmp_path):
-    with pytest.raises(ValueError, match=message):
-        run("reward", dataset_name=write(tmp_path / "pairs.jsonl", rows))
-    assert not (tmp_path / "out").exists()
-
-
-def test_malformed_json_names_the_line(run, no_training, tmp_path):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(PAIRS[0]) + "\n" + '{"prompt": "A", "chosen"\n')
-    with pytest.raises(ValueError, match=r"pairs.jsonl line 2: not valid JSON"):
-        run("reward", dataset_name=path)
-
-
-def test_a_prompt_longer_than_the_context(run, no_training, tmp_path):
-    rows = [{"prompt": "A"}, {"prompt": "word " * 150}]
-    with pytest.raises(ValueError, match=r"row 2 .* exceeds the model's context of 128.*lower max_completion_length"):
-        run("ppo", dataset_name=write(tmp_path / "prompts.jsonl", rows))
-
-
-@pytest.mark.parametrize("stage", ["sft", "reward"])
-def test_rows_longer_than_the_context(stage, run, no_training):
-    with pytest.raises(ValueError, match="max_length=129 exceeds the model's context of 128 tokens"):
-        run(stage, max_length=129)
-
-
-def test_a_typo_suggests_the_nearest_key(run, no_training):
-    with pytest.raises(ValueError, match=r"unknown key 'learning_rat'. Did you mean learning_rate\?"):
-        run("ppo", learning_rat=1e-4)
-
-
-def test_a_model_without_a_tokenizer(run, no_training, tiny, tmp_path):
-    bare = Path(shutil.copytree(tiny, tmp_path / "bare"))
-    for file in bare.glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(FileNotFoundError, match="bare: the model folder has no tokenizer"):
-        run("sft", model_name_or_path=bare)
-
-
-def test_a_reward_adapter_without_its_head(run, no_training, reward_adapter, tmp_path):
-    folder = Path(shutil.copytree(reward_adapter, tmp_path / "headless"))
-    tensors = load_file(folder / WEIGHTS)
-    del tensors[HEAD]
-    save_file(tensors, folder / WEIGHTS)
-    with pytest.raises(ValueError, match="headless: .* holds no score head"):
-        run("ppo", reward_adapter=folder)
-
-
-def test_a_reward_adapter_of_another_base(run, no_training, tiny, tmp_path):
-    other, tokenizer = load_pretrained(ModelConfig(tiny))
-    other.transformer.wte.weight.data.mul_(2)
-    other.save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="was trained on another base"):
-        run("ppo", model_name_or_path=tmp_path / "other")
-
-
-def test_a_run_without_any_reward(run, no_training):
-    with pytest.raises(ValueError, match="Name a reward: set reward_adapter, reward_funcs or both"):
-        run("ppo", reward_adapter="")
-
-
-@pytest.mark.parametrize(
-    ("function", "message"),
-    [
-        ("reward_models.rules.containz", "cannot import 'reward_models.rules.containz'"),
-        ("reward_models.rules.contains", r"missing a required argument: 'contains'.*rows\.jsonl \(needle\)"),
-        ("reward_models.rules.get_length(tokens=3)", "unexpected keyword argument 'tokens'"),
-    ],
-)
-def test_a_reward_function_that_cannot_be_called(function, message, run, no_training, tmp_path):
-    """Said before the model is read: there is none."""
-    rows = write(tmp_path / "rows.jsonl", [{"prompt": "A", "needle": "b"}])
-    with pytest.raises(ValueError, match=message):
-        run("ppo", reward_funcs=function, dataset_name=rows, model_name_or_path=tmp_path / "no model")
 
 
 async def shortness(completions, log_metric, **kwargs):
@@ -312,15 +217,6 @@ def test_best_of_n(run, tmp_path):
     assert 1 <= one["mean_length"] <= 4
     assert (tmp_path / "out" / "best_of_n.md").read_text().count("\n") == 4
     assert (tmp_path / "out" / "best_of_n.png").read_bytes()[:4] == b"\x89PNG"
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [({"n": [0, 2]}, r"n=\[0, 2\] is no list of numbers"), ({"report": "none.json"}, "Run pipeline.evaluation first")],
-)
-def test_best_of_n_refuses(options, message, run):
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        run("best_of_n", **options)
 
 
 def report_of(folder: Path, judge: float, seconds: float) -> None:

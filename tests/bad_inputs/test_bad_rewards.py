@@ -1,0 +1,141 @@
+"""Rewards that do not exist, cannot be called, or give what is no number: the function, the sample and the remedy."""
+
+import math
+
+import pytest
+
+from reward_models import rules
+
+
+NAMES = {
+    "none at all": ({"reward_adapter": ""}, r"Name a reward: set reward_adapter, reward_funcs or both"),
+    "a misspelt function": (
+        {"reward_funcs": "reward_models.rules.containz"},
+        r"cannot import 'reward_models.rules.cont",
+    ),
+    "a misspelt module": ({"reward_funcs": "reward_model.rules.contains"}, r"cannot import .*No module named"),
+    "a file": ({"reward_funcs": "rewards.py"}, r"cannot import 'rewards\.py'.*Write it as package\.module\.function"),
+    "no path": ({"reward_funcs": "contains"}, r"cannot import 'contains'"),
+    "no function": ({"reward_funcs": "reward_models.rules.__doc__"}, r"is not a function"),
+    "a missing column": (
+        {"reward_funcs": "reward_models.rules.contains"},
+        r"missing a required argument: 'contains'.*none but prompt.*Add the column",
+    ),
+    "an unknown option": (
+        {"reward_funcs": "reward_models.rules.get_length(tokens=3)"},
+        r"unexpected keyword argument",
+    ),
+    "options that are no values": (
+        {"reward_funcs": "reward_models.rules.get_length(n)"},
+        r"cannot read the options of",
+    ),
+    "a value out of range": (
+        {"reward_funcs": "reward_models.rules.get_length(target=0)"},
+        r"target=0 is not a positive",
+    ),
+    "no pattern": (
+        {"reward_funcs": "reward_models.rules.get_regex(pattern='(')"},
+        r"'\(' is not a regular expression",
+    ),
+    "options without brackets": ({"reward_funcs": "trl.rewards.get_soft_overlong_punishment"}, r"in brackets"),
+    "a mapping in YAML": (
+        {"recipe": "reward_funcs: [{a.b: c}]\n"},
+        r"reward_funcs=\[\{'a\.b': 'c'\}\] must be a list",
+    ),
+    "a weight too many": (
+        {"reward_weights": [1.0, 2.0]},
+        r"reward_weights=\[1\.0, 2\.0\] has 2 weights for 1 rewards",
+    ),
+    "a weight that is no number": ({"reward_weights": ["nan"]}, r"reward_weights=\[nan\] must be finite"),
+    "a lone weight in YAML": ({"recipe": "reward_weights: 1.0\n"}, r"reward_weights=1\.0 must be a list, in brackets"),
+    "a scale without an adapter": (
+        {"reward_adapter": "", "reward_funcs": "reward_models.rules.get_length(target=3)", "normalize_scores": True},
+        r"normalize_scores scales reward adapters; name one",
+    ),
+}
+
+
+def nan(completions, **kwargs):
+    return [math.nan] * len(completions)
+
+
+def infinite(completions, **kwargs):
+    return [math.inf] * len(completions)
+
+
+def text(completions, **kwargs):
+    return ["good"] * len(completions)
+
+
+def short(completions, **kwargs):
+    return [1.0]
+
+
+def nothing(completions, **kwargs):
+    return None
+
+
+def none_each(completions, **kwargs):
+    return [None] * len(completions)
+
+
+def broken(completions, **kwargs):
+    raise KeyError("sentiment")
+
+
+async def broken_service(completions, **kwargs):
+    raise ConnectionError("the judge does not answer")
+
+
+GIVEN = {
+    nan: r"reward function 'nan' gave nan for prompt '.*', completion '.*'\. Return a finite number, or None",
+    infinite: r"reward function 'infinite' gave inf for prompt",
+    text: r"reward function 'text' gave 'good' for prompt",
+    short: r"reward function 'short' returned 1 rewards for 8 completions, the first for prompt .*Return one for each",
+    nothing: r"reward function 'nothing' raised TypeError: 'NoneType' object is not iterable; it was called with 8 compl",
+    none_each: r"reward functions make no finite score \(none_each nan; nan is None\) for prompt",
+    broken: r"reward function 'broken' raised KeyError: 'sentiment'; it was called with 8 completions",
+    broken_service: r"reward function 'broken_service' raised ConnectionError: the judge does not answer",
+}
+
+
+@pytest.mark.parametrize(("options", "message"), NAMES.values(), ids=NAMES)
+def test_what_is_named(options, message, refuses):
+    refuses("ppo", message, **options)
+
+
+@pytest.mark.parametrize("stage", ["rloo", "grpo", "evaluation", "best_of_n"])
+def test_in_other_stages_too(stage, refuses):
+    refuses(stage, r"has 2 weights for 1 rewards", reward_weights=[1.0, 2.0])
+
+
+@pytest.mark.parametrize("function", GIVEN, ids=lambda function: function.__name__)
+def test_what_is_given(function, refuses):
+    """At the first rollout, before the first step."""
+    path = f"{__name__}.{function.__name__}"
+    refuses("ppo", GIVEN[function], loads=True, trains=True, reward_adapter="", reward_funcs=path)
+
+
+def test_a_value_that_starts_from_no_reward_model(refuses):
+    options = {"reward_adapter": "", "reward_funcs": "reward_models.rules.get_length(target=3)"}
+    refuses("ppo", r"value_init='reward' needs a reward adapter", loads=True, value_init="reward", **options)
+
+
+def test_ptx_without_texts(refuses):
+    refuses("ppo", r"ptx_coef=0\.5 and ptx_dataset_name belong together", loads=True, ptx_coef=0.5)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        rules.get_regex("a"),
+        rules.get_length(3),
+        rules.get_repetition(2),
+        rules.sentiment,
+    ],
+    ids=["regex", "length", "repetition", "sentiment"],
+)
+def test_an_empty_completion_has_a_reward(function):
+    """A policy may end a completion at once: its only token is then end-of-text."""
+    values = function(prompts=["A"], completions=[""], completion_ids=[[0]])
+    assert len(values) == 1 and math.isfinite(values[0])
