@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
-from trl.trainer.utils import selective_log_softmax_and_entropy
 
 from pipeline.configs import LoraArguments, lora_config
 from pipeline.loading import HEAD, WEIGHTS, Adapter, fingerprint, load_pretrained, read_adapter, stamp
 from pipeline.trunk import decoder_layers, first_adapted_layer, lower, upper
+from pipeline.vocabulary import token_logprobs
 
 
 # peft calls the first adapter "default", and TRL's online trainers train that one and clone it as "ref". Further reward
@@ -193,11 +193,8 @@ class Backbone(PeftModelForCausalLM):
     def _logprobs(
         self, hidden: Tensor, completion_ids: Tensor, temperature: float, entropy_requires_grad: bool = False
     ) -> tuple[Tensor, Tensor]:
-        logits = self.get_base_model().get_output_embeddings()(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return selective_log_softmax_and_entropy(
-            logits, completion_ids, entropy_requires_grad=entropy_requires_grad, temperature=temperature
-        )
+        head = self.get_base_model().get_output_embeddings()
+        return token_logprobs(head, hidden, completion_ids, temperature, entropy_requires_grad=entropy_requires_grad)
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, length: int, trunk: Tensor | None = None) -> Tensor:
         """Value of the state before each of the last `length` tokens, (B, P + T) -> (B, T)."""

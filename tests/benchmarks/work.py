@@ -45,7 +45,7 @@ class Work:
             n_embd=self.hidden,
             n_head=self.heads,
             vocab_size=self.vocabulary,
-            n_positions=max(self.prompt + self.completion, 128),
+            n_positions=max(self.prompt + self.completion, 1024),
             pad_token_id=PAD,
             bos_token_id=EOS,
             eos_token_id=EOS,
@@ -53,12 +53,11 @@ class Work:
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
         """A word for each token: `w5` is token 5."""
-        words = {f"w{i}": i for i in range(self.vocabulary)}
-        tokenizer = Tokenizer(models.WordLevel(words, unk_token=f"w{PAD}"))
+        words = {"[pad]": PAD, "[eos]": EOS} | {f"w{i}": i for i in range(2, self.vocabulary)}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="[pad]"))
         tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        return PreTrainedTokenizerFast(
-            tokenizer_object=tokenizer, pad_token=f"w{PAD}", eos_token=f"w{EOS}", padding_side="left"
-        )
+        special = {"pad_token": "[pad]", "eos_token": "[eos]"}
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="left", **special)
 
     def prompts(self, updates: int = 16) -> Dataset:
         """Prompts of the one length, as text and as tokens."""
