@@ -42,6 +42,8 @@ class Backbone(PeftModelForCausalLM):
         super().__init__(base, policy if fresh else _language_config(policy.config), adapter_name=ADAPTERS["policy"])
         self.heads = nn.ModuleDict()
         self.trunk_depth, self.value_has_trunk = 0, False
+        # LoRA starts as nothing: B is zero. Until it has learned something, the policy is the bare backbone.
+        self.policy_is_bare = fresh and policy.init_lora_weights is True
         if not fresh:
             self._set_weights("policy", policy.weights, policy.source)
 
@@ -84,6 +86,7 @@ class Backbone(PeftModelForCausalLM):
         self.heads[role] = head.to(self.get_base_model().device)
 
     def _set_weights(self, role: str, weights: dict[str, Tensor], source: str) -> None:
+        self.policy_is_bare = self.policy_is_bare and role != "policy"
         expected = get_peft_model_state_dict(self, adapter_name=self._adapter(role)).keys()
         if weights.keys() != expected:
             odd = sorted(weights.keys() ^ expected)
@@ -159,6 +162,10 @@ class Backbone(PeftModelForCausalLM):
         with self.role(role):
             return lower(self.get_base_model(), self.trunk_depth, input_ids=input_ids, **inputs)
 
+    def starts_at_trunk(self, role: str) -> bool:
+        """Whether a role's adapter leaves the layers of the trunk as they are."""
+        return 0 < self.trunk_depth <= first_adapted_layer(self.get_base_model(), self._adapter(role))
+
     def hidden_states(
         self, role: str | None, input_ids: Tensor, attention_mask: Tensor, trunk: Tensor | None = None
     ) -> Tensor:
@@ -201,10 +208,12 @@ class Backbone(PeftModelForCausalLM):
         hidden = self.hidden_states("value", input_ids, attention_mask, trunk)[:, -length - 1 : -1]
         return self._read("value", hidden)
 
-    def scores(self, input_ids: Tensor, attention_mask: Tensor, role: str = "reward") -> Tensor:
-        """A reward model's score of right-padded sequences, (B, S) -> (B,), read at the last token that is not the
-        pad token: where transformers' sequence-classification models read it."""
-        hidden = self.hidden_states(role, input_ids, attention_mask)
+    def scores(
+        self, input_ids: Tensor, attention_mask: Tensor, role: str = "reward", trunk: Tensor | None = None
+    ) -> Tensor:
+        """A reward model's score of sequences padded on either side, (B, S) -> (B,), read at the last token that is not
+        the pad token: where transformers' sequence-classification models read it."""
+        hidden = self.hidden_states(role, input_ids, attention_mask, trunk)
         real = input_ids != self.get_base_model().config.get_text_config().pad_token_id
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (positions * real).argmax(dim=-1)
