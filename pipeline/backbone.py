@@ -18,11 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
-from trl.trainer.utils import selective_log_softmax_and_entropy
 
 from pipeline.configs import LoraArguments, lora_config
 from pipeline.loading import HEAD, WEIGHTS, Adapter, fingerprint, load_pretrained, read_adapter, stamp
 from pipeline.trunk import decoder_layers, first_adapted_layer, lower, upper
+from pipeline.vocabulary import token_logprobs
 
 
 # peft calls the first adapter "default", and TRL's online trainers train that one and clone it as "ref". Further reward
@@ -42,6 +42,8 @@ class Backbone(PeftModelForCausalLM):
         super().__init__(base, policy if fresh else _language_config(policy.config), adapter_name=ADAPTERS["policy"])
         self.heads = nn.ModuleDict()
         self.trunk_depth, self.value_has_trunk = 0, False
+        # LoRA starts as nothing: B is zero. Until it has learned something, the policy is the bare backbone.
+        self.policy_is_bare = fresh and policy.init_lora_weights is True
         if not fresh:
             self._set_weights("policy", policy.weights, policy.source)
 
@@ -90,6 +92,7 @@ class Backbone(PeftModelForCausalLM):
         self.heads[role] = head.to(self.get_base_model().device)
 
     def _set_weights(self, role: str, weights: dict[str, Tensor], source: str) -> None:
+        self.policy_is_bare = self.policy_is_bare and role != "policy"
         expected = get_peft_model_state_dict(self, adapter_name=self._adapter(role))
         if weights.keys() != expected.keys():
             odd = sorted(weights.keys() ^ expected.keys())
@@ -171,6 +174,10 @@ class Backbone(PeftModelForCausalLM):
         with self.role(role):
             return lower(self.get_base_model(), self.trunk_depth, input_ids=input_ids, **inputs)
 
+    def starts_at_trunk(self, role: str) -> bool:
+        """Whether a role's adapter leaves the layers of the trunk as they are."""
+        return 0 < self.trunk_depth <= first_adapted_layer(self.get_base_model(), self._adapter(role))
+
     def hidden_states(
         self, role: str | None, input_ids: Tensor, attention_mask: Tensor, trunk: Tensor | None = None
     ) -> Tensor:
@@ -205,21 +212,20 @@ class Backbone(PeftModelForCausalLM):
     def _logprobs(
         self, hidden: Tensor, completion_ids: Tensor, temperature: float, entropy_requires_grad: bool = False
     ) -> tuple[Tensor, Tensor]:
-        logits = self.get_base_model().get_output_embeddings()(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return selective_log_softmax_and_entropy(
-            logits, completion_ids, entropy_requires_grad=entropy_requires_grad, temperature=temperature
-        )
+        head = self.get_base_model().get_output_embeddings()
+        return token_logprobs(head, hidden, completion_ids, temperature, entropy_requires_grad=entropy_requires_grad)
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, length: int, trunk: Tensor | None = None) -> Tensor:
         """Value of the state before each of the last `length` tokens, (B, P + T) -> (B, T)."""
         hidden = self.hidden_states("value", input_ids, attention_mask, trunk)[:, -length - 1 : -1]
         return self._read("value", hidden)
 
-    def scores(self, input_ids: Tensor, attention_mask: Tensor, role: str = "reward") -> Tensor:
-        """A reward model's score of right-padded sequences, (B, S) -> (B,), read at the last token that is not the
-        pad token: where transformers' sequence-classification models read it."""
-        hidden = self.hidden_states(role, input_ids, attention_mask)
+    def scores(
+        self, input_ids: Tensor, attention_mask: Tensor, role: str = "reward", trunk: Tensor | None = None
+    ) -> Tensor:
+        """A reward model's score of sequences padded on either side, (B, S) -> (B,), read at the last token that is not
+        the pad token: where transformers' sequence-classification models read it."""
+        hidden = self.hidden_states(role, input_ids, attention_mask, trunk)
         real = input_ids != self.get_base_model().config.get_text_config().pad_token_id
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (positions * real).argmax(dim=-1)

@@ -18,7 +18,7 @@ from trl.trainer.utils import pad, split_tensor_dict
 
 from pipeline.advantages import gae, token_rewards
 from pipeline.artifacts import completions_sampled
-from pipeline.backbone import Backbone, backbone_copies
+from pipeline.backbone import ADAPTERS, Backbone, backbone_copies
 from pipeline.checkpoints import Checkpointed
 from pipeline.configs import PPOConfig
 from pipeline.kl import adapted_kl_coef, kl_per_token
@@ -28,6 +28,7 @@ from pipeline.masking import masked_mean, masked_sums, whiten
 from pipeline.rollout import Rollout
 from pipeline.watch import Watch
 from reward_models.composite import Composite
+from reward_models.learned import LearnedReward
 
 
 logger = get_logger(__name__)
@@ -82,8 +83,17 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if backbone.policy_is_bare:
+            backbone.delete_adapter(
+                ADAPTERS["reference"]
+            )  # TRL's clone of nothing: the reference is the bare backbone
         backbone.train_only("policy", "value")  # adding adapters toggles requires_grad
         self._share_trunk()
+        self._scored_on_trunk = [
+            reward
+            for reward in reward_funcs
+            if isinstance(reward, LearnedReward) and backbone.starts_at_trunk(reward.role)
+        ]
         self.texts = texts
         self.watch = Watch()
         self._far = self._skip = False  # whether this update has gone too far, and what is left of it is skipped
@@ -197,8 +207,11 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
                     for role in ("policy", "reference")
                 )
                 values = self.model.values(ids, attend, chosen.shape[1], trunk if value_trunk is None else value_trunk)
-                chunks.append((policy, reference, values, trunk, value_trunk))
-        logprobs, ref_logprobs, values, trunks, value_trunks = zip(*chunks, strict=True)
+                scores = [self.model.scores(ids, attend, reward.role, trunk) for reward in self._scored_on_trunk]
+                chunks.append((policy, reference, values, scores, trunk, value_trunk))
+        logprobs, ref_logprobs, values, known, trunks, value_trunks = zip(*chunks, strict=True)
+        for reward, scores in zip(self._scored_on_trunk, zip(*known, strict=True), strict=True):
+            reward.known = torch.cat(scores).tolist()
         logprobs, ref_logprobs, values = torch.cat(logprobs), torch.cat(ref_logprobs), torch.cat(values)
         trunk = torch.cat(trunks) if self.model.trunk_depth else None
         value_trunk = torch.cat(value_trunks) if self.model.value_has_trunk else None

@@ -51,14 +51,19 @@ class LearnedReward:
         self.backbone, self.tokenizer, self.batch_size, self.role = backbone, tokenizer, batch_size, role
         self.shift = shift  # taken from every score
         self.__name__ = name  # TRL logs a reward function under it
+        self.known: list[float] | None = None  # scores of the next completions, where PPO has them from the trunk
 
     def __call__(self, prompts: list, completion_ids: list[list[int]], **kwargs) -> list[float]:
+        known, self.known = self.known, None
+        scores = self._scores(prompts, completion_ids) if known is None else known
+        return [score - self.shift for score in scores]
+
+    def _scores(self, prompts: list, completion_ids: list[list[int]]) -> list[float]:
         prompt_ids = tokenize_prompts(prompts, self.tokenizer)
-        scores = score_rows(
+        return score_rows(
             partial(self.backbone.scores, role=self.role),
             [prompt + chosen for prompt, chosen in zip(prompt_ids, completion_ids, strict=True)],
             pad_token_id=self.tokenizer.pad_token_id,
             batch_size=self.batch_size,
             device=self.backbone.get_base_model().device,
         )
-        return [score - self.shift for score in scores]

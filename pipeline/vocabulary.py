@@ -1,0 +1,66 @@
+"""Log-probabilities of tokens from hidden states, without the logits of a whole batch ever in memory.
+
+A vocabulary's logits are the largest tensor of PPO by far: 50,257 numbers a position. A token's log-probability depends
+on its own position alone, so its gradient with respect to that hidden state is worked out while the logits are there
+(as Liger Kernel does for the cross-entropy): nothing is computed twice, and D numbers a position stay.
+"""
+
+import torch
+from torch import Tensor, nn
+from trl.trainer.utils import selective_log_softmax_and_entropy
+
+
+LOGITS = 2**24  # in memory at a time, 64 MB in float32
+
+
+def token_logprobs(
+    head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float, *, entropy_requires_grad: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token and entropy at its position, in nats, both (B, T).
+
+    `head` maps hidden states (N, D) to logits (N, V), each row by itself; `hidden` is (B, T, D), `tokens` (B, T). Logits
+    are divided by `temperature`. An entropy that requires a gradient, or a head that is trained, keeps the logits.
+    """
+    rows, flat = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
+    if entropy_requires_grad or any(parameter.requires_grad for parameter in head.parameters()):
+        logprobs, entropy = selective_log_softmax_and_entropy(
+            _logits(head, rows), flat, entropy_requires_grad=entropy_requires_grad, temperature=temperature
+        )
+    else:
+        logprobs, entropy = _Chunked.apply(rows, flat, head, temperature)
+    return logprobs.view(tokens.shape), entropy.view(tokens.shape)
+
+
+def _logits(head: nn.Module, rows: Tensor) -> Tensor:
+    logits = head(rows)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class _Chunked(torch.autograd.Function):
+    """Rows (N, D) and tokens (N,) -> logprobs and entropies (N,), the gradient worked out on the way."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, tokens: Tensor, head: nn.Module, temperature: float) -> tuple[Tensor, Tensor]:
+        differentiate = ctx.needs_input_grad[0]
+        pieces = -(-len(rows) * head.weight.shape[0] // LOGITS)  # of like size, so that products are of one shape
+        logprobs, entropies, gradients = [], [], []
+        for piece, chosen in zip(rows.tensor_split(pieces), tokens.tensor_split(pieces), strict=True):
+            with torch.set_grad_enabled(differentiate):
+                piece = piece.detach().requires_grad_(differentiate)
+                every = (_logits(head, piece) / temperature).log_softmax(dim=-1)
+                logprob = every.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+                if differentiate:
+                    gradients += torch.autograd.grad(logprob.sum(), piece)
+            every = every.detach()
+            entropies.append(-torch.linalg.vecdot(every.exp(), every))
+            logprobs.append(logprob.detach())
+        if differentiate:
+            ctx.save_for_backward(torch.cat(gradients))
+        entropy = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logprobs), entropy
+
+    @staticmethod
+    def backward(ctx, of_logprobs: Tensor, of_entropy: Tensor) -> tuple:
+        (gradient,) = ctx.saved_tensors
+        return (of_logprobs.unsqueeze(-1) * gradient).to(gradient.dtype), None, None, None

@@ -1,0 +1,93 @@
+"""PPO by Spine: one backbone, four roles; started by `ppo_update.py`.
+
+The policy is a fresh adapter, so the reference is the backbone without it, as in TRL's row with LoRA. The reward is
+learned: an adapter and a head, on the same layers, from which the value starts.
+"""
+
+import torch
+from peft import LoraConfig
+from transformers import GPT2LMHeadModel
+
+from pipeline.backbone import Backbone
+from pipeline.configs import PPOConfig
+from pipeline.loading import Adapter, fuse_gelu
+from pipeline.ppo_trainer import PPOTrainer
+from reward_models.learned import LearnedReward
+from tests.benchmarks.work import Clock, Turns, Work, arguments, state_bytes
+
+
+def reward_adapter(work: Work, top: int | None) -> Adapter:
+    """A reward adapter with random weights, as if it had been read from a folder."""
+    shape = {"c_attn": (work.hidden, 3 * work.hidden), "c_proj": (work.hidden, work.hidden)}
+    shape |= {"c_fc": (work.hidden, 4 * work.hidden), "mlp.c_proj": (4 * work.hidden, work.hidden)}
+    weights = {}
+    for layer in range(work.layers)[-top if top else 0 :]:
+        for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+            inside, outside = shape.get(part) or shape[part.split(".")[1]]
+            name = f"base_model.model.transformer.h.{layer}.{part}"
+            weights[f"{name}.lora_A.weight"] = torch.randn(work.rank, inside) * 0.02
+            weights[f"{name}.lora_B.weight"] = torch.randn(outside, work.rank) * 0.02
+    config = LoraConfig(task_type="SEQ_CLS", **work.lora(top))
+    return Adapter("reward", config, weights, torch.randn(1, work.hidden) * 0.02)
+
+
+def make_trainer(work: Work, options: dict, **kwargs) -> PPOTrainer:
+    torch.manual_seed(0)
+    bf16, top = options["dtype"] == "bf16", options["top"]
+    base = GPT2LMHeadModel(work.config()).to(torch.bfloat16 if bf16 else torch.float32)
+    base = fuse_gelu(base).requires_grad_(False)  # as `load_pretrained` does
+    backbone = Backbone(base, LoraConfig(task_type="CAUSAL_LM", **work.lora(top)))
+    backbone.add_role("reward", reward_adapter(work, top))
+    tokenizer, micro = work.tokenizer(), options["microbatch"]
+    args = PPOConfig(
+        output_dir=options["folder"],
+        per_device_train_batch_size=micro,
+        steps_per_generation=work.batch // micro,
+        gradient_accumulation_steps=work.batch // micro // work.minibatches,
+        num_iterations=work.epochs,
+        max_completion_length=work.completion,
+        generation_kwargs={"min_new_tokens": work.completion},
+        max_steps=10_000 * work.epochs * work.minibatches,
+        learning_rate=1e-6,
+        bf16=bf16,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+    )
+    return PPOTrainer(
+        backbone=backbone,
+        reward_funcs=[LearnedReward(backbone, tokenizer)],
+        args=args,
+        train_dataset=work.prompts().select_columns("prompt"),
+        processing_class=tokenizer,
+        **kwargs,
+    )
+
+
+def main() -> None:
+    work, options, out = arguments()
+    clock = Clock()
+    turns = Turns(work, clock, work.epochs * work.minibatches, out)
+    trainer = make_trainer(work, options, callbacks=[turns])
+    turns.state_bytes = lambda: state_bytes(trainer.model, trainer.optimizer)
+
+    generate, roll_out = trainer._generate, trainer._generate_and_score_completions
+
+    def timed_generation(prompts):
+        with clock.generating():
+            generated = generate(prompts)
+        turns.completion_tokens += sum(len(row) for row in generated[1])
+        return generated
+
+    def timed_rollout(inputs):
+        rollout = roll_out(inputs)
+        clock.training_begins()
+        return rollout
+
+    trainer._generate, trainer._generate_and_score_completions = timed_generation, timed_rollout
+    trainer.train()
+
+
+if __name__ == "__main__":
+    main()
