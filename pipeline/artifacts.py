@@ -30,7 +30,8 @@ def completions_sampled(trainer: Trainer) -> int:
 
 
 def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict) -> None:
-    """Save the trained adapter with model card, backbone identity and `metrics.json`; close the trackers."""
+    """Save the trained adapter with model card, backbone identity and `metrics.json`. The stage calls `trainer.end`
+    once nothing more needs the other processes."""
     folder = Path(trainer.args.output_dir)
     trainer.save_model()
     if trainer.is_world_process_zero():
@@ -38,4 +39,4 @@ def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict) -> None:
         stamp(folder, trainer.model.config._name_or_path, fingerprint)
         metrics = {**metrics, "seconds": round(trainer.seconds_before + seconds_running(), 1)}
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    trainer.end()
+    trainer.accelerator.wait_for_everyone()  # what is read next, by whichever process, is there

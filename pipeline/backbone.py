@@ -44,6 +44,7 @@ class Backbone(PeftModelForCausalLM):
         self.trunk_depth, self.value_has_trunk = 0, False
         # LoRA starts as nothing: B is zero. Until it has learned something, the policy is the bare backbone.
         self.policy_is_bare = fresh and policy.init_lora_weights is True
+        self.fingerprint = fingerprint(base)  # while its weights are here: under FSDP and ZeRO-3 they will be sharded
         if not fresh:
             self._set_weights("policy", policy.weights, policy.source)
 
@@ -278,22 +279,24 @@ class Backbone(PeftModelForCausalLM):
         beside it."""
         super().save_pretrained(save_directory, selected_adapters=selected_adapters or [ADAPTERS["policy"]], **kwargs)
 
-    def save_role(self, role: str, folder: str | Path) -> None:
+    def save_role(self, role: str, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
         """Save one role as a standard peft folder. A role with a head becomes a sequence-classification adapter, which
-        `AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)` loads."""
+        `AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)` loads. Where the weights are
+        sharded, `state_dict` has them whole."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = deepcopy(self.peft_config[self._adapter(role)])
         base = self.get_base_model()
         config.inference_mode, config.base_model_name_or_path = True, base.config._name_or_path
-        weights = get_peft_model_state_dict(self, adapter_name=self._adapter(role))
+        whole = self.state_dict() if state_dict is None else state_dict
+        weights = get_peft_model_state_dict(self, whole, adapter_name=self._adapter(role))
         if role in self.heads:
             config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
-            weights[HEAD] = self.heads[role].weight
+            weights[HEAD] = whole[f"heads.{role}.weight"]
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(folder)
-        stamp(folder, base.config._name_or_path, fingerprint(base))
+        stamp(folder, base.config._name_or_path, self.fingerprint)
 
 
 def load_backbone(

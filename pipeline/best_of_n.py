@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
+import torch
 from tqdm.auto import tqdm
-from transformers import set_seed
 from trl import ModelConfig
 
 from data.prompts import check_prompt_lengths, load_prompts, tokenize_prompts
@@ -27,10 +26,11 @@ from pipeline.artifacts import seconds_running
 from pipeline.backbone import load_backbone
 from pipeline.configs import CompletionArguments, PolicyArguments, parse
 from pipeline.folders import check_folders, read_json
+from pipeline.launch import check_launch
 from pipeline.loading import context_length
 from pipeline.metrics import best_of_n, best_of_n_kl, bootstrap_interval, distinct_n, wins
 from pipeline.report import best_of_n_table, draw_best_of_n
-from pipeline.sampling import as_answers, sample
+from pipeline.sampling import as_answers, gathered, sample
 from reward_models.composite import Composite, RewardArguments, call_rewards, learned_rewards, load_functions
 from reward_models.rules import sentiment
 
@@ -52,12 +52,10 @@ class BestOfNArguments(CompletionArguments):
 
 
 def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArguments, model: ModelConfig) -> None:
+    state = check_launch()
     compared = read_json(args.report) if args.report else None
     check_folders(
-        args.output_dir,
-        model.model_name_or_path,
-        policies=(start.sft_adapter,),
-        rewards=rewards.reward_adapter,
+        args.output_dir, model.model_name_or_path, policies=(start.sft_adapter,), rewards=rewards.reward_adapter
     )
     rewards.check_weights(args.reward_weights)
     prompts = load_prompts(args.dataset_name, args.dataset_eval_split)
@@ -66,13 +64,14 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
     backbone, tokenizer = load_backbone(model, start.sft_adapter, trust_remote_code=args.trust_remote_code)
     check_prompt_lengths(prompts, tokenizer, context_length(backbone), args.max_completion_length, args.dataset_name)
     composite = Composite(learned_rewards(rewards, backbone, tokenizer) + functions, args.reward_weights)
-    backbone.to(Accelerator().device).eval()
+    backbone.to(state.device).eval()
 
-    set_seed(args.seed)
     asked, prompt_ids = prompts["prompt"][:], tokenize_prompts(prompts["prompt"][:], tokenizer)
     texts, lengths, judge, scores = [], [], [], []  # each (draws, prompts); the last draw is the opponent
     with asyncio.Runner() as runner:
-        for _ in tqdm(range(max(args.n) + 1), desc="completions of every prompt"):
+        for draw in tqdm(
+            range(max(args.n) + 1), desc="completions of every prompt", disable=not state.is_main_process
+        ):
             batches = sample(
                 backbone,
                 "policy",
@@ -81,14 +80,24 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
                 max_completion_length=args.max_completion_length,
                 temperature=args.temperature,
                 batch_size=args.batch_size,
+                share_seed=(args.seed, draw),
             )
-            rows = [row for batch in batches for row in batch.rows()]
+            parts = []
+            for batch in batches:
+                rows = batch.rows()
+                of_batch = prompts.select(range(batch.first, batch.first + len(rows)))
+                answers = as_answers(tokenizer.batch_decode(rows, skip_special_tokens=True), asked)
+                rewards = call_rewards(composite.functions, of_batch, answers, rows, runner).tolist()
+                parts.append((batch.first, rows, rewards))
+            rows, rewards = gathered(parts)
             texts.append(tokenizer.batch_decode(rows, skip_special_tokens=True))
             answers = as_answers(texts[-1], asked)
             lengths.append([len(row) for row in rows])
             judge.append(sentiment(asked, answers))
-            columns = call_rewards(composite.functions, prompts, answers, rows, runner)
+            columns = torch.tensor(rewards, dtype=torch.float64)
             scores.append(composite.total(columns, asked, answers).tolist())
+    if not state.is_main_process:
+        return
 
     *judge, opponent = np.array(judge)
     judge, scores, lengths = (np.transpose(columns) for columns in (judge, scores[:-1], lengths[:-1]))

@@ -19,6 +19,7 @@ from pipeline.backbone import backbone_copies, load_backbone
 from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, PolicyArguments, check_max_length, parse
 from pipeline.folders import check_folders
+from pipeline.launch import check_launch, check_wrapper
 from pipeline.loading import context_length, fingerprint
 
 
@@ -34,12 +35,8 @@ class DPO(Checkpointed, DPOTrainer):
 
 
 def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DPOConfig) -> None:
-    check_folders(
-        args.output_dir,
-        model.model_name_or_path,
-        policies=(start.sft_adapter,),
-        leaves_reward=False,
-    )
+    check_launch(args)
+    check_folders(args.output_dir, model.model_name_or_path, policies=(start.sft_adapter,), leaves_reward=False)
     checkpoint = find_checkpoint(args)
     pairs = load_preferences(data.dataset_name, data.dataset_train_split)
     if start.max_pairs:  # pairs of one ranking follow each other
@@ -58,11 +55,13 @@ def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DP
     )
     backbone.train_only("policy")  # adding adapters toggles requires_grad
     set_seed(args.seed)
+    check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     read = 2 * min(trainer.state.global_step * batch, len(trainer.train_dataset))
     summary = {"backbone_copies": backbone_copies(backbone), "completions": read}
     finish_stage(trainer, identity, {**summary, "history": trainer.state.log_history})
+    trainer.end()
 
 
 if __name__ == "__main__":

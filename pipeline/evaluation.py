@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from data.prompts import check_prompt_lengths, load_prompts, tokenize_prompts
@@ -26,9 +26,10 @@ from pipeline.artifacts import read_metrics, seconds_running
 from pipeline.backbone import Backbone, load_backbone
 from pipeline.configs import CompletionArguments, parse
 from pipeline.folders import check_folders
+from pipeline.launch import check_launch
 from pipeline.loading import context_length, read_adapter
 from pipeline.metrics import bootstrap_interval, distinct_n, wins
-from pipeline.sampling import as_answers, sample
+from pipeline.sampling import as_answers, gathered, sample
 from reward_models.composite import Composite, RewardArguments, call_rewards, learned_rewards, load_functions
 from reward_models.rules import sentiment
 
@@ -74,10 +75,19 @@ class Completions:
 
 
 @torch.no_grad()
-def complete(role: str, backbone: Backbone, prompts: Dataset, tokenizer, args: EvaluationArguments) -> Completions:
-    """Sample one completion a prompt as `role`, with its KL to the reference and likelihood under the backbone."""
-    set_seed(args.seed)
-    result, prompt_ids = Completions(tokenizer), tokenize_prompts(prompts["prompt"][:], tokenizer)
+def complete(
+    role: str,
+    backbone: Backbone,
+    prompts: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    composite: Composite,
+    runner: asyncio.Runner,
+    args: EvaluationArguments,
+) -> Completions:
+    """Sample one completion a prompt as `role`, with its KL to the reference, likelihood under the backbone, rewards and
+    judge. Processes share the batches, and all get all results."""
+    asked, parts = prompts["prompt"][:], []
+    prompt_ids = tokenize_prompts(asked, tokenizer)
     batches = sample(
         backbone,
         role,
@@ -86,20 +96,33 @@ def complete(role: str, backbone: Backbone, prompts: Dataset, tokenizer, args: E
         max_completion_length=args.max_completion_length,
         temperature=args.temperature,
         batch_size=args.batch_size,
+        share_seed=(args.seed,),
     )
-    total = -(-len(prompt_ids) // args.batch_size)
-    for batch in tqdm(batches, total=total, desc=f"{role} completions", unit="batch"):
+    state = PartialState()
+    total = -(-len(prompt_ids) // (args.batch_size * state.num_processes))
+    for batch in tqdm(
+        batches, total=total, desc=f"{role} completions", unit="batch", disable=not state.is_main_process
+    ):
         policy, reference, bare = (
             backbone.logprobs(adapter, *batch[:3], temperature)[0].masked_fill(~batch.mask, 0).sum(dim=1)
             for adapter, temperature in ((role, args.temperature), ("reference", args.temperature), (None, 1.0))
         )
-        result.ids += batch.rows()
-        result.kl += (policy - reference).tolist()
-        result.nll += (-bare).tolist()
+        rows = batch.rows()
+        of_batch = prompts.select(range(batch.first, batch.first + len(rows)))
+        answers = as_answers(tokenizer.batch_decode(rows, skip_special_tokens=True), asked)
+        rewards = call_rewards(composite.functions, of_batch, answers, rows, runner).tolist()
+        parts.append((batch.first, rows, (policy - reference).tolist(), (-bare).tolist(), rewards))
+    result = Completions(tokenizer)
+    result.ids, result.kl, result.nll, rewards = gathered(parts)
+    answers, columns = as_answers(result.texts, asked), torch.tensor(rewards, dtype=torch.float64)
+    result.judge = np.array(sentiment(asked, answers))
+    result.scores = composite.total(columns, asked, answers).numpy()
+    result.rewards = dict(zip(composite.names, columns.nanmean(dim=0).tolist(), strict=True))
     return result
 
 
 def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig) -> None:
+    state = check_launch()
     check_folders(
         args.output_dir,
         model.model_name_or_path,
@@ -117,18 +140,15 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
             "reference", read_adapter(args.sft_adapter, needs_head=False, base=backbone.get_base_model())
         )
     composite = Composite(learned_rewards(rewards, backbone, tokenizer) + functions, args.reward_weights)
-    backbone.to(Accelerator().device).eval()
+    backbone.to(state.device).eval()
 
-    results, asked = {}, prompts["prompt"][:]
     with asyncio.Runner() as runner:
-        for name, role in (("sft", "reference"), ("ppo", "policy")):
-            done = results[name] = complete(role, backbone, prompts, tokenizer, args)
-            answers = as_answers(done.texts, asked)
-            done.judge = np.array(sentiment(asked, answers))
-            columns = call_rewards(composite.functions, prompts, answers, done.ids, runner)
-            done.scores = composite.total(columns, asked, answers).numpy()
-            done.rewards = dict(zip(composite.names, columns.nanmean(dim=0).tolist(), strict=True))
-
+        results = {
+            name: complete(role, backbone, prompts, tokenizer, composite, runner, args)
+            for name, role in (("sft", "reference"), ("ppo", "policy"))
+        }
+    if not state.is_main_process:
+        return
     sft, ppo = results["sft"], results["ppo"]
     first = next(iter(rewards.reward_adapter), None)  # of several, the one that the value started from
     stages = {"sft": args.sft_adapter, "reward": first, "ppo": args.policy_adapter}

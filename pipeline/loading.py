@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import ACT2FN, NewGELUActivation
+from transformers.integrations import deepspeed
 from trl import ModelConfig
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
@@ -64,11 +66,11 @@ def load_pretrained(
 
     options = {"dtype": model.dtype, "attn_implementation": model.attn_implementation, "use_safetensors": True}
     try:
-        if head:
-            with suppress_seqcls_warning():  # that the score head is fresh is what we want
+        with _whole(), suppress_seqcls_warning():  # that a score head is fresh is what we want
+            if head:
                 base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **source, **options)
-        else:
-            base = AutoModelForCausalLM.from_pretrained(name, **source, **options)
+            else:
+                base = AutoModelForCausalLM.from_pretrained(name, **source, **options)
     except SafetensorError as error:
         raise damaged(Path(name), error) from error
     rows = base.get_input_embeddings().num_embeddings
@@ -95,6 +97,19 @@ def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:
             if type(child) is NewGELUActivation:
                 setattr(module, name, ACT2FN["gelu_pytorch_tanh"])
     return model
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Load a model whole in every process. Under ZeRO-3 transformers would shard it as it loads, and neither its
+    fingerprint nor adapters and heads could be read from it or made on it; accelerate shards it all when training
+    begins. Its `zero3_init_flag: false` does not reach transformers."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def context_length(model: nn.Module) -> int:

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 
 import torch
 from accelerate.logging import get_logger
-from transformers import set_seed
+from accelerate.utils import set_seed
 from trl import ModelConfig
 
 from data.files import check_chat_template
@@ -20,6 +20,7 @@ from pipeline.backbone import load_backbone
 from pipeline.checkpoints import find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, PPOConfig, parse
 from pipeline.folders import check_folders
+from pipeline.launch import check_launch, check_wrapper
 from pipeline.loading import context_length, fingerprint
 from pipeline.ppo_trainer import PPOTrainer
 from pipeline.preflight import preflight
@@ -48,6 +49,7 @@ def main(
     model: ModelConfig,
     args: PPOConfig,
 ) -> None:
+    check_launch(args)
     check_folders(
         args.output_dir,
         model.model_name_or_path,
@@ -98,9 +100,11 @@ def main(
             logger.warning(str(check))
     if args.sample_updates:
         trainer.add_callback(SampleTable(trainer, prompts.select(range(min(args.sample_prompts, len(prompts))))))
-    set_seed(args.seed)
+    set_seed(args.seed, device_specific=True)  # processes draw different completions
+    check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     finish_stage(trainer, identity, {"preflight": [asdict(check) for check in checks], **trainer.summary()})
+    trainer.end()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ TRL's RLOOTrainer samples completions, calls reward functions, logs, saves and r
 makes PPO of it is here: roles on one backbone, a reward for each token, generalised advantages, two clipped losses.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,8 +14,10 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedTokenizerBase
 from trl import RLOOTrainer
+from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad, split_tensor_dict
 
 from pipeline.advantages import gae, token_rewards
@@ -83,6 +87,21 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
             processing_class=processing_class,
             **kwargs,
         )
+        if self.is_deepspeed_enabled:
+            for name in ("max_approx_kl", "critic_warmup_updates"):
+                if getattr(args, name):
+                    raise ValueError(
+                        f"{name}={getattr(args, name)} leaves gradients out of optimizer steps, which DeepSpeed makes as "
+                        f"one with the backward pass; leave it unset, or launch with accelerate_configs/ddp.yaml or "
+                        f"fsdp2.yaml."
+                    )
+        self.sharded = self._dist.is_fsdp or self._dist.is_zero3
+        if self.sharded and args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end=True cannot load into a model that is sharded over processes; leave it unset and "
+                "take the best checkpoint yourself, or launch with accelerate_configs/ddp.yaml or zero2.yaml."
+            )
+        args.ds3_gather_for_generation = False  # `whole` gathers, for all that a rollout does
         if backbone.policy_is_bare:
             backbone.delete_adapter(
                 ADAPTERS["reference"]
@@ -112,6 +131,29 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
                 f"The value adapter is frozen in the lowest {self.model.trunk_depth} layers, which the policy leaves as "
                 f"they are: they run once a rollout."
             )
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """All weights in every process and no gradients, for what runs the backbone elsewhere than in the wrapped module's
+        forward.
+
+        Sharded (FSDP, ZeRO-3), they are gathered once. So processes whose completions differ in length, or that
+        sample different numbers of them, never wait for each other inside.
+        """
+        shards = [module for module in self.model_wrapped.modules() if isinstance(module, FSDPModule)]
+        if shards:
+            # FSDP takes the first module that runs for its root.
+            with torch.no_grad():
+                self.model_wrapped(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.accelerator.device))
+            self.model_wrapped.set_reshard_after_forward(False)
+            for module in shards:
+                module.unshard()
+        with torch.no_grad(), unwrap_model_for_generation(self.model_wrapped, self.accelerator):
+            yield
+        if shards:
+            self.model_wrapped.set_reshard_after_forward(self.accelerator.state.fsdp_plugin.reshard_after_forward)
+            for module in shards:
+                module.reshard()
 
     # ------------------------------------------------------------------------------------------ one update
     @property
@@ -188,6 +230,10 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Tensor]:
         """Sample a completion to each prompt, score it, and work out advantages and returns -> fields of `Rollout`."""
+        with self.whole():
+            return self._roll_out(inputs)
+
+    def _roll_out(self, inputs: list[dict]) -> dict[str, Tensor]:
         prompts = [row["prompt"] for row in inputs]
         prompt_rows, completion_rows, completions = self._generate(prompts)
         prompt_ids, prompt_mask = self._pad(prompt_rows, side="left")
@@ -195,7 +241,7 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         input_ids, attention_mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, mask], 1)
 
         chunks = []
-        with torch.no_grad(), self.accelerator.autocast():
+        with self.accelerator.autocast():
             for ids, attend, chosen in zip(
                 *(x.split(self.args.per_device_train_batch_size) for x in (input_ids, attention_mask, completion_ids)),
                 strict=True,
@@ -226,7 +272,8 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
             advantages = self._whiten(advantages, mask)
 
         kl = kl_per_token(logprobs, ref_logprobs, mask).sum(dim=1)
-        self._record(score=scores, kl=kl, reward=rewards.sum(dim=1), value=masked_mean(values, mask))
+        self._record(score=scores, kl=kl, reward=rewards.sum(dim=1))
+        self._record(tokens=mask.sum(), value=masked_mean(values, mask))
         self._metrics[self._mode]["beta"].append(self.beta)
         if self.model.training:
             self._end_of_rollout(*self.accelerator.gather(torch.stack([kl, scores.to(kl), mask.sum(dim=1)], dim=1)).T)
@@ -254,6 +301,10 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
     def _warn(self, **measured) -> None:
         for message in self.watch.observe(**measured):
             logger.warning(message, main_process_only=True)
+        if self.watch.stop and self.is_deepspeed_enabled:  # its engine steps as one with the backward pass
+            raise FloatingPointError(
+                f"{self.watch.stop} Training ends here, and nothing more is saved; go on from the last checkpoint."
+            )
 
     def _pad(self, rows: list[list[int]], *, side: str) -> tuple[Tensor, Tensor]:
         tensors = [torch.tensor(row) for row in rows]
@@ -312,8 +363,11 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         of_policy = policy - args.entropy_coef * entropy if args.entropy_coef else policy
         of_texts = text_loss(*of_texts, texts[1][:, 1:]) if texts else torch.zeros_like(policy)
         approxkl = approx_kl(logprobs, rollout.logprobs, mask).detach()
+        if texts:
+            self._record(**{"loss/ptx": of_texts})
         self._record(
-            **{"loss/policy": policy, "loss/value": value, **({"loss/ptx": of_texts} if texts else {})},
+            tokens=mask.sum(),
+            **{"loss/policy": policy, "loss/value": value},
             **{"clipfrac/policy": policy_clipped, "clipfrac/value": value_clipped},
             approxkl=approxkl,
             entropy=entropy,
@@ -349,19 +403,23 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         """What `_record` wrote last, over all processes."""
         return self._metrics[self._mode][name][-1]
 
-    def _record(self, **metrics: Tensor) -> None:
+    def _record(self, tokens: Tensor | None = None, **metrics: Tensor) -> None:
         for name, value in metrics.items():
-            self._metrics[self._mode][name].append(self._mean(value))
+            self._metrics[self._mode][name].append(self._mean(value, tokens))
 
-    def _mean(self, value: Tensor) -> float:
-        """Over all processes."""
-        return self.accelerator.gather(value.detach().float().mean()).mean().item()
+    def _mean(self, value: Tensor, tokens: Tensor | None = None) -> float:
+        """Over all processes; of means over tokens, each weighs as many as its process has."""
+        weight = torch.ones_like(value, dtype=torch.float32).mean() if tokens is None else tokens.float()
+        means, weights = self.accelerator.gather(torch.stack([value.detach().float().mean(), weight]).view(1, 2)).T
+        return (means * (weights / weights.sum())).sum().item()
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         """The policy as a peft adapter, the value function as one with its head in `value/`, and the tokenizer."""
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or self.args.output_dir)
-        self.model.save_role("policy", folder)
-        self.model.save_role("value", folder / "value")
+        self.model.save_role("policy", folder, state_dict)
+        self.model.save_role("value", folder / "value", state_dict)
         self.processing_class.save_pretrained(folder)
 
     # ------------------------------------------------------------------------------------------ checkpoints
@@ -395,9 +453,10 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         self.model.load_role("value", read_adapter(f"{resume_from_checkpoint}/value", needs_head=True))
 
     def summary(self) -> dict:
-        """What the metrics file states of the run: backbones held by this process, and the log of every update."""
+        """What the metrics file states of the run: backbones held by this process (None where each holds a part of
+        one), and the log of every update."""
         return {
-            "backbone_copies": backbone_copies(self.model),
+            "backbone_copies": None if self.sharded else backbone_copies(self.model),
             "completions": completions_sampled(self),
             "stopped": self.watch.stop,
             "warnings": sorted(self.watch.said),

@@ -26,6 +26,7 @@ from transformers import (
 
 from data.human_ratings import load_split
 from pipeline.configs import parse
+from pipeline.launch import check_launch, check_wrapper
 
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -105,6 +106,7 @@ The snippets are opinions of 2013 and earlier, rude ones among them; the model r
 
 
 def main(shape: BackboneConfig, args: TrainingArguments) -> None:
+    check_launch(args)
     set_seed(args.seed)
     texts = {split: [s.text for s in load_split(split)] for split in ("train", "validation", "test")}
     tokenizer = train_tokenizer(texts["train"], shape.vocab_size, shape.n_positions)
@@ -131,6 +133,7 @@ def main(shape: BackboneConfig, args: TrainingArguments) -> None:
         eval_dataset=datasets["validation"],
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
+    check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
     folder = Path(shape.backbone_dir)

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import set_seed
 from trl import ModelConfig, RewardConfig
 
 from data.files import check_chat_template
@@ -22,6 +21,7 @@ from pipeline.backbone import load_backbone
 from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, RewardModelArguments, check_max_length, lora_config, parse
 from pipeline.folders import check_folders
+from pipeline.launch import check_launch, check_wrapper
 from pipeline.loading import context_length, fingerprint, load_pretrained, read_adapter
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows
@@ -34,8 +34,10 @@ class RewardModel(Checkpointed, RankingTrainer):
 
 
 def held_out_report(trainer: RewardModel) -> dict:
-    """Accuracy and calibration on the trainer's evaluation pairs. A text that stands in many pairs is scored once."""
-    rows, model = trainer.eval_dataset, trainer.model.eval()
+    """Accuracy and calibration on the trainer's evaluation pairs. A text that stands in many pairs is scored once.
+    Processes share the texts."""
+    rows, model = trainer.eval_dataset, trainer.model_wrapped  # sharded, the wrapper alone can run it
+    model.eval()
 
     def score(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         with trainer.accelerator.autocast():
@@ -49,6 +51,7 @@ def held_out_report(trainer: RewardModel) -> dict:
         pad_token_id=trainer.processing_class.pad_token_id,
         batch_size=trainer.args.per_device_eval_batch_size,
         device=trainer.accelerator.device,
+        share=True,
     )
     score_of = dict(zip(texts, scores, strict=True))
     margins = [score_of[c] - score_of[r] for c, r in zip(chosen, rejected, strict=True)]
@@ -67,22 +70,17 @@ def normalization_of(
     pairs: RewardModelArguments, model: ModelConfig, args: RewardConfig, prompts: list
 ) -> Normalization:
     """Mean and deviation of the trained adapter's scores on completions of the SFT policy."""
-    set_seed(args.seed)
     backbone, tokenizer = load_backbone(model, pairs.sft_adapter, trust_remote_code=args.trust_remote_code)
     backbone.add_role("reward", read_adapter(args.output_dir, needs_head=True, base=backbone.get_base_model()))
     backbone.to(args.device).eval()
-    return measure(backbone, prompts, tokenizer, max_completion_length=pairs.max_completion_length)
+    return measure(backbone, prompts, tokenizer, seed=args.seed, max_completion_length=pairs.max_completion_length)
 
 
 def main(
     data: DataArguments, pairs: RewardModelArguments, reach: LoraArguments, model: ModelConfig, args: RewardConfig
 ) -> None:
-    check_folders(
-        args.output_dir,
-        model.model_name_or_path,
-        policies=(pairs.sft_adapter,),
-        leaves_reward=True,
-    )
+    check_launch(args)
+    check_folders(args.output_dir, model.model_name_or_path, policies=(pairs.sft_adapter,), leaves_reward=True)
     checkpoint = find_checkpoint(args)
     train = load_preferences(data.dataset_name, data.dataset_train_split)
     held_out = load_preferences(data.eval_source, data.dataset_eval_split) if data.eval_source else None
@@ -117,14 +115,19 @@ def main(
     for rows, source in ((trainer.train_dataset, data.dataset_name), (trainer.eval_dataset, data.eval_source)):
         if rows is not None and len(rows) == 0:  # TRL drops those that are too long
             raise ValueError(f"{source}: every pair is longer than max_length={args.max_length} tokens. Shorten them.")
+    check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = held_out_report(trainer) if held_out else {}
     (Path(args.output_dir) / FILE).unlink(missing_ok=True)  # an earlier run's scale is not that of these scores
     finish_stage(trainer, identity, {**metrics, "history": trainer.state.log_history})
-    if pairs.sft_adapter and trainer.is_world_process_zero():
-        trainer.accelerator.free_memory()
+    accelerator = trainer.accelerator
+    if pairs.sft_adapter:
+        accelerator.free_memory()
         del trainer, base  # the backbone is loaded again, as a language model
-        normalization_of(pairs, model, args, completed["prompt"][:]).save(args.output_dir)
+        scale = normalization_of(pairs, model, args, completed["prompt"][:])
+        if accelerator.is_main_process:
+            scale.save(args.output_dir)
+    accelerator.end_training()  # as `Trainer.end`
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ the others to the same prompt. The trainer is TRL's own, with our checkpoints.
 """
 
 import torch
-from transformers import set_seed
+from accelerate.utils import set_seed
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer
 
 from data.prompts import check_prompt_lengths, load_prompts
@@ -16,6 +16,7 @@ from pipeline.backbone import backbone_copies, load_backbone
 from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, PolicyArguments, parse
 from pipeline.folders import check_folders
+from pipeline.launch import check_launch, check_wrapper
 from pipeline.loading import context_length, fingerprint
 from reward_models.composite import RewardArguments, learned_rewards, load_functions
 
@@ -33,6 +34,7 @@ def train(
     args: RLOOConfig | GRPOConfig,
 ) -> None:
     """Train the policy role of a backbone with one of TRL's online trainers, and leave its adapter."""
+    check_launch(args, shards=False)
     check_folders(
         args.output_dir,
         model.model_name_or_path,
@@ -60,10 +62,12 @@ def train(
         processing_class=tokenizer,
     )
     backbone.train_only("policy")  # adding adapters toggles requires_grad
-    set_seed(args.seed)
+    set_seed(args.seed, device_specific=True)  # processes draw different completions
+    check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     summary = {"backbone_copies": backbone_copies(backbone), "completions": completions_sampled(trainer)}
     finish_stage(trainer, identity, {**summary, "history": trainer.state.log_history})
+    trainer.end()
 
 
 def main(

@@ -62,7 +62,8 @@ class SampleTable(TrainerCallback):
         fresh.replace(self.path)
 
     def _add(self, step: int) -> None:
-        rows = self._rows(step)  # on all processes, since sharded models generate together
+        with self.trainer.whole():  # on all processes, since the model may be sharded over them
+            rows = self._rows(step)
         if self.trainer.is_world_process_zero():
             with self.path.open("a") as file:
                 file.writelines(json.dumps(row) + "\n" for row in rows)

@@ -1,9 +1,13 @@
 """Completions of any role to any prompts, outside of training: one place for all who sample to look."""
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from trl.trainer.utils import pad
@@ -19,6 +23,7 @@ class Sample(NamedTuple):
     completion_ids: Tensor  # (B, T)
     mask: Tensor  # (B, T) bool, True up to and with the end-of-text token
     logprobs: Tensor | None  # (B, T) of the tokens as they were sampled, in nats, where they are kept
+    first: int = 0  # which prompt is the first of the batch
 
     def rows(self) -> list[list[int]]:
         """The real tokens of each completion."""
@@ -43,9 +48,14 @@ def sample(
     temperature: float,
     batch_size: int,
     keep_logprobs: bool = False,
+    share_seed: tuple[int, ...] | None = None,
 ) -> Iterator[Sample]:
     """One completion to each prompt, in batches, from the whole distribution at `temperature`, whatever the model's own
-    generation config would cut or penalise. A completion ends where TRL's trainers end it."""
+    generation config would cut or penalise. A completion ends where TRL's trainers end it.
+
+    With `share_seed`, processes take batches in turn, and each batch is drawn from a seed of its own: what is sampled
+    does not depend on how many there are. `gathered` puts together what they find.
+    """
     ends = backbone.generation_config.eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     ends = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
@@ -65,12 +75,19 @@ def sample(
         return_dict_in_generate=True,
         output_logits=keep_logprobs,
     )
-    for start in range(0, len(prompt_ids), batch_size):
+    state = PartialState()
+    mine = slice(state.process_index, None, state.num_processes) if share_seed is not None else slice(None)
+    for start in range(0, len(prompt_ids), batch_size)[mine]:
+        if share_seed is not None:
+            torch.manual_seed(int(np.random.SeedSequence([*share_seed, start]).generate_state(1)[0]))
         rows = [torch.tensor(ids) for ids in prompt_ids[start : start + batch_size]]
         ids = pad(rows, padding_value=tokenizer.pad_token_id, padding_side="left").to(device)
         mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
         with backbone.role(role):
-            output = backbone.generate(input_ids=ids, attention_mask=mask, generation_config=generation)
+            # Every process has all weights here, and need not wait for the longest completion of another.
+            output = backbone.generate(
+                input_ids=ids, attention_mask=mask, generation_config=generation, synced_gpus=False
+            )
         chosen = output.sequences[:, ids.shape[1] :]
         is_end = torch.isin(chosen, torch.tensor(ends, device=device))
         real = is_end.cumsum(dim=1) - is_end.long() == 0  # no end-of-text token before this one
@@ -78,4 +95,11 @@ def sample(
         if keep_logprobs:
             logits = torch.stack(output.logits, dim=1).float() / temperature
             logprobs = logits.log_softmax(dim=-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-        yield Sample(output.sequences, torch.cat([mask, real.long()], dim=1), chosen, real, logprobs)
+        yield Sample(output.sequences, torch.cat([mask, real.long()], dim=1), chosen, real, logprobs, start)
+
+
+def gathered(parts: list[tuple[int, *tuple[list, ...]]]) -> list[list]:
+    """Columns of all prompts, in their order, from all processes: each part is what one of them found for a batch, the
+    number of its first prompt and a list a column."""
+    ordered = sorted(gather_object(parts), key=lambda part: part[0])
+    return [list(chain.from_iterable(column)) for column in list(zip(*ordered, strict=True))[1:]]

@@ -5,6 +5,7 @@
 Trains a LoRA adapter on the frozen backbone with TRL's SFTTrainer.
 """
 
+import torch
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from data.files import check_chat_template
@@ -13,6 +14,7 @@ from pipeline.artifacts import finish_stage
 from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, check_max_length, lora_config, parse
 from pipeline.folders import check_folders
+from pipeline.launch import check_launch, check_wrapper
 from pipeline.loading import context_length, fingerprint, load_pretrained
 
 
@@ -21,11 +23,8 @@ class SFT(Checkpointed, SFTTrainer):
 
 
 def main(data: DataArguments, reach: LoraArguments, model: ModelConfig, args: SFTConfig) -> None:
-    check_folders(
-        args.output_dir,
-        model.model_name_or_path,
-        leaves_reward=False,
-    )
+    check_launch(args)
+    check_folders(args.output_dir, model.model_name_or_path, leaves_reward=False)
     checkpoint = find_checkpoint(args)
     train = load_texts(data.dataset_name, data.dataset_train_split)
     held_out = load_texts(data.eval_source, data.dataset_eval_split) if data.eval_source else None
@@ -33,6 +32,7 @@ def main(data: DataArguments, reach: LoraArguments, model: ModelConfig, args: SF
     check_max_length(args.max_length, context_length(base))
     check_chat_template(train, tokenizer, data.dataset_name)
     identity = fingerprint(base)
+    torch.manual_seed(args.seed)  # the adapter is drawn here
     trainer = SFT(
         model=base,
         args=args,
@@ -41,9 +41,11 @@ def main(data: DataArguments, reach: LoraArguments, model: ModelConfig, args: SF
         processing_class=tokenizer,
         peft_config=lora_config(model, task_type="CAUSAL_LM", reach=reach, base=base),
     )
+    check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if held_out else {}
     finish_stage(trainer, identity, {**metrics, "history": trainer.state.log_history})
+    trainer.end()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import pad
@@ -14,22 +16,31 @@ from pipeline.backbone import Backbone
 
 @torch.no_grad()
 def score_rows(
-    score: Callable[[Tensor, Tensor], Tensor], rows: list[list[int]], *, pad_token_id: int, batch_size: int, device
+    score: Callable[[Tensor, Tensor], Tensor],
+    rows: list[list[int]],
+    *,
+    pad_token_id: int,
+    batch_size: int,
+    device,
+    share: bool = False,
 ) -> list[float]:
     """Scores of token rows, in their order. `score` maps ids and mask, right-padded (B, S), to scores (B,).
 
-    Rows are scored in order of length, which keeps padding small.
+    Rows are scored in order of length, which keeps padding small. With `share`, processes that have the same rows share
+    the batches, as many to each, since a sharded model runs in all of them together; all get all scores.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    scores = [0.0] * len(rows)
-    for start in range(0, len(rows), batch_size):
-        chunk = order[start : start + batch_size]
+    chunks = [order[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    if share:
+        with PartialState().split_between_processes(chunks, apply_padding=True) as mine:
+            chunks = mine
+    found = []
+    for chunk in chunks:
         tensors = [torch.tensor(rows[i]) for i in chunk]
         ids = pad(tensors, padding_value=pad_token_id).to(device)
         mask = pad([torch.ones_like(tensor) for tensor in tensors], padding_value=0).to(device)
-        for i, value in zip(chunk, score(ids, mask).tolist(), strict=True):
-            scores[i] = value
-    return scores
+        found += zip(chunk, score(ids, mask).tolist(), strict=True)
+    return [value for _, value in sorted(dict(gather_object(found) if share else found).items())]
 
 
 class LearnedReward:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from data.prompts import tokenize_prompts
 from pipeline.backbone import Backbone
 from pipeline.folders import adapter_folder, read_json
-from pipeline.sampling import sample
+from pipeline.sampling import gathered, sample
 from reward_models.learned import score_rows
 
 
@@ -59,21 +59,22 @@ def measure(
     prompts: list,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    seed: int,
     max_completion_length: int,
     temperature: float = 1.0,
     batch_size: int = 64,
 ) -> Normalization:
-    """Sample a completion to each prompt as the policy role, and score it as the reward role."""
+    """Sample a completion to each prompt as the policy role, and score it as the reward role; processes share the work."""
     prompt_ids = tokenize_prompts(prompts, tokenizer)
     options = {"max_completion_length": max_completion_length, "temperature": temperature, "batch_size": batch_size}
-    completions = [
-        row for batch in sample(backbone, "policy", prompt_ids, tokenizer, **options) for row in batch.rows()
-    ]
+    batches = sample(backbone, "policy", prompt_ids, tokenizer, **options, share_seed=(seed,))
+    (completions,) = gathered([(batch.first, batch.rows()) for batch in batches])
     scores = score_rows(
         backbone.scores,
         [prompt + chosen for prompt, chosen in zip(prompt_ids, completions, strict=True)],
         pad_token_id=tokenizer.pad_token_id,
         batch_size=batch_size,
         device=backbone.get_base_model().device,
+        share=True,
     )
     return Normalization(float(np.mean(scores)), float(np.std(scores)), len(scores))

@@ -1,10 +1,13 @@
 """`pipeline.sampling`: what is sampled comes from the whole distribution of a role, and ends where TRL ends it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import make_likely
 
-from pipeline.sampling import sample
+from pipeline import sampling
+from pipeline.sampling import gathered, sample
 
 
 ROWS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
@@ -43,6 +46,29 @@ def test_a_pad_token_that_is_the_end_of_text(backbone, tokenizer):
     assert merged.rows() == plain.rows()
     assert torch.equal(merged.mask, plain.mask)
     assert any(row[-1] == tokenizer.eos_token_id for row in merged.rows())
+
+
+@pytest.mark.parametrize("processes", [2, 3, 7])
+def test_what_is_shared_does_not_depend_on_the_number_of_processes(backbone, tokenizer, monkeypatch, processes):
+    """Five batches: of seven processes, two have none."""
+    make_likely(backbone, tokenizer.eos_token_id)
+
+    def shared(process: int, processes: int) -> list[tuple[int, list[list[int]]]]:
+        monkeypatch.setattr(
+            sampling, "PartialState", lambda: SimpleNamespace(process_index=process, num_processes=processes)
+        )
+        torch.manual_seed(process)  # whatever state the generator is in
+        batches = sample(backbone, "policy", ROWS * 5, tokenizer, max_completion_length=6, temperature=1.0, batch_size=4,
+                         share_seed=(3,))  # fmt: skip
+        return [(batch.first, batch.rows()) for batch in batches]
+
+    (alone,) = gathered(shared(0, 1))
+    found = [shared(i, processes) for i in range(processes)]
+    assert [len(parts) for parts in found] == {2: [3, 2], 3: [2, 2, 1], 7: [1, 1, 1, 1, 1, 0, 0]}[processes]
+    (together,) = gathered([part for parts in reversed(found) for part in parts])  # in any order
+    assert together == alone
+    assert len(alone) == 20
+    assert len({str(alone[i : i + 4]) for i in range(0, 20, 4)}) == 5  # batches of the same prompts differ
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

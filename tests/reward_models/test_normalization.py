@@ -48,13 +48,11 @@ def test_scores_by_hand(roles, reward_adapter, tokenizer):
 def test_measured_scores_come_to_mean_0_and_deviation_1(roles, reward_adapter, tokenizer, tmp_path):
     folder = Path(shutil.copytree(reward_adapter, tmp_path / "reward"))
     backbone, _ = roles([str(folder)], tokenizer)
-    torch.manual_seed(0)
-    found = measure(backbone, ASKED, tokenizer, max_completion_length=5, batch_size=8)
+    found = measure(backbone, ASKED, tokenizer, seed=0, max_completion_length=5, batch_size=8)
     assert found.completions == 16 and found.std > 0.01
     found.save(folder)
     backbone, _ = roles([str(folder)], tokenizer, normalize_scores=True)
-    torch.manual_seed(0)  # the same completions
-    again = measure(backbone, ASKED, tokenizer, max_completion_length=5, batch_size=8)
+    again = measure(backbone, ASKED, tokenizer, seed=0, max_completion_length=5, batch_size=8)  # the same completions
     # The head in memory has the deviation taken out. The mean is taken from scores, and is mean / std here.
     assert again.std == pytest.approx(1, abs=1e-5)
     assert again.mean == pytest.approx(found.mean / found.std, abs=1e-5)
@@ -69,12 +67,11 @@ def test_what_is_measured_are_the_policys_completions(roles, reward_adapter, tok
         return original(ids, mask, **options)
 
     monkeypatch.setattr(backbone, "scores", scores)
-    torch.manual_seed(0)
-    found = measure(backbone, ASKED[:4], tokenizer, max_completion_length=5)
+    found = measure(backbone, ASKED[:4], tokenizer, seed=0, max_completion_length=5)
     monkeypatch.undo()
     asked = [tokenizer(text)["input_ids"] for text in ASKED[:4]]
-    torch.manual_seed(0)
-    (batch,) = sample(backbone, "policy", asked, tokenizer, max_completion_length=5, temperature=1.0, batch_size=4)
+    options = {"max_completion_length": 5, "temperature": 1.0, "batch_size": 4, "share_seed": (0,)}
+    (batch,) = sample(backbone, "policy", asked, tokenizer, **options)
     assert sorted(rows) == sorted(ids + chosen for ids, chosen in zip(asked, batch.rows(), strict=True))
     expected = [original(torch.tensor([row]), torch.ones(1, len(row))).item() for row in rows]
     assert found.mean == pytest.approx(np.mean(expected), abs=1e-5)
