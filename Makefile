@@ -15,7 +15,7 @@ RECIPES = pipeline/recipes
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 
-.PHONY: demo baselines seeds ablations reward-long backbone test
+.PHONY: demo baselines seeds ablations reward-long backbone bench bench-scaling test
 
 # SFT, reward model, PPO and evaluation on the embedded default; leaves $(OUT)/report.md and report.json.
 demo: .venv/installed
@@ -73,10 +73,25 @@ reward-long: .venv/installed
 backbone: .venv/installed
 	$(LAUNCH) pipeline.pretrain --config $(RECIPES)/backbone.yaml
 
+# One PPO update beside TRL 1.12's, the last release with PPO, about 12 minutes; leaves runs/bench/ppo_update.json.
+bench: .venv/installed .venv-trl112/installed
+	.venv/bin/python -m tests.benchmarks.ppo_update --trl_python .venv-trl112/bin/python
+
+# Seconds of an update against its sizes, measured and predicted, about 15 minutes; leaves runs/bench/scaling.png.
+bench-scaling: .venv/installed
+	.venv/bin/python -m tests.benchmarks.scaling
+
 test: .venv/installed
 	.venv/bin/python -m pytest
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+# TRL 1.12.0 on the releases that ours is tested with.
+.venv-trl112/installed: Makefile
+	$(PYTHON) -m venv .venv-trl112
+	.venv-trl112/bin/python -m pip install --quiet \
+		trl==1.12.0 torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 psutil
 	touch $@

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, GPT2LMHeadModel
 
 from tests.benchmarks.cost import Floor, rate
 from tests.benchmarks.work import Work, command
@@ -129,10 +129,8 @@ def measure(work: Work, rounds: int, trl_python: str, rows: tuple[str, ...] = RO
 
 
 def _meta(work: Work) -> torch.nn.Module:
-    from transformers import GPT2LMHeadModel
-
     with torch.device("meta"):
-        return GPT2LMHeadModel(work.config())
+        return GPT2LMHeadModel(work.config("fp32"))
 
 
 def markdown(result: dict) -> str:

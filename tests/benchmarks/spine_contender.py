@@ -34,7 +34,7 @@ def reward_adapter(work: Work, top: int | None) -> Adapter:
 def make_trainer(work: Work, options: dict, **kwargs) -> PPOTrainer:
     torch.manual_seed(0)
     bf16, top = options["dtype"] == "bf16", options["top"]
-    base = GPT2LMHeadModel(work.config()).to(torch.bfloat16 if bf16 else torch.float32)
+    base = GPT2LMHeadModel(work.config(options["dtype"])).to(torch.bfloat16 if bf16 else torch.float32)
     base = fuse_gelu(base).requires_grad_(False)  # as `load_pretrained` does
     backbone = Backbone(base, LoraConfig(task_type="CAUSAL_LM", **work.lora(top)))
     backbone.add_role("reward", reward_adapter(work, top))

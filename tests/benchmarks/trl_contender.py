@@ -21,12 +21,13 @@ def main() -> None:
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # its Accelerator does not read args.bf16
     # Trained weights stay in float32 under autocast; what is frozen can be in bfloat16.
     frozen = torch.bfloat16 if options["dtype"] == "bf16" else torch.float32
+    config = work.config(options["dtype"])
     lora = options["row"] == "trl_lora"
-    policy = GPT2LMHeadModel(work.config()).to(frozen if lora else torch.float32)
-    value, reward = (GPT2ForSequenceClassification(work.config(num_labels=1)) for _ in range(2))
+    policy = GPT2LMHeadModel(config).to(frozen if lora else torch.float32)
+    value, reward = (GPT2ForSequenceClassification(work.config(options["dtype"], num_labels=1)) for _ in range(2))
     reference = None
     if not lora:
-        reference = GPT2LMHeadModel(work.config())
+        reference = GPT2LMHeadModel(config)
         reference.load_state_dict(policy.state_dict())
         reference.to(frozen)
     micro = options["microbatch"]

@@ -38,9 +38,11 @@ class Work:
     top: int = 4  # layers that `spine_top4` adapts
     rank: int = 16
 
-    def config(self, **options) -> GPT2Config:
+    def config(self, dtype: str, **options) -> GPT2Config:
         return GPT2Config(
             **options,
+            # On a CPU torch's fused attention in bfloat16 is slower than the product of matrices: NOTES.md.
+            attn_implementation="eager" if dtype == "bf16" else "sdpa",
             n_layer=self.layers,
             n_embd=self.hidden,
             n_head=self.heads,

@@ -1,0 +1,82 @@
+"""The benchmark's own code, on shapes that take no time. What it measures is not asserted here."""
+
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.benchmarks import scaling
+from tests.benchmarks.cost import decoding_flops, update_flops
+from tests.benchmarks.ppo_update import Contender, markdown, measure
+from tests.benchmarks.spine_contender import make_trainer
+from tests.benchmarks.work import Work, state_bytes
+
+
+TINY = Work(layers=3, hidden=32, heads=2, vocabulary=97, batch=4, prompt=6, completion=5, epochs=2, top=1, rank=4)
+
+
+def test_the_operations_are_those_of_the_papers():
+    """GPT-2 124M, 64 + 64 tokens, 4 epochs, 4 of 12 layers: 668, 469 and 201 GFLOP a sequence, and 27 to sample it."""
+    a_sequence = Work(batch=1)
+    gflop = {row: update_flops(a_sequence, row) / 1e9 for row in ("trl_full", "spine_all", "spine_top4")}
+    assert gflop == pytest.approx({"trl_full": 668, "spine_all": 469, "spine_top4": 201}, abs=1)
+    assert decoding_flops(a_sequence) / 1e9 == pytest.approx(27, abs=0.5)
+    assert update_flops(Work(), "spine_top4") == pytest.approx(8 * update_flops(a_sequence, "spine_top4"))
+
+
+@pytest.mark.slow
+def test_ours_runs_by_turns_and_is_written_down():
+    result = measure(TINY, 2, "no python is needed", rows=("spine_top4",))
+    row = result["rows"]["spine_top4"]
+    assert set(row) == {
+        *("seconds", "generation", "scoring", "training"),
+        *("peak_rss_gb", "state_backbones", "dtype"),
+    }
+    assert min(row[name] for name in ("generation", "scoring", "training")) > 0
+    assert row["generation"] + row["scoring"] + row["training"] == pytest.approx(row["seconds"], rel=0.3)
+    result |= {"speedup": 3.0, "memory_ratio": 0.2, "floor_seconds": 1.0}
+    assert "| spine_top4 |" in markdown(result) and "1/3.00" in markdown(json.loads(json.dumps(result)))
+
+
+@pytest.mark.slow
+def test_scaling_is_measured_and_drawn(tmp_path):
+    axes = {"epochs": ("PPO epochs", (1, 2))}
+    result = scaling.measure(TINY, axes, "fp32", 1)
+    assert [row["value"] for row in result["epochs"]] == [1, 2]
+    assert all(row["measured"] > row["predicted"] > 0 for row in result["epochs"])
+    scaling.draw(result, axes, tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_contender_that_ends_says_why():
+    broken = replace(TINY, heads=5)  # does not divide the hidden size
+    with (
+        Contender("spine_top4", "fp32", broken, sys.executable) as contender,
+        pytest.raises(RuntimeError, match="spine_top4 in fp32 ended:(.|\n)*num_heads"),
+    ):
+        contender.update()
+
+
+@pytest.mark.slow
+def test_four_roles_of_gpt2_live_in_little_more_than_one_backbone(tmp_path):
+    """Item by item, LoRA of r=16 on attention and MLP of 4 layers, 3.1 MB: weights, gradients and Adam's two moments of
+    policy and value, weights of the reward; the reference of a fresh policy is the backbone. 9 x 3.1 MB beside 498."""
+    work = Work(prompt=4, completion=4, epochs=1, batch=2)
+    trainer = make_trainer(work, {"dtype": "fp32", "top": 4, "microbatch": 2, "folder": str(tmp_path)})
+    trainer.args.max_steps = 1
+    before = state_bytes(torch.nn.Module(), torch.optim.Adam([torch.zeros(1)]))  # of other tests' models
+    trainer.train()
+    backbone = sum(p.nbytes for n, p in trainer.model.named_parameters() if "lora_" not in n and "heads." not in n)
+    lora = (
+        4 * 16 * 4 * (4 + 2 + 5 + 5) * 768
+    )  # bytes of one adapter: r (inputs + outputs) of four projections, 4 layers
+    assert backbone == 4 * 124_439_808
+    heads = 4 * 768
+    others = before - backbone - 3 * lora - 2 * heads
+    counted = state_bytes(trainer.model, trainer.optimizer) - others
+    steps = 4 * sum(1 for group in trainer.optimizer.param_groups for _ in group["params"])  # Adam counts them
+    assert counted == backbone + 9 * lora + 5 * heads + steps
+    assert counted / backbone < 1.06
