@@ -45,6 +45,7 @@ class Backbone(PeftModelForCausalLM):
         # LoRA starts as nothing: B is zero. Until it has learned something, the policy is the bare backbone.
         self.policy_is_bare = fresh and policy.init_lora_weights is True
         self.fingerprint = fingerprint(base)  # while its weights are here: under FSDP and ZeRO-3 they will be sharded
+        base.get_output_embeddings().register_forward_pre_hook(_contiguous)
         if not fresh:
             self._set_weights("policy", policy.weights, policy.source)
 
@@ -316,6 +317,12 @@ def _language_config(config: LoraConfig) -> LoraConfig:
     config.task_type, config.modules_to_save = "CAUSAL_LM", None
     config.base_model_name_or_path = None  # when it is saved, peft names the base that it is on
     return config
+
+
+def _contiguous(head: nn.Module, inputs: tuple) -> tuple:
+    """The head's hidden states in one block. `generate` takes a slice of the prompt's, and for that torch copies the
+    vocabulary's weights once a row: a quarter of the sampling time of GPT-2 in bfloat16 on a CPU."""
+    return (inputs[0].contiguous(), *inputs[1:])
 
 
 def _positions(attention_mask: Tensor) -> Tensor:

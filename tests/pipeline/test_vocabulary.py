@@ -54,3 +54,12 @@ def test_no_more_logits_are_in_memory_than_allowed(case, monkeypatch):
     head.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.numel()))
     run(head, hidden, tokens)
     assert max(sizes) <= 44 and sum(sizes) == 15 * 11  # each position once: nothing is computed again
+
+
+def test_the_head_never_sees_a_slice(backbone, tokenizer):
+    seen = []
+    head = backbone.get_base_model().get_output_embeddings()
+    head.register_forward_hook(lambda module, inputs, logits: seen.append(inputs[0].is_contiguous()))
+    ids = torch.full((3, 4), 5)
+    backbone.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
+    assert len(seen) == 2 and all(seen)
