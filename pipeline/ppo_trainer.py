@@ -30,6 +30,7 @@ from pipeline.loading import read_adapter
 from pipeline.losses import approx_kl, policy_loss, text_loss, value_loss
 from pipeline.masking import masked_mean, masked_sums, whiten
 from pipeline.rollout import Rollout
+from pipeline.trunk import decoder_layers
 from pipeline.watch import Watch
 from reward_models.composite import Composite
 from reward_models.learned import LearnedReward
@@ -140,20 +141,36 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         Sharded (FSDP, ZeRO-3), they are gathered once. So processes whose completions differ in length, or that
         sample different numbers of them, never wait for each other inside.
         """
-        shards = [module for module in self.model_wrapped.modules() if isinstance(module, FSDPModule)]
+        shards = self._shards()
         if shards:
             # FSDP takes the first module that runs for its root.
             with torch.no_grad():
                 self.model_wrapped(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.accelerator.device))
-            self.model_wrapped.set_reshard_after_forward(False)
             for module in shards:
+                module.set_reshard_after_forward(False, recurse=False)
                 module.unshard()
         with torch.no_grad(), unwrap_model_for_generation(self.model_wrapped, self.accelerator):
             yield
-        if shards:
-            self.model_wrapped.set_reshard_after_forward(self.accelerator.state.fsdp_plugin.reshard_after_forward)
-            for module in shards:
-                module.reshard()
+        for module in shards:
+            module.reshard()
+
+    def _shards(self) -> list[FSDPModule]:
+        return [module for module in self.model_wrapped.modules() if isinstance(module, FSDPModule)]
+
+    def _keep_shared_shards(self) -> None:
+        """Under FSDP, keep what lies beside the decoder layers whole from a training pass to the end of its backward pass.
+
+        accelerate shards embeddings, last norm and language-model head as one group, since two of them may be tied, and
+        FSDP expects each to run once a forward pass. Ours runs them as often as it has roles, and backward found them
+        resharded.
+        """
+        layers = set(decoder_layers(self.model.get_base_model())[2])
+        for module in self._shards():
+            once = module in layers
+            module.set_reshard_after_forward(
+                once and self.accelerator.state.fsdp_plugin.reshard_after_forward, recurse=False
+            )
+            module.set_reshard_after_backward(once, recurse=False)
 
     # ------------------------------------------------------------------------------------------ one update
     @property
@@ -194,7 +211,10 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
             self._step += 1
             return torch.zeros((), device=self.accelerator.device)
         warming_up = self.warming_up
+        self._keep_shared_shards()
         loss = super().training_step(model, inputs, num_items_in_batch)
+        for module in self._shards():
+            module.reshard()  # the optimizer steps the shards
         if warming_up:
             for parameter in self.model.role_parameters("policy"):
                 parameter.grad = None
@@ -415,12 +435,17 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         """The policy as a peft adapter, the value function as one with its head in `value/`, and the tokenizer."""
-        if not self.args.should_save:
-            return
         folder = Path(output_dir or self.args.output_dir)
-        self.model.save_role("policy", folder, state_dict)
-        self.model.save_role("value", folder / "value", state_dict)
-        self.processing_class.save_pretrained(folder)
+        frozen = {}
+        if self._dist.is_zero3:  # where Trainer gathers what trains alone; a value may be frozen below the policy
+            kept = {id(p) for p in self.model.role_parameters("policy", "value") if not p.requires_grad}
+            frozen = {name: p for name, p in self.model.named_parameters() if id(p) in kept}
+        with self._dist.gather_params(list(frozen.values())):
+            if self.args.should_save:
+                whole = None if state_dict is None else {**state_dict, **frozen}
+                self.model.save_role("policy", folder, whole)
+                self.model.save_role("value", folder / "value", whole)
+                self.processing_class.save_pretrained(folder)
 
     # ------------------------------------------------------------------------------------------ checkpoints
     @property
