@@ -50,8 +50,8 @@ seeds: .venv/installed
 	for seed in $(SEEDS); do $(MAKE) demo SEED=$$seed OUT=runs/seeds/$$seed || exit 1; done
 	.venv/bin/python -m pipeline.tables seeds runs/seeds
 
-# What single settings of PPO are worth: 16 updates instead of the 24 of the demo, three seeds each, from the adapters that
-# `make seeds` left; leaves runs/ablations/table.md. The first is the recipe as it is.
+# What single settings of PPO are worth: 16 updates instead of the 24 of the demo, three seeds each, from the adapters
+# that `make seeds` left; about 25 minutes; leaves runs/ablations/table.md. The first is the recipe as it is.
 ablations: .venv/installed
 	for seed in 0 1 2; do \
 		from="--sft_adapter runs/seeds/$$seed/sft --reward_adapter runs/seeds/$$seed/reward"; \
@@ -60,12 +60,12 @@ ablations: .venv/installed
 			$(LAUNCH) pipeline.ppo --config $(RECIPES)/demo/ppo.yaml --seed $$seed --output_dir $$out/ppo $$from \
 				--max_steps 128 --$${change%%=*} $$(echo $${change#*=} | tr , ' ') || exit 1; \
 			$(LAUNCH) pipeline.evaluation --config $(RECIPES)/demo/evaluation.yaml --seed $$seed --output_dir $$out $$from \
-				--policy_adapter $$out/ppo || exit 1; \
+				--policy_adapter $$out/ppo --max_prompts 256 || exit 1; \
 		done; \
 	done
 	.venv/bin/python -m pipeline.tables ablations runs/ablations $(ABLATIONS)
 
-# A longer reward model, about half an hour; leaves runs/reward-long/metrics.json.
+# A longer reward model, about ten minutes; leaves runs/reward-long/metrics.json.
 reward-long: .venv/installed
 	$(LAUNCH) pipeline.reward --config $(RECIPES)/reward_long.yaml
 
