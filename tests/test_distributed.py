@@ -83,6 +83,7 @@ def plan(inputs: dict[str, str], out: Path, start: Path, processes: int, use_cpu
         "per_device_train_batch_size": 8 // processes,
         "per_device_eval_batch_size": 4,
         "learning_rate": 1e-3,
+        "adam_epsilon": 1e-5,  # with 1e-8 the step of a tiny gradient tells in which order it was summed
         "lora_r": 4,
         "lora_target_modules": "all-linear",
         "lora_dropout": 0.0,
@@ -104,6 +105,7 @@ def plan(inputs: dict[str, str], out: Path, start: Path, processes: int, use_cpu
     }
     reward = {
         **training,
+        "lora_embeddings": True,
         "dataset_name": inputs["pairs"],
         "eval_dataset_name": inputs["held_pairs"],
         "max_length": 64,
@@ -142,9 +144,12 @@ def plan(inputs: dict[str, str], out: Path, start: Path, processes: int, use_cpu
         "max_completion_length": 8,
         "batch_size": 4,
     }
-    # other parts of PPO: a value that is a head on the policy's trunk, texts, an entropy bonus
+    # Other parts of PPO: a fresh policy in all layers and on the embeddings, a value that is a head on it, texts, an
+    # entropy bonus.
     other = {
         **{key: value for key, value in ppo.items() if not key.startswith(("eval_", "sample_"))},
+        "sft_adapter": "",
+        "lora_embeddings": True,
         "critic": "head",
         "entropy_coef": 0.01,
         "whiten_rewards": True,
