@@ -88,9 +88,10 @@ class RankingTrainer(RewardTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        groups = groups_of(rows, most=self.args.per_device_train_batch_size)
+        size = self.args.train_batch_size * self.args.world_size  # so that the order is that of one process
+        groups = groups_of(rows, most=size)
         lengths = None
         if self.args.train_sampling_strategy == "group_by_length":
             of_rows = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
             lengths = [max(of_rows[number] for number in group) for group in groups]
-        return GroupSampler(groups, lengths, self.args.train_batch_size * self.args.world_size, self.args.seed)
+        return GroupSampler(groups, lengths, size, self.args.seed)
