@@ -66,10 +66,11 @@ def test_activations_are_what_autograd_keeps(tiny, top, bf16):
     real.add_value(init="policy")
     real.train_only("policy", "value")
     real.share_trunk()
+    real.eval()  # dropout is off in PPO
     ids, mask = torch.ones(3, 16, dtype=torch.long), torch.ones(3, 16, dtype=torch.bool)
     mask[0, :2] = False  # as in any batch but a lucky one
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        trunk = real.eval().trunk(ids, mask) if top else None
+        trunk = real.trunk(ids, mask) if top else None
         with _kept() as sizes:
             passes = [real.hidden_states(role, ids, mask, trunk) for role in ("policy", "value")]
     measured = sum(sizes.values()) + sum(hidden.nbytes for hidden in passes)
