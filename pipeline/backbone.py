@@ -44,7 +44,8 @@ class Backbone(PeftModelForCausalLM):
         self.trunk_depth, self.value_has_trunk = 0, False
         # LoRA starts as nothing: B is zero. Until it has learned something, the policy is the bare backbone.
         self.policy_is_bare = fresh and policy.init_lora_weights is True
-        self.fingerprint = fingerprint(base)  # while its weights are here: under FSDP and ZeRO-3 they will be sharded
+        # While its weights are here: under FSDP and ZeRO-3 they will be sharded. A plan has none (the meta device).
+        self.fingerprint = "" if base.device.type == "meta" else fingerprint(base)
         base.get_output_embeddings().register_forward_pre_hook(_contiguous)
         if not fresh:
             self._set_weights("policy", policy.weights, policy.source)

@@ -7,7 +7,13 @@ from typing import get_type_hints
 
 import pytest
 from peft import get_peft_model, get_peft_model_state_dict
-from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    TrainingArguments,
+)
 from trl import ModelConfig, RLOOConfig
 
 from pipeline.configs import DataArguments, LoraArguments, PPOConfig, lora_config, parse
@@ -95,7 +101,9 @@ def test_recipe(path, monkeypatch):
     assert Path(recipe).resolve() == path
     hints = get_type_hints(import_module(f"pipeline.{stage}").main)
     hints.pop("return")
-    for part in parse(*hints.values(), args=["--config", recipe]):
+    # No GPU is here to hear of bf16.
+    cpu = ["--use_cpu", "true"] if any(issubclass(kind, TrainingArguments) for kind in hints.values()) else []
+    for part in parse(*hints.values(), args=["--config", recipe, *cpu]):
         name = getattr(part, "dataset_name", None) or "human_ratings"
         assert name == "human_ratings" or Path(name).is_file()
         for function in getattr(part, "reward_funcs", None) or []:

@@ -1,0 +1,242 @@
+"""What a PPO recipe takes of a GPU's memory, before anything is downloaded but the model's config.
+
+    python -m pipeline.plan --config pipeline/recipes/gpt2/ppo.yaml --prompt_tokens 512 --processes 8
+
+The roles are made as PPO makes them, on torch's meta device, where tensors have shapes and no values; what a training
+pass keeps for its backward pass is what autograd keeps there. torch's own context, about half a GB on a GPU, and
+fragmentation come on top.
+"""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig, AutoModelForCausalLM
+from trl import ModelConfig
+
+from pipeline.backbone import ADAPTERS, Backbone
+from pipeline.configs import DataArguments, LoraArguments, PPOConfig, lora_config, parse
+from pipeline.loading import fuse_gelu
+from pipeline.ppo import RoleArguments
+from pipeline.report import markdown_table
+from pipeline.trunk import decoder_layers
+from pipeline.vocabulary import LOGITS
+from reward_models.composite import RewardArguments
+
+
+LAYOUTS = ("DDP", "ZeRO-2", "ZeRO-3", "FSDP")
+# What each process has only its share of.
+SHARDED = {
+    "DDP": (),
+    "ZeRO-2": ("gradients", "optimizer"),
+    "ZeRO-3": ("weights", "gradients", "optimizer"),
+    "FSDP": ("weights", "gradients", "optimizer"),
+}
+
+
+@dataclass
+class PlanArguments:
+    """What a recipe does not say."""
+
+    prompt_tokens: int = field(default=512, metadata={"help": "Length of the longest prompts, in tokens."})
+    processes: int = field(default=8, metadata={"help": "GPUs that share what is sharded."})
+
+
+@dataclass(frozen=True)
+class Item:
+    """Bytes that a role or a phase holds; of `kind` weights, gradients, optimizer, or a name of its own."""
+
+    who: str
+    kind: str
+    bytes: int
+
+
+def roles(rewards: RewardArguments, reach: LoraArguments, model: ModelConfig, args: PPOConfig, policy) -> Backbone:
+    """The roles of a PPO run on the meta device; adapters are as `lora_*` says, wherever they would be read from."""
+    source = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
+    config = AutoConfig.from_pretrained(model.model_name_or_path, **source)
+    config.get_text_config().pad_token_id = 0  # of no consequence here; a classifier's head would want one
+    dtype = torch.float32 if model.dtype in (None, "auto") else getattr(torch, model.dtype)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=args.trust_remote_code)
+        fuse_gelu(base).requires_grad_(False)
+        adapter = lora_config(model, task_type="CAUSAL_LM", reach=reach, base=base)
+        backbone = Backbone(base, adapter)
+        if policy:  # one that was trained is not the bare backbone
+            backbone.add_adapter(ADAPTERS["reference"], adapter)
+        for number, _ in enumerate(rewards.reward_adapter, 1):
+            role = "reward" if number == 1 else f"reward_{number}"
+            backbone.add_adapter(role, adapter)
+            backbone.heads[role] = nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
+        backbone.add_value(init=args.value_init, critic=args.critic)
+    backbone.train_only("policy", "value")
+    if args.disable_dropout:
+        for module in backbone.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        backbone.share_trunk()
+    return backbone.train()
+
+
+def state(backbone: Backbone) -> Iterator[Item]:
+    """What lives from step to step: weights, gradients and Adam's two moments in float32, role by role."""
+    ours = {id(p) for role in (*ADAPTERS, *backbone.heads) for p in backbone.role_parameters(role)}
+    yield Item("backbone", "weights", sum(p.nbytes for p in backbone.parameters() if id(p) not in ours))
+    for role in dict.fromkeys((*ADAPTERS, *backbone.heads)):
+        # A value that is a head alone has no adapter to count again.
+        shared = role == "value" and ADAPTERS["value"] not in backbone.peft_config
+        parameters = list(backbone.heads[role].parameters()) if shared else backbone.role_parameters(role)
+        if not parameters:
+            continue
+        yield Item(role, "weights", sum(p.nbytes for p in parameters))
+        trained = [p for p in parameters if p.requires_grad]
+        if trained:
+            yield Item(role, "gradients", sum(p.nbytes for p in trained))
+            yield Item(role, "optimizer", sum(8 * p.numel() for p in trained))
+
+
+@contextmanager
+def _kept() -> Iterator[dict[int, int]]:
+    """Bytes of each storage that autograd keeps, weights apart."""
+    sizes = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield sizes
+
+
+def _shapes_alone(model: nn.Module) -> None:
+    """Put fake tensors in the place of those on the meta device: they choose kernels as a CPU's do, attention's among
+    them, where meta tensors take the one that keeps every attention weight."""
+    fakes = {}
+    for module in model.modules():
+        for tensors, kind in ((module._parameters, nn.Parameter), (module._buffers, lambda x, _: x)):
+            for name, tensor in tensors.items():
+                if tensor is not None and tensor not in fakes:  # tied weights stay tied
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+                    fakes[tensor] = kind(fake, tensor.requires_grad)
+                if tensor is not None:
+                    tensors[name] = fakes[tensor]
+
+
+def activations(backbone: Backbone, rows: int, prompt: int, completion: int, *, bf16: bool) -> int:
+    """Bytes that one training pass keeps for its backward pass, logits apart. `backbone` is fit for nothing else after
+    it."""
+    tokens = (rows, prompt + completion)
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        _shapes_alone(backbone)
+        ids, mask = torch.ones(tokens, dtype=torch.long), torch.ones(tokens, dtype=torch.bool)
+        trunk = backbone.trunk(ids, mask) if backbone.trunk_depth else None
+        with _kept() as sizes:
+            passes = [backbone.hidden_states("policy", ids, mask, trunk)]
+            if ADAPTERS["value"] in backbone.peft_config:
+                passes.append(backbone.hidden_states("value", ids, mask, trunk))
+        return sum(sizes.values()) + sum(hidden.nbytes for hidden in passes)
+
+
+def phases(backbone: Backbone, args: PPOConfig, prompt: int) -> Iterator[Item]:
+    """What a rollout leaves, and what sampling and training take beside it. Logits are in pieces but while sampling."""
+    base = backbone.get_base_model()
+    config, completion = base.config.get_text_config(), args.max_completion_length
+    batch, tokens = args.per_device_train_batch_size * args.steps_per_generation, prompt + completion
+    width = next(base.base_model.parameters()).element_size()
+    if backbone.trunk_depth:
+        trunks = 1 + backbone.value_has_trunk
+        yield Item("rollout", "trunk cache", trunks * batch * tokens * config.hidden_size * width)
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    yield Item("sampling", "KV cache", 2 * config.num_hidden_layers * batch * tokens * heads * head_size * width)
+    yield Item("sampling", "logits", 4 * batch * config.vocab_size * 4)  # logits, scores, probabilities, noise
+    # Logits, their softmax, its exponential and a gradient, in float32.
+    positions = args.per_device_train_batch_size * completion
+    yield Item("training", "logits", 4 * 4 * min(LOGITS, positions * config.vocab_size))
+    size = args.per_device_train_batch_size
+    yield Item("training", "activations", activations(backbone, size, prompt, completion, bf16=args.bf16))
+
+
+def gathered(backbone: Backbone, layout: str) -> Iterator[Item]:
+    """Weights that a process has whole for a while though they are sharded: all of them in sampling and scoring, and in
+    training those of two layers, one of them fetched ahead, with the embeddings."""
+    if "weights" not in SHARDED[layout]:
+        return
+    base = backbone.get_base_model()
+    layers = decoder_layers(base)[2]
+    sizes = [sum(p.nbytes for p in layer.parameters()) for layer in layers]
+    whole = sum(p.nbytes for p in backbone.parameters())
+    yield Item("sampling", "gathered weights", whole)
+    yield Item("training", "gathered weights", 2 * max(sizes) + whole - sum(sizes))
+
+
+def plan(
+    roles_: RoleArguments,
+    rewards: RewardArguments,
+    reach: LoraArguments,
+    model: ModelConfig,
+    args: PPOConfig,
+    asked: PlanArguments,
+) -> dict[str, list[Item]]:
+    """Items of one process under each layout."""
+    backbone = roles(rewards, reach, model, args, roles_.sft_adapter)
+    standing = list(state(backbone))
+    whole = {layout: list(gathered(backbone, layout)) for layout in LAYOUTS}
+    passing = list(phases(backbone, args, asked.prompt_tokens))
+    result = {}
+    for layout in LAYOUTS:
+        share = {kind: asked.processes for kind in SHARDED[layout]}
+        mine = [Item(item.who, item.kind, item.bytes // share.get(item.kind, 1)) for item in standing]
+        result[layout] = mine + whole[layout] + passing
+    return result
+
+
+def peak(items: list[Item]) -> int:
+    """Bytes at the worst moment: what stands, with sampling or with training."""
+    moments = {"sampling": 0, "training": 0}
+    standing = 0
+    for item in items:
+        if item.who in moments:
+            moments[item.who] += item.bytes
+        else:
+            standing += item.bytes
+    return standing + max(moments.values())
+
+
+def table(planned: dict[str, list[Item]]) -> str:
+    """A row an item, a column a layout, in GB (10^9 bytes) of one GPU."""
+    cells = {layout: {(item.who, item.kind): item.bytes for item in items} for layout, items in planned.items()}
+    names = list(dict.fromkeys(name for column in cells.values() for name in column))
+    order = {who: i for i, who in enumerate(("sampling", "training"))}
+    names.sort(key=lambda name: order.get(name[0], -1))  # stable: roles stay in their order
+
+    def gigabytes(value: int | None) -> str:
+        return "–" if value is None else f"{value / 1e9:.3f}"
+
+    rows = [[*name, *(gigabytes(cells[layout].get(name)) for layout in planned)] for name in names]
+    rows.append(["**peak**", "", *(f"**{peak(items) / 1e9:.2f}**" for items in planned.values())])
+    return markdown_table(["", "GB a GPU", *planned], rows, numbers=range(2, 2 + len(planned)))
+
+
+def main(
+    data: DataArguments,
+    roles_: RoleArguments,
+    rewards: RewardArguments,
+    reach: LoraArguments,
+    model: ModelConfig,
+    args: PPOConfig,
+    asked: PlanArguments,
+) -> None:
+    print(table(plan(roles_, rewards, reach, model, args, asked)))
+
+
+if __name__ == "__main__":
+    kinds = (DataArguments, RoleArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig, PlanArguments)
+    # The machine that plans need not have the GPUs that are planned for.
+    main(*parse(*kinds, args=[*sys.argv[1:], "--use_cpu", "true"]))

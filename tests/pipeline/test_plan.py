@@ -1,0 +1,130 @@
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, GPT2Config, LlamaConfig
+from trl import ModelConfig
+
+from pipeline.backbone import load_backbone
+from pipeline.configs import LoraArguments, PPOConfig, parse
+from pipeline.plan import LAYOUTS, Item, PlanArguments, _kept, activations, peak, phases, plan, roles, state, table
+from pipeline.ppo import RoleArguments
+from reward_models.composite import RewardArguments
+
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "pipeline" / "recipes"
+LINEAR = ["c_attn", "c_proj", "c_fc"]
+REWARDS = RewardArguments(reward_adapter=["runs/reward"])
+
+
+def config(**options) -> PPOConfig:
+    settings = {"output_dir": "out", "use_cpu": True, "bf16": False, "per_device_train_batch_size": 2}
+    settings |= {"steps_per_generation": 4, "gradient_accumulation_steps": 2, "max_completion_length": 6}
+    return PPOConfig(**{**settings, **options})
+
+
+def model(tiny: str, **options) -> ModelConfig:
+    return ModelConfig(tiny, lora_r=4, lora_target_modules=LINEAR, **options)
+
+
+def test_state_by_hand(tiny):
+    """Two layers of 32 units, r = 4: an adapter has 2 * 4 * (4 + 2 + 5 + 5) * 32 numbers, a head 32."""
+    backbone = roles(REWARDS, LoraArguments(), model(tiny), config(), policy="runs/sft")
+    bytes_of = {(item.who, item.kind): item.bytes for item in state(backbone)}
+    lora, head = 4 * 2 * 4 * 16 * 32, 4 * 32
+    vocabulary = AutoConfig.from_pretrained(tiny).vocab_size
+    layer = 12 * 32**2 + 13 * 32  # weights and biases of four projections, two norms
+    assert bytes_of == {
+        ("backbone", "weights"): 4 * (vocabulary * 32 + 128 * 32 + 2 * layer + 2 * 32),
+        ("policy", "weights"): lora,
+        ("policy", "gradients"): lora,
+        ("policy", "optimizer"): 2 * lora,
+        ("reference", "weights"): lora,
+        ("reward", "weights"): lora + head,
+        ("value", "weights"): lora + head,
+        ("value", "gradients"): lora + head,
+        ("value", "optimizer"): 2 * (lora + head),
+    }
+
+
+def test_a_fresh_policy_and_a_critic_that_is_a_head(tiny):
+    fresh = roles(REWARDS, LoraArguments(), model(tiny), config(critic="head"), policy=None)
+    bytes_of = {(item.who, item.kind): item.bytes for item in state(fresh)}
+    assert ("reference", "weights") not in bytes_of
+    assert bytes_of["value", "weights"] == 4 * 32 and bytes_of["value", "optimizer"] == 8 * 32
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("top", [None, 1])
+def test_activations_are_what_autograd_keeps(tiny, top, bf16):
+    """Planned without weights, measured on the model itself."""
+    args, reach = config(), LoraArguments(lora_top_layers=top)
+    planned = roles(REWARDS, reach, model(tiny), args, policy="runs/sft")
+    real, _ = load_backbone(model(tiny), None, reach=reach)
+    real.add_value(init="policy")
+    real.train_only("policy", "value")
+    real.share_trunk()
+    real.eval()  # dropout is off in PPO
+    ids, mask = torch.ones(3, 16, dtype=torch.long), torch.ones(3, 16, dtype=torch.bool)
+    mask[0, :2] = False  # as in any batch but a lucky one
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        trunk = real.trunk(ids, mask) if top else None
+        with _kept() as sizes:
+            passes = [real.hidden_states(role, ids, mask, trunk) for role in ("policy", "value")]
+    measured = sum(sizes.values()) + sum(hidden.nbytes for hidden in passes)
+    assert activations(planned, 3, 10, 6, bf16=bf16) == pytest.approx(measured, rel=0.01)
+
+
+def test_the_cache_is_what_sampling_fills(tiny):
+    planned = roles(REWARDS, LoraArguments(), model(tiny), config(), policy=None)
+    items = {(item.who, item.kind): item.bytes for item in phases(planned, config(), 10)}
+    real, _ = load_backbone(model(tiny), None)
+    cache = real.get_base_model()(input_ids=torch.ones(8, 16, dtype=torch.long)).past_key_values
+    assert items["sampling", "KV cache"] == sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+def test_layouts_and_peak(tiny):
+    asked = PlanArguments(prompt_tokens=10, processes=4)
+    planned = plan(RoleArguments(), REWARDS, LoraArguments(), model(tiny), config(), asked)
+    assert list(planned) == list(LAYOUTS)
+    bytes_of = {layout: {(i.who, i.kind): i.bytes for i in items} for layout, items in planned.items()}
+    for layout, kinds in (("DDP", ()), ("ZeRO-2", ("gradients", "optimizer")), ("ZeRO-3", ("weights", "optimizer"))):
+        for kind in ("weights", "gradients", "optimizer"):
+            whole = bytes_of["DDP"]["policy", kind]
+            if kind in kinds or layout == "DDP":
+                assert bytes_of[layout]["policy", kind] == whole // (4 if kind in kinds else 1)
+    assert ("sampling", "gathered weights") in bytes_of["FSDP"].keys() - bytes_of["ZeRO-2"].keys()
+    items = [Item("backbone", "weights", 10), Item("sampling", "KV cache", 5), Item("training", "activations", 3)]
+    assert peak(items) == 15 and peak([*items, Item("training", "logits", 4)]) == 17
+    assert table({"DDP": items}).splitlines()[-1] == "| **peak** |  | **0.00** |"
+
+
+LLAMA_8B = LlamaConfig(
+    vocab_size=128_256,
+    hidden_size=4096,
+    intermediate_size=14_336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=131_072,
+    tie_word_embeddings=False,
+)
+PUBLISHED = {"gpt2": GPT2Config(), "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25), "llama-8b": LLAMA_8B}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_says_what_it_takes(name, tmp_path):
+    """The model's config stands in for the hub's."""
+    PUBLISHED[name].save_pretrained(tmp_path)
+    recipe = RECIPES / name / "ppo.yaml"
+    kinds = (RoleArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig, PlanArguments)
+    given = ["--config", str(recipe), "--model_name_or_path", str(tmp_path), "--use_cpu", "true"]
+    text = recipe.read_text()
+    stripped = tmp_path / "ppo.yaml"  # the dataset's arguments have no part in the plan
+    stripped.write_text("\n".join(line for line in text.splitlines() if not line.startswith("dataset_")))
+    given[1] = str(stripped)
+    planned = plan(*parse(*kinds, args=given))
+    (said,) = re.findall(r"^# 8 GPUs, ([\d.]+) GB each under DDP with prompts of 512 tokens", text, re.MULTILINE)
+    assert f"{peak(planned['DDP']) / 1e9:.1f}" == said
