@@ -338,9 +338,12 @@ def _is_ours(name: str) -> bool:
 def backbone_copies(backbone: Backbone) -> float:
     """How many backbones this process holds: all live parameters that are neither LoRA nor heads, over one backbone's.
 
-    Every `nn.Parameter` the interpreter can reach is counted, in this model or not, each storage once.
+    Every `nn.Parameter` the interpreter can reach is counted, in this model or not, each storage once; those on the meta
+    device have none.
     """
+    gc.collect()  # a model already dropped may still wait in a cycle
     ours = {id(parameter) for name, parameter in backbone.named_parameters() if _is_ours(name)}
     base = {p.data_ptr(): p.nbytes for name, p in backbone.named_parameters() if not _is_ours(name)}
-    live = {p.data_ptr(): p.nbytes for p in gc.get_objects() if type(p) is nn.Parameter and id(p) not in ours}
+    parameters = [p for p in gc.get_objects() if type(p) is nn.Parameter and not p.is_meta]
+    live = {p.data_ptr(): p.nbytes for p in parameters if id(p) not in ours}
     return sum(live.values()) / sum(base.values())

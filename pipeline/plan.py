@@ -108,7 +108,7 @@ def _kept() -> Iterator[dict[int, int]]:
     def pack(tensor: Tensor) -> Tensor:
         if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
             sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # an output saved as itself would hold its own graph for ever
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield sizes
