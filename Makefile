@@ -81,8 +81,9 @@ bench: .venv/installed .venv-trl112/installed
 bench-scaling: .venv/installed
 	.venv/bin/python -m tests.benchmarks.scaling
 
+# A process for each of up to 4 cores: models so small that one thread runs them faster than two.
 test: .venv/installed
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

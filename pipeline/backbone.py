@@ -7,7 +7,7 @@ LoRA layer, without touching `requires_grad`, so several roles can run inside on
 
 import gc
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class Backbone(PeftModelForCausalLM):
         super().__init__(base, policy if fresh else _language_config(policy.config), adapter_name=ADAPTERS["policy"])
         self.heads = nn.ModuleDict()
         self.trunk_depth, self.value_has_trunk = 0, False
+        self._role = "policy"  # as peft and TRL's own trainers find it
         # LoRA starts as nothing: B is zero. Until it has learned something, the policy is the bare backbone.
         self.policy_is_bare = fresh and policy.init_lora_weights is True
         # While its weights are here: under FSDP and ZeRO-3 they will be sharded. A plan has none (the meta device).
@@ -143,11 +144,27 @@ class Backbone(PeftModelForCausalLM):
         for layer in layers:
             layer._active_adapter = active
             layer._disable_adapters = role is None
+        role_before, self._role = self._role, role
         try:
             yield
         finally:
+            self._role = role_before
             for layer, (name, disabled) in zip(layers, before, strict=True):
                 layer._active_adapter, layer._disable_adapters = name, disabled
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """transformers', where each layer is computed again, in the backward pass, as the role that it ran as. Left to
+        itself it would run as whichever role is active then, and give wrong gradients without a word."""
+        options = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False, "context_fn": self._contexts}
+        self.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """The name that TRL calls it by."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+    def _contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """What a layer that begins now runs in, and what it is computed again in."""
+        return nullcontext(), self.role(self._role)
 
     def layers_below_policy(self) -> int:
         """How many of the lowest layers the policy's adapter leaves as they are; the last layer is not counted."""

@@ -128,9 +128,11 @@ def _shapes_alone(model: nn.Module) -> None:
                     tensors[name] = fakes[tensor]
 
 
-def activations(backbone: Backbone, rows: int, prompt: int, completion: int, *, bf16: bool) -> int:
-    """Bytes that one training pass keeps for its backward pass, logits apart. `backbone` is fit for nothing else after
-    it."""
+def activations(
+    backbone: Backbone, rows: int, prompt: int, completion: int, *, bf16: bool, checkpointing: bool = False
+) -> int:
+    """Bytes that one training pass keeps for its backward pass, logits apart; with gradient checkpointing the input of
+    each layer, and a layer's share of all that is computed again. `backbone` is fit for nothing else after it."""
     tokens = (rows, prompt + completion)
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         _shapes_alone(backbone)
@@ -140,7 +142,11 @@ def activations(backbone: Backbone, rows: int, prompt: int, completion: int, *, 
             passes = [backbone.hidden_states("policy", ids, mask, trunk)]
             if ADAPTERS["value"] in backbone.peft_config:
                 passes.append(backbone.hidden_states("value", ids, mask, trunk))
-        return sum(sizes.values()) + sum(hidden.nbytes for hidden in passes)
+        kept, states = sum(sizes.values()), sum(hidden.nbytes for hidden in passes)
+    if checkpointing:
+        layers = len(decoder_layers(backbone.get_base_model())[2]) - backbone.trunk_depth
+        return states * (layers + 1) + kept // (layers * len(passes))
+    return kept + states
 
 
 def phases(backbone: Backbone, args: PPOConfig, prompt: int) -> Iterator[Item]:
@@ -160,7 +166,8 @@ def phases(backbone: Backbone, args: PPOConfig, prompt: int) -> Iterator[Item]:
     positions = args.per_device_train_batch_size * completion
     yield Item("training", "logits", 4 * 4 * min(LOGITS, positions * config.vocab_size))
     size = args.per_device_train_batch_size
-    yield Item("training", "activations", activations(backbone, size, prompt, completion, bf16=args.bf16))
+    options = {"bf16": args.bf16, "checkpointing": args.gradient_checkpointing}
+    yield Item("training", "activations", activations(backbone, size, prompt, completion, **options))
 
 
 def gathered(backbone: Backbone, layout: str) -> Iterator[Item]:

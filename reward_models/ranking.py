@@ -13,8 +13,8 @@ from trl import RewardTrainer
 def groups_of(dataset: Dataset, most: int) -> list[list[int]]:
     """Row numbers of tokenized pairs, in groups: a row joins the one before it if they share a text, up to `most`."""
     groups, texts = [], set()
-    for number, row in enumerate(dataset.select_columns(["chosen_ids", "rejected_ids"])):
-        pair = {tuple(row["chosen_ids"]), tuple(row["rejected_ids"])}
+    for number, ids in enumerate(zip(dataset["chosen_ids"][:], dataset["rejected_ids"][:], strict=True)):
+        pair = set(map(tuple, ids))
         if groups and len(groups[-1]) < most and not texts.isdisjoint(pair):
             groups[-1].append(number)
             texts |= pair
@@ -92,6 +92,6 @@ class RankingTrainer(RewardTrainer):
         groups = groups_of(rows, most=size)
         lengths = None
         if self.args.train_sampling_strategy == "group_by_length":
-            of_rows = [max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+            of_rows = [max(map(len, ids)) for ids in zip(rows["chosen_ids"][:], rows["rejected_ids"][:], strict=True)]
             lengths = [max(of_rows[number] for number in group) for group in groups]
         return GroupSampler(groups, lengths, size, self.args.seed)

@@ -107,11 +107,6 @@ CONTRADICTIONS = {
         r"\[5, -5\] must be two numbers",
     ),
     "one bound": ("ppo", {"recipe": "reward_clip_range: [5]\n"}, r"reward_clip_range=\[5\] must be two numbers"),
-    "checkpointing": (
-        "ppo",
-        {"activation_checkpointing": True},
-        "gradient_checkpointing=True is not supported by PPO",
-    ),
     "a group of one": ("grpo", {"num_generations": 1}, "at least 2 generations"),
     "no completions": ("best_of_n", {"n": [0, 2]}, r"n=\[0, 2\] is no list of numbers of completions"),
     "a report that is not there": ("best_of_n", {"report": "none.json"}, "report='none.json': no such file"),

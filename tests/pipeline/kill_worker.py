@@ -52,6 +52,14 @@ def written_since(begun: float, staging: Path) -> bool:
         return False
 
 
+def see_writing_begin(times: int, begun: float, until: float, staging: Path) -> None:
+    """Wait for a number of checkpoints to be begun, but not beyond a moment."""
+    for _ in range(times):
+        for writing in (True, False):  # the end of one, the beginning of the next
+            while written_since(begun, staging) is writing and time.time() < until:
+                time.sleep(0.0005)
+
+
 def main(kills: int, seed: int, words: list[str]) -> None:
     folder, draw = Path(words[words.index("--output_dir") + 1]), random.Random(seed)
     log, staging = folder.with_suffix(".log"), folder / STAGING
@@ -59,15 +67,14 @@ def main(kills: int, seed: int, words: list[str]) -> None:
     inside = 0
     for number in range(kills):
         pid, begun = start(words, log), time.time()
-        wait = draw.uniform(0, 2)  # while it sets up, most often
-        if number % 3:
-            for _ in range(draw.choice((2, 3))):  # until it writes its second or third checkpoint
-                while written_since(begun, staging) and time.time() < begun + 60:
-                    time.sleep(0.0005)
-                while not written_since(begun, staging) and time.time() < begun + 60:
-                    time.sleep(0.0005)
-            wait = draw.uniform(0, 0.05 if number % 3 == 1 else 0.8)
-        time.sleep(wait)
+        if number % 3 == 0:  # while it sets up, most often
+            time.sleep(draw.uniform(0, 2))
+        else:
+            see_writing_begin(draw.choice((1, 2)), begun, begun + 60, staging)
+            if number % 3 == 1:  # while it writes
+                time.sleep(draw.uniform(0, 0.05))
+            else:  # at any moment, but before it gets far: there must be steps left for all kills
+                see_writing_begin(2, begun, time.time() + draw.uniform(0, 0.8), staging)
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         if not os.WIFSIGNALED(status):

@@ -214,11 +214,9 @@ def test_no_completion_a_prompt(number):
         PPOConfig(**CPU, num_generations=number)
 
 
-@pytest.mark.filterwarnings("ignore:.gradient_checkpointing. is deprecated")
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("gradient_checkpointing", True),
         ("fp16", True),
         ("use_vllm", True),
         ("mask_truncated_completions", True),
@@ -232,11 +230,6 @@ def test_what_ppo_does_not_support(name, value):
     with pytest.raises(ValueError) as caught:
         PPOConfig(**CPU, **{name: value})
     assert str(caught.value).startswith(f"{name}={value!r} is not supported by PPO; ")
-
-
-def test_new_name_of_gradient_checkpointing():
-    with pytest.raises(ValueError, match="gradient_checkpointing=True is not supported"):
-        PPOConfig(**CPU, activation_checkpointing=True)
 
 
 @pytest.mark.parametrize(("steps", "accumulation"), [(3, 2), (1, 2), (4, 3)])

@@ -134,6 +134,7 @@ def test_a_recipe_from_0_11():
     text = migrate(OLD | {"adap_kl_ctrl": True, "kl_penalty": "kl"})
     assert yaml.safe_load(text) == {
         "model_name_or_path": "m",
+        "gradient_checkpointing": True,
         "reward_adapter": "./runs/reward",
         "dataset_name": "q",
         "per_device_train_batch_size": 16,  # forward_batch_size
@@ -169,6 +170,7 @@ def test_a_recipe_from_1_12():
     text = migrate(NEW | {"per_device_train_batch_size": 8, "output_dir": "out"})
     assert yaml.safe_load(text) == {
         "model_name_or_path": "s",
+        "gradient_checkpointing": True,
         "reward_adapter": "r",
         "dataset_name": "human_ratings",
         "per_device_train_batch_size": 4,  # a minibatch is 8 / 2
@@ -352,9 +354,9 @@ def test_learning_rate_of_all_weights():
 
 
 def test_what_ppo_does_not_support_is_no_key():
-    found = migrate({"num_ppo_epochs": 4, "gradient_checkpointing": True, "resume_from_checkpoint": "x"})
-    assert not {"gradient_checkpointing", "resume_from_checkpoint"} & yaml.safe_load(found).keys()
-    assert "# gradient_checkpointing: True\n#   PPO does not support it." in found
+    found = migrate({"num_ppo_epochs": 4, "fp16": True, "resume_from_checkpoint": "x"})
+    assert not {"fp16", "resume_from_checkpoint"} & yaml.safe_load(found).keys()
+    assert "# fp16: True\n#   PPO does not support it." in found
     assert "# resume_from_checkpoint: 'x'\n#   a checkpoint of TRL's PPO is none of ours." in found
 
 

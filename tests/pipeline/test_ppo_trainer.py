@@ -68,6 +68,24 @@ def test_the_trunk_changes_no_result(make_trainer, options, caplog):
         torch.testing.assert_close(parameter, results[1][name], atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("policy", [None, TOP_LAYER], ids=["all layers", "top layer"])
+def test_gradient_checkpointing_changes_no_result(make_trainer, policy):
+    results, in_rollouts = [], []
+
+    def count(completions, **kwargs):
+        in_rollouts.append(trainer.model.is_activation_checkpointing)
+        return words(completions)
+
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        trainer = make_trainer([count], policy=policy, gradient_checkpointing=checkpointing)
+        trainer.train()
+        assert trainer.model.is_activation_checkpointing is checkpointing
+        results.append([p.detach().clone() for p in trainer.model.role_parameters("policy", "value")])
+    assert in_rollouts == [False] * 4  # where it would do away with the cache
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 def test_where_the_trunk_is_not_shared(make_trainer, caplog):
     trainer = make_trainer(policy=TOP_LAYER, value_init="reward")
     assert trainer.model.trunk_depth == 1

@@ -2,6 +2,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from trl.trainer.utils import disable_dropout_in_model
 
 from pipeline.backbone import Backbone
 from pipeline.trunk import decoder_layers, first_adapted_layer
@@ -125,3 +126,28 @@ def test_a_value_that_begins_lower_has_a_trunk_of_its_own():
         results.append([logprobs[real], values[real], *(p.grad for p in backbone.parameters() if p.grad is not None)])
         backbone.zero_grad()
     torch.testing.assert_close(results[1], results[0], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("top", [None, 2])
+def test_checkpointed_layers_are_computed_again_as_the_role_they_ran_as(name, top):
+    """From the trunk and in full: gradients are the same numbers, and the layers have run twice."""
+    backbone = make(name, top).train()
+    disable_dropout_in_model(backbone)
+    backbone.share_trunk()
+    ids, mask, completion, real = batch()
+    trunk = backbone.trunk(ids, mask) if top else None
+    gradients, ran = [], []
+    attention = decoder_layers(backbone.get_base_model())[2][-1].get_submodule("attn" if name == "gpt2" else "self_attn")
+    attention.register_forward_hook(lambda *args: ran.append(len(gradients)))
+    for checkpointing in (False, True):
+        if checkpointing:
+            backbone.gradient_checkpointing_enable({"use_reentrant": True})  # which TRL sets under ZeRO-3
+        logprobs, entropy, values = backbone(ids, mask, completion_ids=completion, trunk=trunk)
+        with backbone.role("reference"):  # whatever is active by then
+            ((logprobs + values.square()) * real).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in backbone.named_parameters() if p.grad is not None})
+        backbone.zero_grad()
+    assert ran == [0, 0, 1, 1, 1, 1]
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 2
+    assert all(torch.equal(gradients[1][parameter], gradient) for parameter, gradient in gradients[0].items())
