@@ -4,8 +4,8 @@ SEED ?= 0
 OUT ?= runs/demo
 SEEDS ?= 0 1 2 3 4 5 6 7 8 9
 BASELINES ?= runs/baselines
-ABLATIONS ?= value_init=auto value_init=policy critic=head normalize_advantages=false whiten_rewards=true \
-	reward_clip_range=-1,1 adam_epsilon=1e-8
+ABLATIONS ?= value_init=auto value_init=policy critic=head lora_top_layers=4 normalize_advantages=false \
+	whiten_rewards=true reward_clip_range=-1,1 adam_epsilon=1e-8
 
 LAUNCH = .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml -m
 RECIPES = pipeline/recipes
@@ -54,9 +54,15 @@ seeds: .venv/installed
 # that `make seeds` left; about 25 minutes; leaves runs/ablations/table.md. The first is the recipe as it is.
 ablations: .venv/installed
 	for seed in 0 1 2; do \
-		from="--sft_adapter runs/seeds/$$seed/sft --reward_adapter runs/seeds/$$seed/reward"; \
 		for change in $(ABLATIONS); do \
 			out=runs/ablations/$$change/$$seed; \
+			sft=runs/seeds/$$seed/sft; \
+			case $$change in lora_top_layers=*) \
+				sft=$$out/sft; \
+				$(LAUNCH) pipeline.sft --config $(RECIPES)/demo/sft.yaml --seed $$seed --output_dir $$sft \
+					--$${change%%=*} $${change#*=} || exit 1;; \
+			esac; \
+			from="--sft_adapter $$sft --reward_adapter runs/seeds/$$seed/reward"; \
 			$(LAUNCH) pipeline.ppo --config $(RECIPES)/demo/ppo.yaml --seed $$seed --output_dir $$out/ppo $$from \
 				--max_steps 128 --$${change%%=*} $$(echo $${change#*=} | tr , ' ') || exit 1; \
 			$(LAUNCH) pipeline.evaluation --config $(RECIPES)/demo/evaluation.yaml --seed $$seed --output_dir $$out $$from \

@@ -85,16 +85,18 @@ def main(
     if len(prompts) < args.generation_batch_size:  # TRL samples each prompt once a pass and drops a short last batch
         prompts = prompts.repeat(-(-args.generation_batch_size // len(prompts)))
 
+    learned = learned_rewards(rewards, backbone, tokenizer)
     trainer = PPOTrainer(
         backbone=backbone,
-        reward_funcs=learned_rewards(rewards, backbone, tokenizer) + functions,
+        reward_funcs=learned + functions,
         args=args,
         train_dataset=prompts,
         eval_dataset=held_out,
         processing_class=tokenizer,
         texts=texts,
     )
-    checks = preflight(backbone, prompts["prompt"][:], tokenizer, args, next(iter(rewards.reward_adapter), None))
+    adapters = {reward.role: folder for reward, folder in zip(learned, rewards.reward_adapter, strict=True)}
+    checks = preflight(backbone, prompts["prompt"][:], tokenizer, args, adapters)
     for check in checks:
         if check.result == "warning":
             logger.warning(str(check))

@@ -1,7 +1,8 @@
 """Checks before PPO, in seconds: what is wrong here would make every later curve a riddle."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,9 +42,9 @@ def preflight(
     prompts: list,
     tokenizer: PreTrainedTokenizerBase,
     args: PPOConfig,
-    reward_adapter: str | None = None,
+    reward_adapters: dict[str, str] | None = None,
 ) -> list[Check]:
-    """Look at the policy at step 0, and at its reward model, on completions of the first 64 prompts.
+    """Look at the policy at step 0, and at its reward models (role: folder), on completions of the first 64 prompts.
 
     Raises:
         ValueError: a check refuses; the message has every one that does.
@@ -65,10 +66,11 @@ def preflight(
         )
     )
     checks = list(_policy_checks(backbone, batches, args))
-    if reward_adapter:
-        completions = [row for batch in batches for row in batch.rows()]
-        checks += _reward_model_checks(read_metrics(reward_adapter), args)
-        checks += _score_checks(backbone, rows, completions, tokenizer, args)
+    completions = [row for batch in batches for row in batch.rows()]
+    for role, folder in (reward_adapters or {}).items():
+        of_role = [*_reward_model_checks(read_metrics(folder), args)]
+        of_role += _score_checks(backbone, role, rows, completions, tokenizer, args)
+        checks += of_role if role == "reward" else [replace(check, name=f"{check.name} ({role})") for check in of_role]
     backbone.train(was_training)
     refused = [str(check) for check in checks if check.result == "refused"]
     if refused:
@@ -154,22 +156,24 @@ def _reward_model_checks(metrics: dict[str, Any], args: PPOConfig) -> Iterator[C
 
 def _score_checks(
     backbone: Backbone,
+    role: str,
     prompt_rows: list[list[int]],
     completions: list[list[int]],
     tokenizer: PreTrainedTokenizerBase,
     args: PPOConfig,
 ) -> Iterator[Check]:
-    """On the scores of the completions."""
+    """On a reward role's scores of the completions."""
+    score = partial(backbone.scores, role=role)
     rows = [prompt + chosen for prompt, chosen in zip(prompt_rows, completions, strict=True)]
     device, pad_id = backbone.get_base_model().device, tokenizer.pad_token_id
     alone, together = (
-        np.array(score_rows(backbone.scores, rows, pad_token_id=pad_id, batch_size=size, device=device))
+        np.array(score_rows(score, rows, pad_token_id=pad_id, batch_size=size, device=device))
         for size in (1, len(rows))
     )
     tensors = [torch.tensor(row) for row in rows]
     ids = pad(tensors, padding_value=pad_id, padding_side="left").to(device)
     mask = pad([torch.ones_like(row) for row in tensors], padding_value=0, padding_side="left").to(device)
-    left = backbone.scores(ids, mask).cpu().numpy()
+    left = score(ids, mask).cpu().numpy()
     spread = float(together.std())
     yield _held(
         "scores vary on SFT completions",

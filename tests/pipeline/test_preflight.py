@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import PROMPTS, make_likely
 
+from pipeline.loading import read_adapter
 from pipeline.preflight import Check, preflight
 
 
@@ -35,7 +36,7 @@ def check(make_trainer, reward_adapter, tokenizer, tmp_path):
             (folder / "metrics.json").write_text(json.dumps(metrics))
         trainer = make_trainer(**options)
         spoil(trainer)
-        return preflight(trainer.model, PROMPTS, tokenizer, trainer.args, str(folder) if adapter else None)
+        return preflight(trainer.model, PROMPTS, tokenizer, trainer.args, {"reward": str(folder)} if adapter else None)
 
     return check
 
@@ -57,6 +58,22 @@ def test_a_sound_run_passes(check):
 
 def test_without_a_reward_model_the_policy_alone_is_looked_at(check):
     assert [found.name for found in check(adapter=False)] == NAMES[:3]
+
+
+def test_every_reward_model_is_looked_at(make_trainer, reward_adapter, other_reward_adapter, tokenizer, tmp_path):
+    """The second is named, and refused where it is the one without spread."""
+    trainer = make_trainer()
+    base, folder = trainer.model.get_base_model(), Path(shutil.copytree(reward_adapter, tmp_path / "reward"))
+    (folder / "metrics.json").write_text(json.dumps(MEASURED))
+    trainer.model.add_role("reward_2", read_adapter(other_reward_adapter, needs_head=True, base=base))
+    adapters = {"reward": str(folder), "reward_2": other_reward_adapter}
+    checks = preflight(trainer.model, PROMPTS, tokenizer, trainer.args, adapters)
+    second = [name for name in NAMES[3:] if "calibration" not in name]  # it has no metrics file
+    assert [found.name for found in checks] == NAMES + [f"{name} (reward_2)" for name in second]
+    trainer.model.heads["reward_2"].weight.data.zero_()
+    with pytest.raises(ValueError, match=r"scores vary on SFT completions \(reward_2\): 0, ") as caught:
+        preflight(trainer.model, PROMPTS, tokenizer, trainer.args, adapters)
+    assert "completions: " not in str(caught.value)
 
 
 def test_the_mode_and_the_weights_are_left_as_they_were(make_trainer, tokenizer):
@@ -155,7 +172,7 @@ def test_scores_that_are_lengths_are_a_warning(check):
         end = trainer.processing_class.eos_token_id
         make_likely(trainer.model, end)
         original = trainer.model.scores
-        trainer.model.scores = lambda ids, mask: original(ids, mask) * 1e-3 - mask.sum(dim=1)
+        trainer.model.scores = lambda ids, mask, role: original(ids, mask) * 1e-3 - mask.sum(dim=1)
 
     found = by_name(check(by_length))["scores are not lengths"]
     assert found.result == "warning" and found.measured > 0.5
