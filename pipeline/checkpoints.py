@@ -232,6 +232,23 @@ def _shard_like(parameter: Tensor, value: Any) -> Any:
     return DTensor.from_local(value.to(parameter.device), parameter.device_mesh, parameter.placements, **place)
 
 
+def check_zero(optimizer: Any) -> None:
+    """Refuse an optimizer of DeepSpeed's that does not keep its part of the state in memory, flat.
+
+    Raises:
+        ValueError: the DeepSpeed config asks for one.
+    """
+    flat = any(
+        hasattr(optimizer, name) for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+    )
+    on_disk = any(getattr(optimizer, name, False) for name in ("swap_optimizer", "params_in_nvme_and_cpu"))
+    if not flat or on_disk or optimizer.elastic_checkpoint:
+        raise ValueError(
+            f"the DeepSpeed config makes the optimizer a {type(optimizer).__name__} of which no checkpoint can be "
+            f"written: take stage 1, 2 or 3 without nvme and elastic_checkpoint, as accelerate_configs/zero2.json."
+        )
+
+
 def _sync(path: Path) -> None:
     """Force a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -457,15 +474,7 @@ class Checkpointed:
         theirs = None if self._shared_out else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, theirs)
         if self.is_deepspeed_enabled:
-            zero = self.optimizer.optimizer
-            known = hasattr(zero, "single_partition_of_fp32_groups") or hasattr(zero, "fp32_partitioned_groups_flat")
-            on_disk = any(getattr(zero, name, False) for name in ("swap_optimizer", "params_in_nvme_and_cpu"))
-            if not known or on_disk or zero.elastic_checkpoint:
-                raise ValueError(
-                    f"the DeepSpeed config (stage 0, nvme, or elastic_checkpoint) makes of the optimizer a "
-                    f"{type(zero).__name__} of which no checkpoint can be written. Launch with "
-                    f"accelerate_configs/zero2.yaml or zero3.yaml."
-                )
+            check_zero(self.optimizer.optimizer)
         if self._shared_out and resume_from_checkpoint:
             self._load_optimizer_and_scheduler(resume_from_checkpoint)
             if self.accelerator.scaler is not None:
@@ -480,7 +489,9 @@ class Checkpointed:
         state = {"trained": self._trained, "scheduler": self.lr_scheduler.state_dict()}
         if self.is_deepspeed_enabled:
             zero, (of_optimizer, of_weights) = self._zero_state()
-            scale = {name: x for name, x in vars(self.optimizer.optimizer.loss_scaler).items() if type(x) in (int, float)}
+            scale = {
+                name: x for name, x in vars(self.optimizer.optimizer.loss_scaler).items() if type(x) in (int, float)
+            }
             state |= {"optimizer": zero[of_optimizer], "weights": zero[of_weights], "loss_scaler": scale}
         else:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -517,7 +528,9 @@ class Checkpointed:
         else:
             parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
             for index, entry in state["optimizer"]["state"].items():
-                state["optimizer"]["state"][index] = {name: _shard_like(parameters[index], x) for name, x in entry.items()}
+                state["optimizer"]["state"][index] = {
+                    name: _shard_like(parameters[index], x) for name, x in entry.items()
+                }
             self.optimizer.load_state_dict(state["optimizer"])
             for parameter, saved in zip(parameters, state["weights"], strict=True):
                 _local(parameter.detach()).copy_(saved)

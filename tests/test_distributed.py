@@ -200,8 +200,10 @@ def resumed(stages: list[list], out: Path) -> list[list]:
 
 
 def planted(words: list[str], out: Path) -> list[list]:
-    """SFT from its checkpoints after a stranger has planted payloads in them."""
-    added = []
+    """SFT with an adapter that its checkpoint does not have, and from checkpoints that a stranger has planted payloads in."""
+    other = [*words, "--lora_r", "2", "--resume_from_checkpoint", str(out / "noise_resumed" / "checkpoint-2")]
+    error = "tensors do not match the model's adapter"
+    added = [["other_adapter", "sft", [*other, "--output_dir", str(out / "other")], error, {}]]
     for name in (*READ, "beside"):
         names = BESIDE if name == "beside" else [name.format(process) for process in range(2)]
         folder = out / f"planted_{name.format('')}"
@@ -334,6 +336,7 @@ def test_a_killed_run_resumes_to_the_bit(name, two):
     _, out, saw, _ = two
     assert all("Killed" in seen[f"{name}_killed"]["error"] for seen in saw)
     once, again = out / name, out / f"{name}_resumed"
+    assert (again / "adapter_model.safetensors").is_file()
     for path in [path for path in once.rglob("*") if path.name in ("adapter_model.safetensors", "samples.jsonl")]:
         assert (again / path.relative_to(once)).read_bytes() == path.read_bytes(), path
     for seen in saw:
@@ -341,6 +344,14 @@ def test_a_killed_run_resumes_to_the_bit(name, two):
         histories = [seen[which]["history"] for which in (name, f"{name}_resumed")]
         first, second = ([without_clock(row) for row in history] for history in histories)
         assert first == second
+
+
+@pytest.mark.slow
+def test_the_backbone_is_in_no_checkpoint(inputs, two):
+    """Adapter, master weights and moments of all processes take less than an eighth of it."""
+    _, out, _, _ = two
+    written = sum(path.stat().st_size for path in (out / "noise_resumed" / "checkpoint-2").rglob("*.safetensors"))
+    assert 0 < written < (Path(inputs["model"]) / "model.safetensors").stat().st_size / 8
 
 
 def without_clock(row: dict) -> dict:
