@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline.artifacts import seconds_running
@@ -274,6 +274,12 @@ class Checkpointed:
     _stopped_by = 0  # the one that this run stops for, on all processes
 
     # -------------------------------------------------------------------------------------- writing
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Trainer's, without the pickle of its arguments that it leaves beside the weights."""
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
     def _get_output_dir(self, trial) -> str:
         """Where Trainer puts checkpoints: while it writes one, the staging folder."""
         folder = super()._get_output_dir(trial)
@@ -392,6 +398,9 @@ class Checkpointed:
             shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)  # of a run that was killed
         self._frozen = digest((n, p) for n, p in sorted(self.model.named_parameters()) if not p.requires_grad)
         self._trained = {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
+        for config in self.model.peft_config.values():  # peft writes a set in an order that differs between processes
+            if isinstance(config.target_modules, set):
+                config.target_modules = sorted(config.target_modules)
         self._signal = self._stopped_by = 0
         self._resumed, self._trained_before, self._began = None, 0.0, time.time()
         handlers = {}

@@ -223,9 +223,13 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Trainer's, which it calls just before the optimizer steps: gradients that are not finite stop training."""
+        """Trainer's, which it calls just before the optimizer steps: gradients that are not finite stop training.
+
+        DeepSpeed's has stepped by then, unless it saw that itself and left the step out.
+        """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._warn(grad_norm=float(norm))
+        taken = self.is_deepspeed_enabled and not self.accelerator.optimizer_step_was_skipped
+        self._warn(grad_norm=float(norm), taken=taken)
         if not self.watch.stop:
             return norm
         self._stop(model)

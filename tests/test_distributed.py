@@ -46,13 +46,18 @@ BESIDE = [
     "optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp.bin", "optimizer.bin", "optimizer.pt",
     "scheduler.pt", "scaler.pt", "training_args.bin", "adapter_model.bin", "pytorch_model.bin", "custom_checkpoint_0.pkl",
 ]  # fmt: skip
+LARGE = ["--vf_coef", "1e30"]  # the loss is finite, and the square of its gradient is not
 # What PPO cannot do there: name, options, the error.
 REFUSED = {
     "zero2": [
         ("early_stop", ["--max_approx_kl", "0.1"], "max_approx_kl=0.1 leaves gradients out of optimizer steps"),
         ("not_finite", ["--learning_rate", "1e30"], "nothing more is saved; go on from the last checkpoint"),
+        ("norm", LARGE, "The gradient's norm is inf: the step was not taken and training stops"),
     ],
-    "zero3": [("best", BEST, "load_best_model_at_end=True cannot load into a model that is sharded")],
+    "zero3": [
+        ("norm", LARGE, "The gradient's norm is inf: the step was not taken and training stops"),
+        ("best", BEST, "load_best_model_at_end=True cannot load into a model that is sharded"),
+    ],
     "fsdp2": [("best", BEST, "load_best_model_at_end=True cannot load into a model that is sharded")],
 }
 TIMEOUT = int(os.environ.get("T", 300))  # seconds

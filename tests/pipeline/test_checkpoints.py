@@ -157,6 +157,8 @@ def test_a_stage_resumes_to_the_bit(stage, run_stage, tmp_path, monkeypatch, cap
     for name in expected:
         assert found[name] == expected[name], name
     assert found["metrics"][0][-1]["step"] == 11
+    names = {path.name for path in (tmp_path / "in pieces").iterdir()}
+    assert "adapter_model.safetensors" in names and "training_args.bin" not in names
 
 
 # ------------------------------------------------------------------------------------------ kill -9
@@ -487,6 +489,10 @@ def test_a_signal_ends_sft_at_once_and_its_folder_holds_no_result(run_stage, tmp
     assert caught.value.code == 143
     assert not (tmp_path / "out" / "metrics.json").exists()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    pickles = {path.name for path in (tmp_path / "out" / "checkpoint-2").iterdir() if path.suffix in (".bin", ".pt")}
+    assert pickles == {"optimizer.pt", "scheduler.pt"}  # read with weights_only
+    targets = json.loads((tmp_path / "out" / "checkpoint-2" / "adapter_config.json").read_text())["target_modules"]
+    assert len(targets) > 1 and targets == sorted(targets)
 
 
 # ------------------------------------------------------------------------------------------ under accelerate launch
