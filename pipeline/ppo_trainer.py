@@ -97,11 +97,6 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
                         f"fsdp2.yaml."
                     )
         self.sharded = self._dist.is_fsdp or self._dist.is_zero3
-        if self.sharded and args.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end=True cannot load into a model that is sharded over processes; leave it unset and "
-                "take the best checkpoint yourself, or launch with accelerate_configs/ddp.yaml or zero2.yaml."
-            )
         args.ds3_gather_for_generation = False  # `whole` gathers, for all that a rollout does
         if backbone.policy_is_bare:
             backbone.delete_adapter(

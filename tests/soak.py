@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -69,41 +70,47 @@ def newest(folder: Path) -> int:
     return max((int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*")), default=0)
 
 
-def watch(folder: Path, words: list[str], seconds: float) -> tuple[list[tuple], int, float]:
+class Pace(NamedTuple):
+    """Seconds until the first checkpoint, and of a step."""
+
+    start: float
+    step: float
+
+
+def watch(folder: Path, words: list[str], seconds: float) -> tuple[list[tuple], int, Pace]:
     """An undisturbed run of so many seconds: samples of (resident bytes, descriptors, threads) while it trained, the step
-    that it ended at, and the seconds of a step."""
+    that it ended at, and its pace."""
     process, began, samples = start("ppo", folder, *words, "--max_steps", str(ENDLESS)), time.time(), []
     while not newest(folder) and process.poll() is None:
         time.sleep(0.1)
     training = time.time()
     while time.time() < began + seconds and process.poll() is None:
-        with process.oneshot():
-            samples.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
+        samples.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
         time.sleep(0.25)
     trained = time.time() - training
     process.terminate()
     end(process, folder, 128 + signal.SIGTERM)
-    return samples, newest(folder), trained / newest(folder)
+    return samples, newest(folder), Pace(training - began, trained / newest(folder))
 
 
-def disturb(folder: Path, words: list[str], step: int, of_step: float, until: float, draw: random.Random) -> list[int]:
-    """A run to a step that is ended at random moments, until the rest of it takes up the time that is left; the signals."""
+def disturb(folder: Path, words: list[str], step: int, pace: Pace, until: float, draw: random.Random) -> list[int]:
+    """A run to a step that is ended at random moments, once at least and until what is left of it takes up the time that
+    is left; the signals."""
     sent = []
     while True:
         process, began = start("ppo", folder, *words, "--max_steps", str(step)), time.time()
-        wait = draw.uniform(0, 40)
-        left = (step - newest(folder)) * of_step + 40  # with the start of another process, twice
-        if time.time() + wait + left > until:
-            end(process, folder, 0)
-            return sent
+        wait = draw.uniform(0, 3 * pace.start)
+        left = wait + pace.start + (step - newest(folder)) * pace.step
         while time.time() < began + wait and process.poll() is None:
             time.sleep(0.05)
-        number = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
-        if process.poll() is not None:
+        if process.poll() is not None or (sent and began + left > until):
             end(process, folder, 0)
             return sent
+        number = draw.choice((signal.SIGKILL, signal.SIGKILL, signal.SIGTERM))
         process.send_signal(number)
-        end(process, folder, -number, 128 + number)  # SIGTERM before training begins ends a process as it does any
+        # SIGTERM before training begins ends a process as it does any.
+        if end(process, folder, 0, -number, 128 + number) == 0:
+            return sent
         sent.append(number)
 
 
@@ -116,9 +123,9 @@ def main(minutes: float, seed: int) -> None:
     out.mkdir(parents=True)
     words, draw = [*adapters(out), *PPO, "--seed", str(seed)], random.Random(seed)
     began, seconds = time.time(), 60 * minutes
-    samples, step, of_step = watch(out / "undisturbed", words, UNDISTURBED * seconds)
+    samples, step, pace = watch(out / "undisturbed", words, UNDISTURBED * seconds)
     undisturbed = time.time() - began
-    sent = disturb(out / "killed", words, step, of_step, began + seconds, draw)
+    sent = disturb(out / "killed", words, step, pace, began + seconds, draw)
     same = weights(out / "undisturbed" / f"checkpoint-{step}") == weights(out / "killed")
     resumes = (out / "killed.log").read_text().count("Training resumes from")
 
