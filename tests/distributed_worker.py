@@ -148,7 +148,7 @@ def main(plan: str, folder: str) -> None:
             plant(*more["plant"])
         types = [t for t in module.main.__annotations__.values() if t is not None]
         try:
-            with patch.multiple(module, **changed):
+            with patch.multiple(module, **changed) if changed else nullcontext():
                 module.main(*parse(*types, args=words))
         except Exception as raised:
             if error is None or error not in f"{type(raised).__name__}: {raised}":
