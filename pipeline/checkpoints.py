@@ -392,11 +392,6 @@ class Checkpointed:
 
         SIGTERM, SIGINT and SIGUSR1 finish the update that is under way, write a checkpoint and exit with 128 + signal.
         """
-        if self._shared_out and self.args.load_best_model_at_end and self.args.save_only_model:
-            raise ValueError(
-                "load_best_model_at_end=True takes the weights of a model that is sharded over processes from the "
-                "optimizer's files, and save_only_model=True writes none; leave one of them unset."
-            )
         if resume_from_checkpoint:
             check(resume_from_checkpoint, self.args)
         if self.args.should_save:

@@ -54,13 +54,6 @@ REFUSED = {
         ("not_finite", ["--learning_rate", "1e30"], "nothing more is saved; go on from the last checkpoint"),
         ("norm", LARGE, "The gradient's norm is inf: the step was not taken and training stops"),
     ],
-    "fsdp2": [
-        (
-            "best_without",
-            [*BEST, "--save_only_model", "true"],
-            "save_only_model=True writes none; leave one of them unset",
-        )
-    ],
 }
 TIMEOUT = int(os.environ.get("T", 600))  # seconds
 WORDS = "a the film story cast is was never always quite dull bright slow funny warm cold and but with without".split()
