@@ -1,6 +1,7 @@
 # Two commands do all the set-up: `make demo` runs the pipeline, `make test` runs the tests.
 PYTHON ?= python3.11
 SEED ?= 0
+MINUTES ?= 30
 OUT ?= runs/demo
 SEEDS ?= 0 1 2 3 4 5 6 7 8 9
 BASELINES ?= runs/baselines
@@ -15,7 +16,7 @@ RECIPES = pipeline/recipes
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
 
-.PHONY: demo baselines seeds ablations reward-long backbone bench bench-scaling test
+.PHONY: demo baselines seeds ablations reward-long backbone bench bench-scaling soak test
 
 # SFT, reward model, PPO and evaluation on the embedded default; leaves $(OUT)/report.md and report.json.
 demo: .venv/installed
@@ -86,6 +87,10 @@ bench: .venv/installed .venv-trl112/installed
 # Seconds of an update against its sizes, measured and predicted, about 15 minutes; leaves runs/bench/scaling.png.
 bench-scaling: .venv/installed
 	.venv/bin/python -m tests.benchmarks.scaling
+
+# PPO for $(MINUTES) minutes: its memory watched, then killed and resumed again and again; prints a table.
+soak: .venv/installed
+	.venv/bin/python -m tests.soak --minutes $(MINUTES)
 
 # A process for each of up to 4 cores: models so small that one thread runs them faster than two.
 test: .venv/installed

@@ -3,6 +3,7 @@
 A checkpoint is written to a staging folder, forced to disk and renamed, so that a run killed at any moment leaves no
 half of one. `manifest.json` lists its files with their SHA-256. Weights, rollouts and our own state are safetensors and
 JSON; Trainer's optimizer, scheduler and random states it reads with torch's `weights_only`, which executes nothing.
+Where FSDP or DeepSpeed share out the optimizer, each process writes its part as safetensors too: theirs are pickles.
 """
 
 import hashlib
@@ -24,11 +25,13 @@ from accelerate.utils import send_to_device
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline.artifacts import seconds_running
+from pipeline.launch import kind_of
 from pipeline.loading import WEIGHTS, digest
 
 
@@ -54,6 +57,11 @@ LOOP = (
     "_globalstep_last_logged",
     "_initial_global_step",
     "_initial_num_input_tokens_seen",
+)
+# What DeepSpeed's optimizers call their part of torch's optimizer state and of the weights in float32: ZeRO-2, ZeRO-3.
+ZERO = (
+    ("base_optimizer_state", "single_partition_of_fp32_groups"),
+    ("optimizer_state_dict", "fp32_flat_groups"),
 )
 TENSOR = "__tensor__"
 
@@ -121,6 +129,12 @@ def check(folder: str | Path, args: TrainingArguments) -> None:
             f"states, rollouts and the order of prompts belong to a process each: launch with --num_processes "
             f"{manifest['world_size']}."
         )
+    kind = kind_of(args.distributed_state)
+    if manifest.get("kind", kind) != kind:
+        raise ValueError(
+            f"{folder}: written under {manifest['kind']}, and this launch runs as {kind}. The optimizer's state lies "
+            f"otherwise there: launch as then, or start anew."
+        )
     for name, then in manifest["order"].items():
         now = getattr(args, name, None)
         if now != then:
@@ -174,12 +188,13 @@ def _name(path: Path, folder: Path) -> str:
 
 # ------------------------------------------------------------------------------------------ state as files
 def save_state(state: Any, path: Path) -> None:
-    """Write nested dicts and lists of tensors and JSON values as `path`.json and `path`.safetensors."""
+    """Write nested dicts and lists of tensors and JSON values as `path`.json and `path`.safetensors; of a tensor that is
+    sharded over processes, this one's part."""
     tensors = {}
 
     def without_tensors(value: Any, name: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[name] = value.detach().cpu().clone()
+            tensors[name] = _local(value.detach()).cpu().clone()
             return {TENSOR: name}
         if isinstance(value, dict):
             return {key: without_tensors(entry, f"{name}.{key}") for key, entry in value.items()}
@@ -203,6 +218,35 @@ def load_state(path: Path) -> Any:
         return [with_tensors(entry) for entry in value] if isinstance(value, list) else value
 
     return with_tensors(json.loads(path.with_suffix(".json").read_text()))
+
+
+def _local(value: Tensor) -> Tensor:
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def _shard_like(parameter: Tensor, value: Any) -> Any:
+    """What an optimizer keeps for a sharded parameter, in this process: a moment is sharded as it is, a count is not."""
+    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != _local(parameter).shape:
+        return value
+    place = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+    return DTensor.from_local(value.to(parameter.device), parameter.device_mesh, parameter.placements, **place)
+
+
+def check_zero(optimizer: Any) -> None:
+    """Refuse an optimizer of DeepSpeed's that does not keep its part of the state in memory, flat.
+
+    Raises:
+        ValueError: the DeepSpeed config asks for one.
+    """
+    flat = any(
+        hasattr(optimizer, name) for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+    )
+    on_disk = any(getattr(optimizer, name, False) for name in ("swap_optimizer", "params_in_nvme_and_cpu"))
+    if not flat or on_disk or optimizer.elastic_checkpoint:
+        raise ValueError(
+            f"the DeepSpeed config makes the optimizer a {type(optimizer).__name__} of which no checkpoint can be "
+            f"written: take stage 1, 2 or 3 without nvme and elastic_checkpoint, as accelerate_configs/zero2.json."
+        )
 
 
 def _sync(path: Path) -> None:
@@ -230,6 +274,12 @@ class Checkpointed:
     _stopped_by = 0  # the one that this run stops for, on all processes
 
     # -------------------------------------------------------------------------------------- writing
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Trainer's, without the pickle of its arguments that it leaves beside the weights."""
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
     def _get_output_dir(self, trial) -> str:
         """Where Trainer puts checkpoints: while it writes one, the staging folder."""
         folder = super()._get_output_dir(trial)
@@ -280,6 +330,7 @@ class Checkpointed:
             "step": self.state.global_step,
             "written": time.time(),
             "world_size": self.args.world_size,
+            "kind": kind_of(self.args.distributed_state),
             "holds": ["weights"] if self.args.save_only_model else ["weights", "optimizer"],
             "order": {name: getattr(self.args, name) for name in ORDER if hasattr(self.args, name)},
             "files": {
@@ -346,6 +397,10 @@ class Checkpointed:
         if self.args.should_save:
             shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)  # of a run that was killed
         self._frozen = digest((n, p) for n, p in sorted(self.model.named_parameters()) if not p.requires_grad)
+        self._trained = {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
+        for config in self.model.peft_config.values():  # peft writes a set in an order that differs between processes
+            if isinstance(config.target_modules, set):
+                config.target_modules = sorted(config.target_modules)
         self._signal = self._stopped_by = 0
         self._resumed, self._trained_before, self._began = None, 0.0, time.time()
         handlers = {}
@@ -370,12 +425,16 @@ class Checkpointed:
         set_peft_model_state_dict(model, weights)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        load = self._load_shards if self._shared_out else self._load_from_checkpoint
+        load(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
+        if not self._shared_out:
+            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
+        if self._shared_out:
+            self._load_shards(checkpoint)
         state = load_state(Path(checkpoint) / f"state_{self.args.process_index}")
         if state["rows"] != self._rows():
             raise ValueError(
@@ -414,6 +473,80 @@ class Checkpointed:
                 for column, entries in values.items():
                     self._logs[name][column].extend(entries)
 
+    # -------------------------------------------------------------------------------------- FSDP and DeepSpeed
+    @property
+    def _shared_out(self) -> bool:
+        """Whether processes hold a part each of the optimizer's state."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
+        """Trainer's, but it would have accelerate and DeepSpeed unpickle a checkpoint of theirs, where this has ours."""
+        theirs = None if self._shared_out else resume_from_checkpoint
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, theirs)
+        if self.is_deepspeed_enabled:
+            check_zero(self.optimizer.optimizer)
+        if self._shared_out and resume_from_checkpoint:
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+            if self.accelerator.scaler is not None:
+                self._load_scaler(resume_from_checkpoint)
+        return prepared
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Trainer's; where processes share the optimizer out, each writes its part, with the weights that it steps."""
+        if not self._shared_out:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = {"trained": self._trained, "scheduler": self.lr_scheduler.state_dict()}
+        if self.is_deepspeed_enabled:
+            zero, (of_optimizer, of_weights) = self._zero_state()
+            scale = {
+                name: x for name, x in vars(self.optimizer.optimizer.loss_scaler).items() if type(x) in (int, float)
+            }
+            state |= {"optimizer": zero[of_optimizer], "weights": zero[of_weights], "loss_scaler": scale}
+        else:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            state |= {"optimizer": self.optimizer.state_dict(), "weights": parameters}
+        save_state(state, Path(output_dir) / f"optimizer_{self.args.process_index}")
+
+    def _zero_state(self) -> tuple[dict, tuple[str, str]]:
+        """The state of DeepSpeed's optimizer in this process, and the names of what is saved of it."""
+        state = self.optimizer.optimizer.state_dict()
+        return state, next(names for names in ZERO if names[0] in state)
+
+    def _load_shards(self, checkpoint: str) -> None:
+        """This process's part of the optimizer and of the weights, with the scheduler."""
+        path = Path(checkpoint) / f"optimizer_{self.args.process_index}"
+        state = load_state(path)
+        then, now = state["trained"], self._trained
+        odd = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+        if odd:
+            raise ValueError(f"{path}.json: {len(odd)} tensors do not match the model's adapter, first {odd[0]!r}.")
+        # JSON has no integers for keys.
+        state["optimizer"]["state"] = {int(index): entry for index, entry in state["optimizer"]["state"].items()}
+        if self.is_deepspeed_enabled:
+            zero = self.optimizer.optimizer
+            vars(zero.loss_scaler).update(state["loss_scaler"])
+            whole, (of_optimizer, of_weights) = self._zero_state()
+            whole |= {of_optimizer: state["optimizer"], of_weights: state["weights"]}
+            if hasattr(zero, "checkpoint_event_prologue"):
+                zero.checkpoint_event_prologue()
+            zero.load_state_dict({self.args.process_index: whole}, load_from_fp32_weights=True)
+            if hasattr(zero, "checkpoint_event_epilogue"):
+                zero.checkpoint_event_epilogue()
+            else:
+                zero.update_lp_params()
+        else:
+            parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+            for index, entry in state["optimizer"]["state"].items():
+                state["optimizer"]["state"][index] = {
+                    name: _shard_like(parameters[index], x) for name, x in entry.items()
+                }
+            self.optimizer.load_state_dict(state["optimizer"])
+            for parameter, saved in zip(parameters, state["weights"], strict=True):
+                _local(parameter.detach()).copy_(saved)
+        self.lr_scheduler.load_state_dict(state["scheduler"])
+
+    # -------------------------------------------------------------------------------------- the place in an epoch
     def _take_up_loop(self) -> None:
         for name, value in self._resumed["loop"].items():
             setattr(self, name, send_to_device(value, self.args.device))

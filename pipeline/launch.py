@@ -63,12 +63,7 @@ def check_launch(args: TrainingArguments | None = None, *, shards: bool = True) 
             f"one process was started for {args.n_gpu} GPUs, which torch's DataParallel would share; launch with "
             f"accelerate_configs/ddp.yaml, or show one GPU alone with CUDA_VISIBLE_DEVICES."
         )
-    kind = _kind(state)
-    if args and args.resume_from_checkpoint and kind not in ("DDP", "no wrapper"):
-        raise ValueError(
-            f"resume_from_checkpoint={args.resume_from_checkpoint!r}: runs under {kind} cannot resume yet (and DeepSpeed "
-            f"would unpickle what is in the folder); start anew, or launch with accelerate_configs/ddp.yaml."
-        )
+    kind = kind_of(state)
     if args and shards is False and kind in ("FSDP", "ZeRO-3"):
         raise ValueError(
             f"this stage does not run under {kind}: TRL's trainer scores and samples with weights that are sharded "
@@ -92,7 +87,7 @@ class _WrapperCheck(TrainerCallback):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs):
-        asked, wrapped = _kind(args.distributed_state), self.trainer.model_wrapped
+        asked, wrapped = kind_of(args.distributed_state), self.trainer.model_wrapped
         if _wrapper_kind(wrapped) != asked:
             raise ValueError(
                 f"the launch asks for {asked}, and accelerate made the model a {type(wrapped).__name__}; launch with "
@@ -100,7 +95,7 @@ class _WrapperCheck(TrainerCallback):
             )
 
 
-def _kind(state: PartialState) -> str:
+def kind_of(state: PartialState) -> str:
     """How the launch asks the model to be wrapped.
 
     Raises:

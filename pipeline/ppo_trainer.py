@@ -97,11 +97,6 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
                         f"fsdp2.yaml."
                     )
         self.sharded = self._dist.is_fsdp or self._dist.is_zero3
-        if self.sharded and args.load_best_model_at_end:
-            raise ValueError(
-                "load_best_model_at_end=True cannot load into a model that is sharded over processes; leave it unset and "
-                "take the best checkpoint yourself, or launch with accelerate_configs/ddp.yaml or zero2.yaml."
-            )
         args.ds3_gather_for_generation = False  # `whole` gathers, for all that a rollout does
         if backbone.policy_is_bare:
             backbone.delete_adapter(
@@ -223,9 +218,13 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Trainer's, which it calls just before the optimizer steps: gradients that are not finite stop training."""
+        """Trainer's, which it calls just before the optimizer steps: gradients that are not finite stop training.
+
+        DeepSpeed's has stepped by then, unless it saw that itself and left the step out.
+        """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        self._warn(grad_norm=float(norm))
+        taken = self.is_deepspeed_enabled and not self.accelerator.optimizer_step_was_skipped
+        self._warn(grad_norm=float(norm), taken=taken)
         if not self.watch.stop:
             return norm
         self._stop(model)

@@ -25,6 +25,7 @@ class Watch:
         entropy: float | None = None,
         loss: float | None = None,
         grad_norm: float | None = None,
+        taken: bool = False,
     ) -> list[str]:
         """New messages on what was measured.
 
@@ -35,14 +36,16 @@ class Watch:
             entropy: mean of the policy, in nats a token.
             loss: of one minibatch.
             grad_norm: of the gradients of one step, over all parameters.
+            taken: whether that step has been taken already, as DeepSpeed may have with the backward pass.
         """
         found = {}
         for name, value in (("loss", loss), ("gradient's norm", grad_norm)):
             if value is None or math.isfinite(value):
                 continue
             self.stop = found["nan"] = (
-                f"The {name} is {value}: the step was not taken and training stops. The last checkpoint has finite "
-                f"weights. Lower learning_rate, set max_grad_norm, or train in float32 (bf16: false)."
+                f"The {name} is {value}: the step was {'taken, so these weights are of no use,' if taken else 'not taken'} "
+                f"and training stops. The last checkpoint has finite weights. Lower learning_rate, set max_grad_norm, or "
+                f"train in float32 (bf16: false)."
             )
         if kl:
             mean = sum(kl) / len(kl)

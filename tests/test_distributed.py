@@ -31,16 +31,31 @@ BEST = [
     "--save_steps",
     "4",
 ]
+# Stages that are killed when this step begins, in the middle of an update of PPO, and resumed.
+RESUMED = {"noise": 2, "reward": 2, "ppo": 3}
+NOISE = ["--lora_dropout", "0.1", "--train_sampling_strategy", "group_by_length"]
+SAVE = ["--save_strategy", "steps", "--save_steps", "1"]
+# What a resume reads, of each process where there is a number; and what accelerate, DeepSpeed and transformers would.
+READ = [
+    "optimizer_{}.json", "optimizer_{}.safetensors", "state_{}.json", "state_{}.safetensors", "rng_state_{}.pth",
+    "trainer_state.json",
+]  # fmt: skip
+BESIDE = [
+    "latest", "global_step2/mp_rank_00_model_states.pt", "global_step2/zero_pp_rank_0_mp_rank_00_model_states.pt",
+    "global_step2/zero_pp_rank_0_mp_rank_00_optim_states.pt", "global_step2/zero_pp_rank_1_mp_rank_00_optim_states.pt",
+    "optimizer_0/.metadata", "pytorch_model_fsdp_0/.metadata", "pytorch_model_fsdp.bin", "optimizer.bin", "optimizer.pt",
+    "scheduler.pt", "scaler.pt", "training_args.bin", "adapter_model.bin", "pytorch_model.bin", "custom_checkpoint_0.pkl",
+]  # fmt: skip
+LARGE = ["--vf_coef", "1e30"]  # the loss is finite, and the square of its gradient is not: ZeRO-2 sums it in float32
 # What PPO cannot do there: name, options, the error.
 REFUSED = {
     "zero2": [
         ("early_stop", ["--max_approx_kl", "0.1"], "max_approx_kl=0.1 leaves gradients out of optimizer steps"),
         ("not_finite", ["--learning_rate", "1e30"], "nothing more is saved; go on from the last checkpoint"),
+        ("norm", LARGE, "The gradient's norm is inf: the step was not taken and training stops"),
     ],
-    "zero3": [("best", BEST, "load_best_model_at_end=True cannot load into a model that is sharded")],
-    "fsdp2": [("best", BEST, "load_best_model_at_end=True cannot load into a model that is sharded")],
 }
-TIMEOUT = int(os.environ.get("T", 300))  # seconds
+TIMEOUT = int(os.environ.get("T", 600))  # seconds
 WORDS = "a the film story cast is was never always quite dull bright slow funny warm cold and but with without".split()
 
 
@@ -166,7 +181,37 @@ def plan(inputs: dict[str, str], out: Path, start: Path, processes: int, use_cpu
 
 
 def entry(name: str, stage: str, options: dict, error: str | None = None) -> list:
-    return [name, stage, [word for key, value in options.items() for word in (f"--{key}", str(value))], error]
+    return [name, stage, [word for key, value in options.items() for word in (f"--{key}", str(value))], error, {}]
+
+
+def resumed(stages: list[list], out: Path) -> list[list]:
+    """SFT with all the noise there can be, since no stage of the plan draws any, then those of `RESUMED` killed and resumed."""
+    plan = {name: (stage, words) for name, stage, words, *_ in stages}
+    bf16 = str("zero" in out.name).lower()  # transformers refuses it on a CPU that plays an accelerator
+    plan["noise"] = ("sft", [*plan["sft"][1], *NOISE, "--bf16", bf16, "--output_dir", str(out / "noise")])
+    added = [["noise", *plan["noise"], None, {}]]
+    for name, step in RESUMED.items():
+        stage, words = plan[name]
+        folder = str(out / f"{name}_resumed")
+        words = [*words, *SAVE, "--output_dir", folder, "--resume_from_checkpoint", "auto"]
+        added += [[f"{name}_killed", stage, words, "Killed", {"kill": step}]]
+        added += [[f"{name}_resumed", stage, words, None, {}]]
+    return added
+
+
+def planted(words: list[str], out: Path) -> list[list]:
+    """SFT with an adapter that its checkpoint does not have, and from checkpoints that a stranger has planted payloads in."""
+    other = [*words, "--lora_r", "2", "--resume_from_checkpoint", str(out / "noise_resumed" / "checkpoint-2")]
+    error = "tensors do not match the model's adapter"
+    added = [["other_adapter", "sft", [*other, "--output_dir", str(out / "other")], error, {}]]
+    for name in (*READ, "beside"):
+        names = BESIDE if name == "beside" else [name.format(process) for process in range(2)]
+        folder = out / f"planted_{name.format('')}"
+        source, target = out / "noise_resumed" / "checkpoint-2", folder / "checkpoint-2"
+        words = [*words, "--output_dir", str(folder), "--resume_from_checkpoint", str(target)]
+        error = None if name == "beside" else ""
+        added += [[folder.name, "sft", words, error, {"plant": [str(source), str(target), sorted(set(names))]}]]
+    return added
 
 
 def launch(config: str, processes: int, stages: list, folder: Path) -> tuple[list[dict], str]:
@@ -213,9 +258,13 @@ def two(request, inputs, one, tmp_path_factory) -> tuple[str, Path, list[dict], 
         pytest.skip("deepspeed is not installed (pip install spine-rlhf[deepspeed])")
     out = tmp_path_factory.mktemp(request.param)
     stages = plan(inputs, out, one[0], 2, use_cpu=request.param != "fsdp2")
-    ppo = next(words for name, _, words, _ in stages if name == "ppo")
+    ppo = next(words for name, _, words, *_ in stages if name == "ppo")
     for name, options, error in REFUSED.get(request.param, []):
-        stages.append([name, "ppo", [*ppo, *options, "--output_dir", str(out / name)], error])
+        stages.append([name, "ppo", [*ppo, *options, "--output_dir", str(out / name)], error, {}])
+    stages.append(["best", "ppo", [*ppo, *BEST, "--output_dir", str(out / "best")], None, {}])
+    stages += resumed(stages, out)
+    if request.param != "cpu_ddp":
+        stages += planted(next(words for name, _, words, *_ in stages if name == "noise"), out)
     saw, printed = launch(request.param, 2, stages, out)
     return request.param, out, saw, printed
 
@@ -270,8 +319,7 @@ def test_figures_are_those_of_all_processes(one, two):
     ours, theirs = ((x / "ppo" / "samples.jsonl").read_text().splitlines() for x in (out, one[0]))
     assert_close([json.loads(line) for line in ours], [json.loads(line) for line in theirs], "samples")
     for first, second in zip(*(seen["ppo"]["history"] for seen in saw), strict=True):
-        names = [name for name in first if not name.endswith(("runtime", "per_second", "time"))]
-        assert {name: first[name] for name in names} == {name: second[name] for name in names}
+        assert without_clock(first) == without_clock(second)
 
 
 @pytest.mark.slow
@@ -280,6 +328,55 @@ def test_what_cannot_run_so_is_refused_and_leaves_no_adapter(two):
     for name, _, _ in REFUSED.get(config, []):
         assert all(seen[name]["error"] for seen in saw)
         assert not (out / name / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESUMED)
+def test_a_killed_run_resumes_to_the_bit(name, two):
+    """Dropout, bfloat16 over float32 master weights, a reward head, and PPO in the middle of an update."""
+    _, out, saw, _ = two
+    assert all("Killed" in seen[f"{name}_killed"]["error"] for seen in saw)
+    once, again = out / name, out / f"{name}_resumed"
+    assert (again / "adapter_model.safetensors").is_file()
+    for path in [path for path in once.rglob("*") if path.name in ("adapter_model.safetensors", "samples.jsonl")]:
+        assert (again / path.relative_to(once)).read_bytes() == path.read_bytes(), path
+    for seen in saw:
+        assert seen[f"{name}_resumed"]["digest"] == seen[name]["digest"]
+        histories = [seen[which]["history"] for which in (name, f"{name}_resumed")]
+        first, second = ([without_clock(row) for row in history] for history in histories)
+        assert first == second
+
+
+@pytest.mark.slow
+def test_the_backbone_is_in_no_checkpoint(inputs, two):
+    """Adapter, master weights and moments of all processes take less than an eighth of it."""
+    _, out, _, _ = two
+    written = sum(path.stat().st_size for path in (out / "noise_resumed" / "checkpoint-2").rglob("*.safetensors"))
+    assert 0 < written < (Path(inputs["model"]) / "model.safetensors").stat().st_size / 8
+
+
+def without_clock(row: dict) -> dict:
+    return {key: value for key, value in row.items() if not key.endswith(("runtime", "per_second", "time"))}
+
+
+@pytest.mark.slow
+def test_nothing_planted_in_a_checkpoint_is_executed(two):
+    config, out, saw, _ = two
+    if config == "cpu_ddp":
+        pytest.skip("test_checkpoints.py has it")
+    for name in READ:
+        assert all(seen[f"planted_{name.format('')}"]["error"] for seen in saw)  # it was read
+    assert all(seen["planted_beside"]["digest"] == seen["noise"]["digest"] for seen in saw)
+    assert not list(out.rglob("executed"))
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_is_what_training_ends_with(two):
+    """Evaluated and saved after step 4 of 6."""
+    _, out, saw, _ = two
+    assert saw[0]["best"]["digest"] == saw[1]["best"]["digest"] != saw[0]["ppo"]["digest"]
+    for path in ("adapter_model.safetensors", "value/adapter_model.safetensors"):
+        assert (out / "best" / path).read_bytes() == (out / "best" / "checkpoint-4" / path).read_bytes()
 
 
 def assert_close(ours, theirs, name: str) -> None:

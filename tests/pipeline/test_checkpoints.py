@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,7 +24,7 @@ from datasets import Dataset
 from transformers import Trainer, TrainerCallback
 
 from pipeline.artifacts import finish_stage
-from pipeline.checkpoints import LOOP, MANIFEST, _sha256, _sha256_of, check, find_checkpoint
+from pipeline.checkpoints import LOOP, MANIFEST, _sha256, _sha256_of, check, check_zero, find_checkpoint
 from pipeline.samples import SampleTable
 
 
@@ -156,6 +157,8 @@ def test_a_stage_resumes_to_the_bit(stage, run_stage, tmp_path, monkeypatch, cap
     for name in expected:
         assert found[name] == expected[name], name
     assert found["metrics"][0][-1]["step"] == 11
+    names = {path.name for path in (tmp_path / "in pieces").iterdir()}
+    assert "adapter_model.safetensors" in names and "training_args.bin" not in names
 
 
 # ------------------------------------------------------------------------------------------ kill -9
@@ -246,6 +249,10 @@ def test_what_does_not_fit_the_launch_is_refused(make_trainer, ppo_run, killed_r
     with pytest.raises(ValueError, match="written by 1 processes, and this launch has 2.*--num_processes 1"):
         find_checkpoint(args)
     monkeypatch.undo()
+    monkeypatch.setattr("pipeline.checkpoints.kind_of", lambda state: "ZeRO-3")
+    with pytest.raises(ValueError, match="checkpoint-6: written under no wrapper, and this launch runs as ZeRO-3"):
+        find_checkpoint(arguments(make_trainer, killed_run, "auto"))
+    monkeypatch.undo()
     trainer = make_trainer(output_dir=str(killed_run), max_steps=12)
     with pytest.raises(ValueError, match="written with 16 rows to train on, and there are 8"):
         trainer.train(resume_from_checkpoint=str(newest))
@@ -253,6 +260,23 @@ def test_what_does_not_fit_the_launch_is_refused(make_trainer, ppo_run, killed_r
     next(p for name, p in trainer.model.named_parameters() if ".ref." in name).data += 1
     with pytest.raises(ValueError, match="written on another backbone, SFT adapter or reward adapter"):
         trainer.train(resume_from_checkpoint=str(newest))
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        {},  # stage 0
+        {"single_partition_of_fp32_groups": [], "elastic_checkpoint": True},
+        {"fp32_partitioned_groups_flat": [], "elastic_checkpoint": False, "swap_optimizer": True},
+        {"fp32_partitioned_groups_flat": [], "elastic_checkpoint": False, "params_in_nvme_and_cpu": True},
+    ],
+)
+def test_an_optimizer_of_deepspeed_that_cannot_be_saved_is_refused(optimizer):
+    """Those that can are in tests/test_distributed.py."""
+    with pytest.raises(
+        ValueError, match="no checkpoint can be written: take stage 1, 2 or 3 without nvme and elastic"
+    ):
+        check_zero(SimpleNamespace(**optimizer))
 
 
 def test_without_a_state_there_is_nothing_to_resume(make_trainer, ppo_run, tmp_path):
@@ -465,6 +489,10 @@ def test_a_signal_ends_sft_at_once_and_its_folder_holds_no_result(run_stage, tmp
     assert caught.value.code == 143
     assert not (tmp_path / "out" / "metrics.json").exists()
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+    pickles = {path.name for path in (tmp_path / "out" / "checkpoint-2").iterdir() if path.suffix in (".bin", ".pt")}
+    assert pickles == {"optimizer.pt", "scheduler.pt"}  # read with weights_only
+    targets = json.loads((tmp_path / "out" / "checkpoint-2" / "adapter_config.json").read_text())["target_modules"]
+    assert len(targets) > 1 and targets == sorted(targets)
 
 
 # ------------------------------------------------------------------------------------------ under accelerate launch
@@ -594,6 +622,8 @@ def test_trainer_has_what_we_override():
         "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
         "_load_best_model": ["self"],
         "_load_optimizer_and_scheduler": ["self", "checkpoint"],
+        "_save_optimizer_and_scheduler": ["self", "output_dir"],
+        "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
         "_load_rng_state": ["self", "checkpoint"],
         "_get_train_sampler": ["self", "train_dataset"],
         "_finalize_training": ["self", "trial", "num_train_samples", "start_time"],

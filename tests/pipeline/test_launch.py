@@ -42,9 +42,7 @@ def launched(monkeypatch):
             backend="gloo" if processes > 1 else None,
             is_main_process=True,
         )
-        return SimpleNamespace(
-            distributed_state=state, n_gpu=n_gpu, deepspeed_plugin=None, resume_from_checkpoint=None
-        )
+        return SimpleNamespace(distributed_state=state, n_gpu=n_gpu, deepspeed_plugin=None)
 
     return launched
 
@@ -129,9 +127,6 @@ def test_a_stage_that_cannot_shard(launched):
     check_launch(args)
     with pytest.raises(ValueError, match="this stage does not run under FSDP: .*ddp.yaml or zero2.yaml"):
         check_launch(args, shards=False)
-    args.resume_from_checkpoint = "auto"
-    with pytest.raises(ValueError, match="resume_from_checkpoint='auto': runs under FSDP cannot resume yet"):
-        check_launch(args)
 
 
 def test_a_stage_without_arguments(launched):

@@ -18,6 +18,13 @@ SYMPTOMS = {
 }
 
 
+def test_a_step_that_was_taken_is_not_said_to_be_left_out():
+    (said,) = Watch().observe(grad_norm=math.inf, taken=True)
+    assert said.startswith(
+        "The gradient's norm is inf: the step was taken, so these weights are of no use, and training"
+    )
+
+
 @pytest.mark.parametrize("name", SYMPTOMS)
 def test_a_symptom_is_said_once(name):
     observations, message = SYMPTOMS[name]
