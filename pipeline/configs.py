@@ -126,7 +126,9 @@ class PPOConfig(RLOOConfig):
     normalize_advantages: bool = field(default=True, metadata={"help": "Whiten advantages over each rollout."})
     disable_dropout: bool = field(default=True, metadata={"help": "Turn dropout off, so that ratios start at 1."})
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam, as in OpenAI's PPO."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Keep each layer's input alone, and compute the rest again."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Keep each layer's input alone, and compute the rest again."}
+    )
 
     # the reward of a token
     kl_estimator: str = field(default="k1", metadata={"help": "KL of a token: k1 (unbiased) or k3 (never negative)."})

@@ -536,28 +536,20 @@ def wait_for_end(workers: list[psutil.Process], log: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", ["sft", "ppo"])
-def test_two_processes_resume_to_the_bit(stage, launch, tiny, sft_adapter, reward_adapter, tmp_path):
+def test_two_processes_resume_to_the_bit(launch, tiny, sft_adapter, reward_adapter, tmp_path):
     """Killed, then asked to stop through the launcher, then left to finish."""
     recipe = {
-        "model_name_or_path": tiny, "dataset_name": str(tmp_path / "rows.jsonl"), "max_steps": 24,
-        "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2, "logging_steps": 3,
-        "learning_rate": 1e-2, "bf16": False, "use_cpu": True, "report_to": "none", "disable_tqdm": True,
-        "gradient_checkpointing": False,
+        "model_name_or_path": tiny, "sft_adapter": sft_adapter, "reward_adapter": [reward_adapter],
+        "dataset_name": str(tmp_path / "rows.jsonl"), "max_steps": 24, "save_strategy": "steps", "save_steps": 1,
+        "per_device_train_batch_size": 2, "steps_per_generation": 4, "num_iterations": 2, "max_completion_length": 4,
+        "beta": 0.3, "kl_target": 1.0, "logging_steps": 3, "learning_rate": 1e-2, "bf16": False, "use_cpu": True,
+        "report_to": "none", "disable_tqdm": True,
     }  # fmt: skip
-    if stage == "sft":
-        recipe |= {"lora_dropout": 0.1, "lora_r": 4, "train_sampling_strategy": "group_by_length", "max_length": 64}
-    else:
-        recipe |= {
-            "sft_adapter": sft_adapter, "reward_adapter": [reward_adapter], "steps_per_generation": 4,
-            "num_iterations": 2, "max_completion_length": 4, "beta": 0.3, "kl_target": 1.0,
-        }  # fmt: skip
-    column = "text" if stage == "sft" else "prompt"
-    rows = [{column: text + word} for text in PROMPTS for word in ("", " film", " one or two")]
+    rows = [{"prompt": text + word} for text in PROMPTS for word in ("", " film", " one or two")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     (tmp_path / "two.yaml").write_text(TWO)
-    given = (stage, tmp_path / "two.yaml", tmp_path / "recipe.yaml")
+    given = ("ppo", tmp_path / "two.yaml", tmp_path / "recipe.yaml")
 
     log, folder = tmp_path / "log", tmp_path / "at once"
     assert launch(*given, folder, log).wait(120) == 0, log.read_text()[-4000:]
@@ -577,8 +569,7 @@ def test_two_processes_resume_to_the_bit(stage, launch, tiny, sft_adapter, rewar
     wait_for_end([process, *workers], log)
     stopped = re.search(r"SIGTERM: stopped after step (\d+); checkpoint-\1 is in", log.read_text())
     assert stopped and (folder / f"checkpoint-{stopped[1]}" / "rng_state_1.pth").is_file(), log.read_text()[-4000:]
-    if stage == "ppo":
-        assert int(stopped[1]) % 8 == 0  # an update is of 8
+    assert int(stopped[1]) % 8 == 0  # an update is of 8
     assert launch(*given, folder, log).wait(120) == 0, log.read_text()[-4000:]
     assert f"resumes from {folder}/checkpoint-{stopped[1]}." in log.read_text()
     found = files(folder)

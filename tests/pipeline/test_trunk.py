@@ -138,7 +138,9 @@ def test_checkpointed_layers_are_computed_again_as_the_role_they_ran_as(name, to
     ids, mask, completion, real = batch()
     trunk = backbone.trunk(ids, mask) if top else None
     gradients, ran = [], []
-    attention = decoder_layers(backbone.get_base_model())[2][-1].get_submodule("attn" if name == "gpt2" else "self_attn")
+    attention = decoder_layers(backbone.get_base_model())[2][-1].get_submodule(
+        "attn" if name == "gpt2" else "self_attn"
+    )
     attention.register_forward_hook(lambda *args: ran.append(len(gradients)))
     for checkpointing in (False, True):
         if checkpointing:
