@@ -92,9 +92,10 @@ bench-scaling: .venv/installed
 soak: .venv/installed
 	.venv/bin/python -m tests.soak --minutes $(MINUTES)
 
-# A process for each of up to 4 cores: models so small that one thread runs them faster than two.
+# A process for each of up to 4 cores: models so small run faster on a core each than on several together.
 test: .venv/installed
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadgroup
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

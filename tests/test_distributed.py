@@ -18,7 +18,6 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("distributed")  # one process runs them all, so that what they share is made once
 KINDS = {"cpu_ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP"}
 TRAINED = ("sft", "reward", "ppo", "ppo_other")
 BEST = [

@@ -17,7 +17,6 @@ from pipeline.loading import load_pretrained, read_adapter
 
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.xdist_group("end_to_end")  # one process runs them all, so that what they share is made once
 README = (ROOT / "README.md").read_text()
 # What the README says to type, by stage and recipe.
 COMMANDS = {

@@ -67,13 +67,14 @@ def main(kills: int, seed: int, words: list[str]) -> None:
     inside = 0
     for number in range(kills):
         pid, begun = start(words, log), time.time()
+        # Few steps at a time: some must be left for the last kill.
         if number % 3 == 0:  # while it sets up, most often
-            time.sleep(draw.uniform(0, 2))
+            see_writing_begin(1, begun, begun + draw.uniform(0, 2), staging)
         else:
             see_writing_begin(draw.choice((1, 2)), begun, begun + 60, staging)
             if number % 3 == 1:  # while it writes
                 time.sleep(draw.uniform(0, 0.05))
-            else:  # at any moment, but before it gets far: there must be steps left for all kills
+            else:  # at any moment
                 see_writing_begin(2, begun, time.time() + draw.uniform(0, 0.8), staging)
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
