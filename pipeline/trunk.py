@@ -48,11 +48,17 @@ def first_adapted_layer(model: PreTrainedModel, adapter: str) -> int:
 @contextmanager
 def _cut(model: PreTrainedModel, part: slice) -> Iterator[nn.ModuleList]:
     owner, name, layers = decoder_layers(model)
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)  # which mask a layer gets: models read it by the layer's place
     setattr(owner, name, layers[part])
+    if kinds is not None:
+        config.layer_types = kinds[part]
     try:
         yield layers
     finally:
         setattr(owner, name, layers)
+        if kinds is not None:
+            config.layer_types = kinds
 
 
 @torch.no_grad()

@@ -1,7 +1,14 @@
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 from trl.trainer.utils import disable_dropout_in_model
 
 from pipeline.backbone import Backbone
@@ -12,6 +19,7 @@ LINEAR = {
     "gpt2": ["c_attn", "c_proj", "c_fc"],
     "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"],
 }
+LINEAR["gemma2"] = LINEAR["llama"]
 
 
 def base_model(name: str):
@@ -22,7 +30,14 @@ def base_model(name: str):
     else:
         heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
         shape = {"num_hidden_layers": 5, "hidden_size": 32, "intermediate_size": 48, "initializer_range": 0.2}
-        model = LlamaForCausalLM(LlamaConfig(**shape, **heads, **special))
+        if name == "llama":
+            model = LlamaForCausalLM(LlamaConfig(**shape, **heads, **special))
+        else:  # every other layer sees two tokens back only
+            config = Gemma2Config(
+                **shape, **heads, **special, head_dim=8, sliding_window=2, attn_implementation="eager"
+            )
+            assert config.layer_types[:2] == ["sliding_attention", "full_attention"]
+            model = Gemma2ForCausalLM(config)
     return model.requires_grad_(False).eval()
 
 
@@ -46,7 +61,7 @@ def batch():
     return ids, mask, ids[:, -4:], mask[:, -4:].bool()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 @pytest.mark.parametrize(("top", "depth"), [(1, 4), (2, 3), (4, 1)])
 @pytest.mark.parametrize("critic", ["adapter", "head"])
 def test_from_the_trunk_all_is_as_in_full(name, top, depth, critic):
