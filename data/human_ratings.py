@@ -5,6 +5,7 @@ Hutto & Gilbert (ICWSM 2014) published their ratings inside the source distribut
 anything in it is read, and keep no text of it in this repository.
 """
 
+import functools
 import hashlib
 import html
 import io
@@ -121,7 +122,12 @@ def load_snippets() -> list[Snippet]:
     HTML entities are decoded, runs of white space collapsed, and the movie file's doubled single quotes made double
     quotes. The mean is taken from the individual ratings (195 tweets state another one in their text file).
     """
-    with _archive(fetch()) as outer:
+    return list(_read(fetch()))
+
+
+@functools.lru_cache(maxsize=1)
+def _read(content: bytes) -> tuple[Snippet, ...]:
+    with _archive(content) as outer:
         inner = _member(outer, INNER)
     snippets = []
     with _archive(inner) as archive:
@@ -141,7 +147,7 @@ def load_snippets() -> list[Snippet]:
                 text = " ".join(html.unescape(text).replace("''", '"').split())
                 if values and text:
                     snippets.append(Snippet(source, key, text, values, statistics.fmean(values)))
-    return snippets
+    return tuple(snippets)
 
 
 def split_of(snippet: Snippet) -> str:
@@ -237,10 +243,12 @@ def ranked_pairs(
     once for all its pairs (Ouyang et al. 2022, arXiv 2203.02155, section 3.5). Columns as in `preference_pairs`.
     """
     generator = random.Random(seed)
+    openings = _openings(split, sources).values()
     rows = []
     for _ in range(rounds):
         groups = []
-        for members in _openings(split, sources).values():
+        for opening in openings:
+            members = opening.copy()
             generator.shuffle(members)
             for start in range(0, len(members), 8 * size):
                 window = sorted(members[start : start + 8 * size], key=lambda snippet: len(snippet.text))

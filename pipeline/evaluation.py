@@ -98,20 +98,26 @@ def complete(
         batch_size=args.batch_size,
         share_seed=(args.seed,),
     )
+    temperatures = {role: args.temperature, "reference": args.temperature, None: 1.0}
+    shares = {adapter: adapter is None or backbone.starts_at_trunk(adapter) for adapter in temperatures}
     state = PartialState()
     total = -(-len(prompt_ids) // (args.batch_size * state.num_processes))
     for batch in tqdm(
         batches, total=total, desc=f"{role} completions", unit="batch", disable=not state.is_main_process
     ):
-        policy, reference, bare = (
-            backbone.logprobs(adapter, *batch[:3], temperature)[0].masked_fill(~batch.mask, 0).sum(dim=1)
-            for adapter, temperature in ((role, args.temperature), ("reference", args.temperature), (None, 1.0))
-        )
+        trunk = backbone.trunk(*batch[:2]) if backbone.trunk_depth else None
+        nats = {
+            adapter: backbone.logprobs(adapter, *batch[:3], temperature, trunk if shares[adapter] else None)[0]
+            .masked_fill(~batch.mask, 0)
+            .sum(dim=1)
+            for adapter, temperature in temperatures.items()
+        }
         rows = batch.rows()
         of_batch = prompts.select(range(batch.first, batch.first + len(rows)))
         answers = as_answers(tokenizer.batch_decode(rows, skip_special_tokens=True), asked)
         rewards = call_rewards(composite.functions, of_batch, answers, rows, runner).tolist()
-        parts.append((batch.first, rows, (policy - reference).tolist(), (-bare).tolist(), rewards))
+        kl = (nats[role] - nats["reference"]).tolist()
+        parts.append((batch.first, rows, kl, (-nats[None]).tolist(), rewards))
     result = Completions(tokenizer)
     result.ids, result.kl, result.nll, rewards = gathered(parts)
     answers, columns = as_answers(result.texts, asked), torch.tensor(rewards, dtype=torch.float64)
@@ -141,6 +147,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         )
     composite = Composite(learned_rewards(rewards, backbone, tokenizer) + functions, args.reward_weights)
     backbone.to(state.device).eval()
+    backbone.share_trunk()
 
     with asyncio.Runner() as runner:
         results = {

@@ -1,13 +1,15 @@
 """Rankings: where people compared several completions of a prompt, each is scored once for all its pairs."""
 
 from collections.abc import Iterator
+from copy import copy
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, Value
 from torch import nn
 from torch.utils.data import Sampler
+from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
-from trl import RewardTrainer
+from trl import RewardConfig, RewardTrainer
 
 
 def groups_of(dataset: Dataset, most: int) -> list[list[int]]:
@@ -76,6 +78,7 @@ def score_each_text_once(model: nn.Module) -> None:
 class RankingTrainer(RewardTrainer):
     """TRL's RewardTrainer, on pairs that share texts: those that follow each other in the dataset share a batch, and
     each text of a batch is scored once.
+    Plain texts are tokenized once too.
 
     All comparisons of one prompt are a step's worth of the same few texts, which costs less and overfits less than
     pairs drawn one by one (Ouyang et al. 2022, arXiv 2203.02155, section 3.5). Pairs that share nothing are shuffled and
@@ -85,6 +88,28 @@ class RankingTrainer(RewardTrainer):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         score_each_text_once(self.model)
+
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: RewardConfig, dataset_name: str
+    ) -> Dataset:
+        prepare = super()._prepare_dataset
+        if isinstance(dataset.features.get("chosen"), Value):  # texts, neither conversations nor tokens
+            prompts = dataset["prompt"][:] if "prompt" in dataset.column_names else [""] * len(dataset)
+            pairs = {
+                name: [prompt + text for prompt, text in zip(prompts, dataset[name][:], strict=True)]
+                for name in ("chosen", "rejected")
+            }
+            texts = list(dict.fromkeys(pairs["chosen"] + pairs["rejected"]))
+            halves = {"chosen": texts[::2], "rejected": texts[1::2] + texts[: len(texts) % 2]}
+            whole = copy(args)
+            whole.max_length = None  # what is too long is dropped below, with its pair
+            found = prepare(Dataset.from_dict(halves), processing_class, whole, dataset_name)
+            ids = {
+                text: row for name in halves for text, row in zip(halves[name], found[f"{name}_ids"][:], strict=True)
+            }
+            for name, column in pairs.items():
+                dataset = dataset.add_column(f"{name}_ids", [ids[text] for text in column])
+        return prepare(dataset, processing_class, args, dataset_name)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset

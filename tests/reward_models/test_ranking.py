@@ -1,7 +1,10 @@
+import inspect
+
 import pytest
 import torch
 from datasets import Dataset
 from trl import ModelConfig, RewardConfig, RewardTrainer
+from trl.data_utils import _tokenize
 
 from pipeline.configs import lora_config
 from pipeline.loading import load_pretrained
@@ -115,3 +118,34 @@ def test_training_equals_that_of_trl_on_the_same_batches(tiny, tmp_path):
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("prompts", [True, False])
+def test_each_text_is_tokenized_once_and_as_trl_does(tiny, tmp_path, prompts, monkeypatch):
+    """With an odd number of texts, one of them too long and one that ends as it should already."""
+    texts = [" fine", " bad", " so and so", " bad" * 40, " over<|endoftext|>"]
+    rows = [{"prompt": "It was", "chosen": texts[a], "rejected": texts[b], "margin": a + b} for a, b in
+            [(0, 1), (0, 2), (2, 1), (3, 1), (0, 3), (0, 4), (4, 2)]]  # fmt: skip
+    pairs = Dataset.from_list(rows if prompts else [{k: v for k, v in row.items() if k != "prompt"} for row in rows])
+    base, tokenizer = load_pretrained(ModelConfig(tiny), head=True)
+    args = RewardConfig(str(tmp_path), max_length=32, bf16=False, use_cpu=True, report_to="none")
+    tokenized = []
+
+    def tokenize(tokenizer, text, **kwargs):
+        tokenized.append(text)
+        return _tokenize(tokenizer, text, **kwargs)
+
+    monkeypatch.setattr("trl.trainer.reward_trainer._tokenize", tokenize)
+    theirs, ours = (
+        kind(model=base, args=args, train_dataset=pairs, processing_class=tokenizer).train_dataset
+        for kind in (RewardTrainer, RankingTrainer)
+    )
+    assert len(tokenized) == 2 * len(pairs) + 6 and len(set(tokenized)) == 5
+    columns = ["chosen_ids", "rejected_ids", "margin"]
+    assert ours.select_columns(columns).to_list() == theirs.select_columns(columns).to_list()
+    assert 0 < len(ours) < len(pairs)
+
+
+def test_trl_has_what_we_override():
+    arguments = ["self", "dataset", "processing_class", "args", "dataset_name"]
+    assert list(inspect.signature(RewardTrainer._prepare_dataset).parameters) == arguments
