@@ -77,8 +77,7 @@ def score_each_text_once(model: nn.Module) -> None:
 
 class RankingTrainer(RewardTrainer):
     """TRL's RewardTrainer, on pairs that share texts: those that follow each other in the dataset share a batch, and
-    each text of a batch is scored once.
-    Plain texts are tokenized once too.
+    each text of a batch is scored once. Plain texts are tokenized once, too.
 
     All comparisons of one prompt are a step's worth of the same few texts, which costs less and overfits less than
     pairs drawn one by one (Ouyang et al. 2022, arXiv 2203.02155, section 3.5). Pairs that share nothing are shuffled and
