@@ -15,6 +15,8 @@ RECIPES = pipeline/recipes
 # training step on a CPU. Other allocators ignore these.
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
+# These commands run on CPUs; DeepSpeed, which the tests bring, would warn that it looked for a GPU.
+export DS_ACCELERATOR = cpu
 
 .PHONY: demo baselines seeds ablations reward-long backbone bench bench-scaling soak test
 

@@ -28,6 +28,13 @@ ROOT = Path(__file__).parents[1]
 PROMPTS = ["The film", "A", "It's a", "One of the best", "This is", "An", "For all its", "Not"]
 
 
+def pytest_collection_modifyitems(config, items):
+    """Shared out over processes, files that take minutes come first, so that none is left for the end."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> str:
     """Folder of a random two-layer GPT-2 with the embedded tokenizer."""
