@@ -196,7 +196,13 @@ SCALES = {
     ),
 }
 OPTIONS = {
-    "8 bits": ({"load_in_8bit": True}, r"load_in_8bit=True is not supported"),
+    "8 bits": ({"load_in_8bit": True}, r"load_in_8bit=True is not supported: set load_in_4bit"),
+    "4 bits of no kind": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, r"'nf5' is not one of nf4, fp4"),
+    "4 bits to be sharded": (
+        {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
+        r"bnb_4bit_quant_storage='bfloat16' serves sharding",
+    ),
+    "4 bits and no dtype": ({"load_in_4bit": True, "dtype": "auto"}, r"dtype='auto': load_in_4bit computes in"),
     "DoRA": ({"use_dora": True}, r"use_dora=True is not supported"),
     "modules to save": ({"lora_modules_to_save": ["lm_head"]}, r"lora_modules_to_save='?\[?'?lm_head"),
     "no such module": (
