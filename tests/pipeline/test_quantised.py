@@ -153,7 +153,7 @@ def test_an_adapter_fits_the_base_as_it_was_loaded(folder, tmp_path):
 def test_the_plan_counts_what_is_held(folder, nested):
     options = model(folder, use_bnb_nested_quant=nested)
     settings = PPOConfig(output_dir="out", use_cpu=True, bf16=False, steps_per_generation=1)
-    planned = roles(RewardArguments(), LoraArguments(), options, settings, policy=None)
+    planned = roles(RewardArguments(reward_adapter=["runs/reward"]), LoraArguments(), options, settings, policy=None)
     whole = next(item.bytes for item in state(planned) if item.who == "backbone")
     base, _ = load_pretrained(options)
     held = {name: tensor.nbytes for name, tensor in base.state_dict().items() if tensor.data_ptr()}
