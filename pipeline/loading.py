@@ -112,8 +112,6 @@ def quantization(model: ModelConfig) -> BitsAndBytesConfig | None:
         raise ValueError("load_in_8bit=True is not supported: set load_in_4bit, or leave both unset.")
     if not model.load_in_4bit:
         return None
-    if model.bnb_4bit_quant_type not in ("nf4", "fp4"):
-        raise ValueError(f"bnb_4bit_quant_type={model.bnb_4bit_quant_type!r} is not one of nf4, fp4.")
     if model.bnb_4bit_quant_storage:
         raise ValueError(
             f"bnb_4bit_quant_storage={model.bnb_4bit_quant_storage!r} serves sharding, which a 4-bit base is refused; "
