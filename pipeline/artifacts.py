@@ -36,7 +36,7 @@ def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict) -> None:
     trainer.save_model()
     if trainer.is_world_process_zero():
         trainer.create_model_card(model_name=folder.name)
-        stamp(folder, trainer.model.config._name_or_path, fingerprint)
+        stamp(folder, trainer.model.config, fingerprint)
         metrics = {**metrics, "seconds": round(trainer.seconds_before + seconds_running(), 1)}
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     trainer.accelerator.wait_for_everyone()  # what is read next, by whichever process, is there

@@ -37,6 +37,10 @@ class Backbone(PeftModelForCausalLM):
     `forward(..., completion_ids=...)` is PPO's training pass.
     """
 
+    # Whatever the base is: what trains would be rounded to bfloat16 by TRL's trainers, and PPO's policy would no longer
+    # start as its reference.
+    is_loaded_in_4bit = False
+
     def __init__(self, base: PreTrainedModel, policy: Adapter | LoraConfig):
         fresh = isinstance(policy, LoraConfig)
         super().__init__(base, policy if fresh else _language_config(policy.config), adapter_name=ADAPTERS["policy"])
@@ -315,7 +319,7 @@ class Backbone(PeftModelForCausalLM):
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(folder)
-        stamp(folder, base.config._name_or_path, self.fingerprint)
+        stamp(folder, base.config, self.fingerprint)
 
 
 def load_backbone(
@@ -361,6 +365,7 @@ def backbone_copies(backbone: Backbone) -> float:
     gc.collect()  # a model already dropped may still wait in a cycle
     ours = {id(parameter) for name, parameter in backbone.named_parameters() if _is_ours(name)}
     base = {p.data_ptr(): p.nbytes for name, p in backbone.named_parameters() if not _is_ours(name)}
-    parameters = [p for p in gc.get_objects() if type(p) is nn.Parameter and not p.is_meta]
+    # By type: quantised weights are of a subclass, and `isinstance` would ask proxies whose object is gone.
+    parameters = [p for p in gc.get_objects() if issubclass(type(p), nn.Parameter) and not p.is_meta]
     live = {p.data_ptr(): p.nbytes for p in parameters if id(p) not in ours}
     return sum(live.values()) / sum(base.values())

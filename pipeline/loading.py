@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -16,15 +17,19 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.activations import ACT2FN, NewGELUActivation
 from transformers.integrations import deepspeed
-from trl import ModelConfig
+from transformers.utils import is_bitsandbytes_available
+from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from pipeline.folders import HEAD, WEIGHTS, check_adapter, check_model_folder, damaged, read_json
+from pipeline.launch import kind_of
 
 
 IDENTITY = "backbone.json"
@@ -37,17 +42,16 @@ def load_pretrained(
 
     A local folder's path is made absolute, so that the adapters which name it load from anywhere. A tokenizer without a
     pad token pads with its end-of-text token, as TRL does. With `head`, the model is a sequence classifier whose one
-    score starts at N(0, 1/sqrt(D + 1)) (Stiennon et al. 2020, arXiv 2009.01325).
+    score starts at N(0, 1/sqrt(D + 1)) (Stiennon et al. 2020, arXiv 2009.01325). With `load_in_4bit`, its linear layers
+    are quantised and the head is not.
 
-    Raises what `check_model_folder` raises, and:
+    Raises what `check_model_folder` and `quantization` raise, and:
         ValueError: a file of it is damaged; the tokenizer has no end-of-text token, or more tokens than the model; the
-            architecture keeps its score head elsewhere than in `score`; the model is to be quantized.
+            architecture keeps its score head elsewhere than in `score`.
     """
     name = model.model_name_or_path
     check_model_folder(name)
-    for option in ("load_in_8bit", "load_in_4bit"):
-        if getattr(model, option):
-            raise ValueError(f"{option}=True is not supported: the backbone is not quantized. Leave it unset.")
+    bits = quantization(model)
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser().resolve())
     source = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
@@ -65,6 +69,8 @@ def load_pretrained(
         tokenizer.pad_token = tokenizer.eos_token
 
     options = {"dtype": model.dtype, "attn_implementation": model.attn_implementation, "use_safetensors": True}
+    if bits:  # left to itself transformers takes the first GPU, also under `use_cpu`
+        options |= {"quantization_config": bits, "device_map": {"": PartialState().device}}
     try:
         with _whole(), suppress_seqcls_warning():  # that a score head is fresh is what we want
             if head:
@@ -87,7 +93,48 @@ def load_pretrained(
             )
         nn.init.normal_(base.score.weight, std=(base.score.in_features + 1) ** -0.5)
     base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    for layer in base.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # Outside of training bitsandbytes would repack the weights for these CPUs, with scales rounded to bfloat16,
+            # and a later training pass would run on them without gradients.
+            layer.support_avx512bf16_for_cpu = False
     return fuse_gelu(base).requires_grad_(False), tokenizer
+
+
+def quantization(model: ModelConfig) -> BitsAndBytesConfig | None:
+    """How the base is quantised to 4 bits (QLoRA; Dettmers et al. 2023, arXiv 2305.14314), None where it is not.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+        ValueError: an option that has no effect here; no dtype to compute in; weights that would be sharded.
+    """
+    if model.load_in_8bit:
+        raise ValueError("load_in_8bit=True is not supported: set load_in_4bit, or leave both unset.")
+    if not model.load_in_4bit:
+        return None
+    if model.bnb_4bit_quant_storage:
+        raise ValueError(
+            f"bnb_4bit_quant_storage={model.bnb_4bit_quant_storage!r} serves sharding, which a 4-bit base is refused; "
+            f"leave it unset."
+        )
+    if model.dtype in (None, "auto"):
+        raise ValueError(f"dtype={model.dtype!r}: load_in_4bit computes in the dtype that it names; set bfloat16.")
+    if (kind := kind_of(PartialState())) in ("FSDP", "ZeRO-3"):
+        raise ValueError(
+            f"load_in_4bit=True does not run under {kind}, which would shard the quantised weights. Launch with "
+            f"accelerate_configs/ddp.yaml: each GPU holds the base, in a quarter of its bfloat16 memory."
+        )
+    if not is_bitsandbytes_available():
+        raise ImportError("load_in_4bit=True needs bitsandbytes: pip install 'spine-rlhf[quantization]'.")
+    return get_quantization_config(model)
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """Have what trains in float32, as on any base. TRL rounds it to bfloat16 on a quantised one, where the steps of a
+    small learning rate are lost."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
 
 
 def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:
@@ -120,10 +167,12 @@ def context_length(model: nn.Module) -> int:
 def fingerprint(base: PreTrainedModel) -> str:
     """Hex digest that tells one pretrained trunk from another, whatever head it carries, in float32 or bfloat16.
 
-    LoRA weights are left out.
+    LoRA weights are left out. A quantised base has its own: that of its 4-bit codes. Their scales (`weight.absmax` and
+    the like), which another device may round otherwise, are left out too.
     """
     trunk = sorted(base.base_model.state_dict().items())
-    return digest((name.replace("base_layer.", ""), tensor) for name, tensor in trunk if "lora_" not in name)
+    ours = ((name, tensor) for name, tensor in trunk if "lora_" not in name and ".weight." not in name)
+    return digest((name.replace("base_layer.", ""), tensor) for name, tensor in ours)
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -137,10 +186,15 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return result.hexdigest()
 
 
-def stamp(folder: str | Path, model_name_or_path: str, digest: str) -> None:
-    """Write beside an adapter which backbone it was trained on."""
-    record = {"model_name_or_path": model_name_or_path, "fingerprint": digest}
+def stamp(folder: str | Path, config: PreTrainedConfig, digest: str) -> None:
+    """Write beside an adapter which backbone it was trained on, from the backbone's config and its fingerprint."""
+    record = {"model_name_or_path": config._name_or_path, "precision": _precision(config), "fingerprint": digest}
     (Path(folder) / IDENTITY).write_text(json.dumps(record, indent=2) + "\n")
+
+
+def _precision(config: PreTrainedConfig) -> str:
+    bits = getattr(config, "quantization_config", None)
+    return f"4-bit {bits.bnb_4bit_quant_type}" if bits else "not quantised"
 
 
 @dataclass(frozen=True)
@@ -173,9 +227,10 @@ def read_adapter(
         theirs = str(made_for.get("fingerprint"))
         if theirs != ours:
             raise ValueError(
-                f"{name}: the adapter was trained on another base, {made_for.get('model_name_or_path')} (fingerprint "
-                f"{theirs[:12]}), than {base.config._name_or_path} ({ours[:12]}). Train it on this base, or set "
-                f"model_name_or_path to that one."
+                f"{name}: the adapter was trained on another base, {made_for.get('model_name_or_path')} "
+                f"({made_for.get('precision', 'not quantised')}, fingerprint {theirs[:12]}), than "
+                f"{base.config._name_or_path} ({_precision(base.config)}, {ours[:12]}). Train it on this base, or set "
+                f"model_name_or_path, load_in_4bit and bnb_4bit_quant_type to those of that one."
             )
     if tokenizer is not None and (folder / "tokenizer.json").is_file():
         vocabulary = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()

@@ -78,6 +78,7 @@ COUNTED = {
 KEPT = {field.name for field in fields(TrainingArguments)} | {
     *("trust_remote_code", "model_name_or_path", "model_revision", "dtype", "attn_implementation"),
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
+    *("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant"),
     *("dataset_name", "dataset_train_split", "env"),
 }
 
@@ -130,7 +131,6 @@ _COMPUTED = "TRL worked it out and wrote over what was given. Nothing to do."
 _PREPROCESSING = "prompts are tokenized as they are sampled. Nothing to do."
 _TRACKER = "set it where the tracker reads it (WANDB_PROJECT and the like), or in `accelerate config`."
 _EVALUATION = "nothing is evaluated while PPO trains. Run pipeline.evaluation on what it leaves."
-_QUANTISED = "the backbone is loaded unquantised; choose its precision with `dtype`."
 _BEST = "there is no push of the best only; set `push_to_hub` and `hub_model_id`."
 _NEVER_READ = "TRL never read it. Nothing to do."
 
@@ -154,11 +154,8 @@ _DROPPED = {
     "lora_task_type": "the roles have their own task types. Nothing to do.",
     "lora_modules_to_save": "the backbone is frozen but for its adapters. Nothing to do.",
     "lora_target_parameters": "adapters go to modules; name them in lora_target_modules.",
-    "load_in_8bit": _QUANTISED,
-    "load_in_4bit": _QUANTISED,
-    "bnb_4bit_quant_type": _QUANTISED,
-    "bnb_4bit_quant_storage": _QUANTISED,
-    "use_bnb_nested_quant": _QUANTISED,
+    "load_in_8bit": "the backbone is loaded in 4 bits, with `load_in_4bit`, or as `dtype` says.",
+    "bnb_4bit_quant_storage": "it serves sharding, which a backbone in 4 bits is refused. Nothing to do.",
 }
 # TrainingArguments of transformers 4 that transformers 5 has no more.
 _DROPPED |= dict.fromkeys(
@@ -223,6 +220,7 @@ DROPPED = {
 # The recipe's order; what is in no group comes last.
 GROUPS = {
     "roles on one backbone": ("model_name_or_path", "model_revision", "dtype", "attn_implementation")
+    + ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
     + ("sft_adapter", "reward_adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
     "data": ("dataset_name", "dataset_train_split"),
     "rollouts": ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig
 
 from pipeline.backbone import ADAPTERS, Backbone
@@ -98,6 +99,20 @@ def state(backbone: Backbone) -> Iterator[Item]:
         if trained:
             yield Item(role, "gradients", sum(p.nbytes for p in trained))
             yield Item(role, "optimizer", sum(8 * p.numel() for p in trained))
+
+
+def in_4_bits(backbone: Backbone, *, nested: bool) -> tuple[int, int]:
+    """Bytes that the base's linear layers take as QLoRA keeps them, less than they take now; and the largest of their
+    weights, which a product with it dequantises. bitsandbytes keeps a float32 scale for each 64 weights; nested, a byte,
+    and a float32 for each 256 scales."""
+    base = backbone.get_base_model()
+    head, saved, largest = base.get_output_embeddings(), 0, 0
+    for name, layer in base.named_modules():
+        if isinstance(layer, (nn.Linear, Conv1D)) and "lora_" not in name and layer is not head:
+            weight, scales = layer.weight, -(-layer.weight.numel() // 64)
+            kept = -(-weight.numel() // 2) + (scales + 4 * -(-scales // 256) if nested else 4 * scales)
+            saved, largest = saved + weight.nbytes - kept, max(largest, weight.nbytes)
+    return saved, largest
 
 
 @contextmanager
@@ -191,13 +206,19 @@ def plan(
     args: PPOConfig,
     asked: PlanArguments,
 ) -> dict[str, list[Item]]:
-    """Items of one process under each layout."""
+    """Items of one process under each layout; a base in 4 bits is not sharded."""
     backbone = roles(rewards, reach, model, args, roles_.sft_adapter)
     standing = list(state(backbone))
-    whole = {layout: list(gathered(backbone, layout)) for layout in LAYOUTS}
-    passing = list(phases(backbone, args, asked.prompt_tokens))
+    layouts = [layout for layout in LAYOUTS if not (model.load_in_4bit and "weights" in SHARDED[layout])]
+    whole = {layout: list(gathered(backbone, layout)) for layout in layouts}
+    dequantised = []
+    if model.load_in_4bit:
+        saved, largest = in_4_bits(backbone, nested=model.use_bnb_nested_quant)
+        standing = [Item(i.who, i.kind, i.bytes - saved * (i.who == "backbone")) for i in standing]
+        dequantised = [Item(phase, "dequantised weight", largest) for phase in ("sampling", "training")]
+    passing = [*phases(backbone, args, asked.prompt_tokens), *dequantised]
     result = {}
-    for layout in LAYOUTS:
+    for layout in layouts:
         share = {kind: asked.processes for kind in SHARDED[layout]}
         mine = [Item(item.who, item.kind, item.bytes // share.get(item.kind, 1)) for item in standing]
         result[layout] = mine + whole[layout] + passing

@@ -22,7 +22,7 @@ from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, RewardModelArguments, check_max_length, lora_config, parse
 from pipeline.folders import check_folders
 from pipeline.launch import check_launch, check_wrapper
-from pipeline.loading import context_length, fingerprint, load_pretrained, read_adapter
+from pipeline.loading import context_length, fingerprint, load_pretrained, read_adapter, train_in_float32
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows
 from reward_models.normalization import FILE, Normalization, measure
@@ -112,6 +112,8 @@ def main(
         processing_class=tokenizer,
         peft_config=lora_config(model, task_type="SEQ_CLS", reach=reach, base=base),
     )
+    if model.load_in_4bit:
+        train_in_float32(trainer.model)
     for rows, source in ((trainer.train_dataset, data.dataset_name), (trainer.eval_dataset, data.eval_source)):
         if rows is not None and len(rows) == 0:  # TRL drops those that are too long
             raise ValueError(f"{source}: every pair is longer than max_length={args.max_length} tokens. Shorten them.")

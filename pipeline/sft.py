@@ -15,7 +15,7 @@ from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, check_max_length, lora_config, parse
 from pipeline.folders import check_folders
 from pipeline.launch import check_launch, check_wrapper
-from pipeline.loading import context_length, fingerprint, load_pretrained
+from pipeline.loading import context_length, fingerprint, load_pretrained, train_in_float32
 
 
 class SFT(Checkpointed, SFTTrainer):
@@ -41,6 +41,8 @@ def main(data: DataArguments, reach: LoraArguments, model: ModelConfig, args: SF
         processing_class=tokenizer,
         peft_config=lora_config(model, task_type="CAUSAL_LM", reach=reach, base=base),
     )
+    if model.load_in_4bit:
+        train_in_float32(trainer.model)
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if held_out else {}

@@ -65,7 +65,7 @@ def make_adapter(base_folder: str, folder: Path, *, head: bool, seed: int) -> st
     torch.manual_seed(seed)
     model = get_peft_model(base, config)
     model.save_pretrained(folder)
-    stamp(folder, base_folder, identity)
+    stamp(folder, base.config, identity)
     return str(folder)
 
 

@@ -31,6 +31,20 @@ def test_vllm_that_is_not_installed(stage, refuses):
     refuses(stage, "vLLM is not available.*pip install", loads=True, use_vllm=True)
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "evaluation"])
+def test_4_bits_without_bitsandbytes(stage, refuses, monkeypatch):
+    monkeypatch.setattr("pipeline.loading.is_bitsandbytes_available", lambda: False)
+    refuses(
+        stage, r"load_in_4bit=True needs bitsandbytes: pip install 'spine-rlhf\[quantization\]'", load_in_4bit=True
+    )
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "ZeRO-3"])
+def test_4_bits_sharded(kind, refuses, monkeypatch):
+    monkeypatch.setattr("pipeline.loading.kind_of", lambda state: kind)
+    refuses("sft", f"load_in_4bit=True does not run under {kind}, which would shard", load_in_4bit=True)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_bf16_without_a_gpu(refuses):
     refuses("sft", "Your setup doesn't support bf16/gpu", recipe="bf16: true\nuse_cpu: false\n")

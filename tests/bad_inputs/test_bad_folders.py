@@ -196,7 +196,13 @@ SCALES = {
     ),
 }
 OPTIONS = {
-    "8 bits": ({"load_in_8bit": True}, r"load_in_8bit=True is not supported"),
+    "8 bits": ({"load_in_8bit": True}, r"load_in_8bit=True is not supported: set load_in_4bit"),
+    "4 bits of no kind": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, r"invalid choice: 'nf5'"),
+    "4 bits to be sharded": (
+        {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
+        r"bnb_4bit_quant_storage='bfloat16' serves sharding",
+    ),
+    "4 bits and no dtype": ({"load_in_4bit": True, "dtype": "auto"}, r"dtype='auto': load_in_4bit computes in"),
     "DoRA": ({"use_dora": True}, r"use_dora=True is not supported"),
     "modules to save": ({"lora_modules_to_save": ["lm_head"]}, r"lora_modules_to_save='?\[?'?lm_head"),
     "no such module": (
@@ -251,7 +257,7 @@ def test_adapters_of_another_base(stage, refuses, world):
     other.transformer.wte.weight.data.mul_(2)
     for part in (other, tokenizer):
         part.save_pretrained(world.folder / "other")
-    message = r"was trained on another base, \S+tiny0 \(fingerprint \w{12}\), than \S+other"
+    message = r"was trained on another base, \S+tiny0 \(not quantised, fingerprint \w{12}\), than \S+other \(not"
     refuses(stage, message, loads=True, model_name_or_path=world.folder / "other")
 
 

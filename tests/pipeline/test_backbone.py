@@ -292,7 +292,8 @@ def test_pickled_weights_are_not_loaded(tiny, tmp_path):
 def test_the_identity_names_the_base(backbone, tiny, tmp_path):
     backbone.save_role("policy", tmp_path)
     record = json.loads((tmp_path / "backbone.json").read_text())
-    assert record == {"model_name_or_path": tiny, "fingerprint": fingerprint(backbone.get_base_model())}
+    made_for = {"model_name_or_path": tiny, "precision": "not quantised"}
+    assert record == {**made_for, "fingerprint": fingerprint(backbone.get_base_model())}
 
 
 # ------------------------------------------------------------------------------------------ padding and batches

@@ -128,3 +128,6 @@ def test_a_recipe_says_what_it_takes(name, tmp_path):
     planned = plan(*parse(*kinds, args=given))
     (said,) = re.findall(r"^# 8 GPUs, ([\d.]+) GB each under DDP with prompts of 512 tokens", text, re.MULTILINE)
     assert f"{peak(planned['DDP']) / 1e9:.1f}" == said
+    for said, flags in re.findall(r"^# ([\d.]+) GB with `(.+?)`", text, re.MULTILINE):
+        planned = plan(*parse(*kinds, args=[*given, *flags.split()]))
+        assert list(planned) == ["DDP", "ZeRO-2"] and f"{peak(planned['DDP']) / 1e9:.1f}" == said
