@@ -483,6 +483,7 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         """Take the policy and value of a checkpoint."""
         self.model.load_role("policy", read_adapter(resume_from_checkpoint))
         self.model.load_role("value", read_adapter(f"{resume_from_checkpoint}/value", needs_head=True))
+        self._last_loaded_step = -1  # TRL's: at whatever step, vLLM has not been sent these
 
     def summary(self) -> dict:
         """What the metrics file states of the run: backbones held by this process (None where each holds a part of

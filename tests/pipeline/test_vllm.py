@@ -329,6 +329,16 @@ def test_a_resumed_run_sends_its_weights_first(make_trainer, engine, tmp_path, s
     assert all(torch.equal(weight, of_second_update[name]) for name, weight in engine.received[0].items())
 
 
+def test_weights_that_were_loaded_are_sent_whatever_the_step(make_trainer, engine, tmp_path):
+    trainer = make_trainer(**SERVER, held_out=PROMPTS[:2], per_device_eval_batch_size=2)
+    trainer.save_model()
+    trainer.evaluate()
+    trainer.evaluate()
+    trainer._load_from_checkpoint(str(tmp_path))
+    trainer.evaluate()
+    assert engine.diary == ["sync", "generate", "generate", "sync", "generate"]
+
+
 # ------------------------------------------------------------------------------------------ before PPO
 @pytest.mark.parametrize(
     ("spoil", "result"),
