@@ -102,7 +102,7 @@ class RewardModelArguments:
 # Options of RLOOConfig and Trainer that PPO would have to ignore.
 UNSUPPORTED = (
     "fp16",  # its loss scaler expects gradients in every step, and infinite ones in some
-    "use_vllm",
+    "vllm_structured_outputs_regex",  # completions would not be drawn from the policy that is scored
     "mask_truncated_completions",
     "sync_ref_model",
     "epsilon_high",
@@ -189,6 +189,7 @@ class PPOConfig(RLOOConfig):
             if getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported by PPO; leave it unset.")
         for name, known in (
+            ("vllm_mode", ("server", "colocate")),
             ("kl_estimator", ("k1", "k3")),
             ("critic", ("adapter", "head")),
             ("value_init", ("auto", "reward", "policy")),

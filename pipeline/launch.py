@@ -66,8 +66,8 @@ def check_launch(args: TrainingArguments | None = None, *, shards: bool = True) 
     kind = kind_of(state)
     if args and shards is False and kind in ("FSDP", "ZeRO-3"):
         raise ValueError(
-            f"this stage does not run under {kind}: TRL's trainer scores and samples with weights that are sharded "
-            f"there. Launch with accelerate_configs/ddp.yaml or zero2.yaml."
+            f"this stage does not run under {kind}: the weights that TRL's trainer scores and samples with, or sends to "
+            f"vLLM (use_vllm), are sharded there. Launch with accelerate_configs/ddp.yaml or zero2.yaml."
         )
     if state.is_main_process:
         processes = "1 process" if found == 1 else f"{found} processes"

@@ -49,7 +49,12 @@ def main(
     model: ModelConfig,
     args: PPOConfig,
 ) -> None:
-    check_launch(args)
+    check_launch(args, shards=not args.use_vllm)
+    if args.use_vllm and model.load_in_4bit:
+        raise ValueError(
+            "use_vllm=True with load_in_4bit=True is not supported: vLLM is sent weights that the policy is merged into, "
+            "and those in 4 bits cannot take it. Leave one of the two unset."
+        )
     check_folders(
         args.output_dir,
         model.model_name_or_path,
@@ -96,7 +101,8 @@ def main(
         texts=texts,
     )
     adapters = {reward.role: folder for reward, folder in zip(learned, rewards.reward_adapter, strict=True)}
-    checks = preflight(backbone, prompts["prompt"][:], tokenizer, args, adapters)
+    vllm = trainer.vllm_generation if args.use_vllm else None
+    checks = preflight(backbone, prompts["prompt"][:], tokenizer, args, adapters, vllm)
     for check in checks:
         if check.result == "warning":
             logger.warning(str(check))

@@ -7,6 +7,7 @@ makes PPO of it is here: roles on one backbone, a reward for each token, general
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -96,6 +97,13 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
                         f"one with the backward pass; leave it unset, or launch with accelerate_configs/ddp.yaml or "
                         f"fsdp2.yaml."
                     )
+        if args.use_vllm:
+            vllm = self.vllm_generation
+            # TRL's own would merge in place whichever role is active, unmerge it to rounding, and send the heads too.
+            vllm._iter_named_params = partial(backbone.merged_weights, "policy")
+            # A completion ends where `generate` ends it, whatever the model's own generation config says.
+            vllm.generation_kwargs = {"stop_token_ids": self.eos_token_ids, **vllm.generation_kwargs}
+            vllm.logprobs = 0  # of the sampled tokens alone, for the preflight; RLOO asks for none
         self.sharded = self._dist.is_fsdp or self._dist.is_zero3
         args.ds3_gather_for_generation = False  # `whole` gathers, for all that a rollout does
         if backbone.policy_is_bare:
@@ -475,6 +483,7 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         """Take the policy and value of a checkpoint."""
         self.model.load_role("policy", read_adapter(resume_from_checkpoint))
         self.model.load_role("value", read_adapter(f"{resume_from_checkpoint}/value", needs_head=True))
+        self._last_loaded_step = -1  # TRL's: at whatever step, vLLM has not been sent these
 
     def summary(self) -> dict:
         """What the metrics file states of the run: backbones held by this process (None where each holds a part of

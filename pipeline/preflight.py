@@ -1,5 +1,6 @@
 """Checks before PPO, in seconds: what is wrong here would make every later curve a riddle."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase, set_seed
+from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import pad
 
 from data.prompts import tokenize_prompts
@@ -43,8 +45,10 @@ def preflight(
     tokenizer: PreTrainedTokenizerBase,
     args: PPOConfig,
     reward_adapters: dict[str, str] | None = None,
+    vllm: VLLMGeneration | None = None,
 ) -> list[Check]:
-    """Look at the policy at step 0, and at its reward models (role: folder), on completions of the first 64 prompts.
+    """Look at the policy at step 0, at its reward models (role: folder) and at vLLM, if it is to sample, on completions of
+    the first 64 prompts.
 
     Raises:
         ValueError: a check refuses; the message has every one that does.
@@ -66,6 +70,8 @@ def preflight(
         )
     )
     checks = list(_policy_checks(backbone, batches, args))
+    if vllm:
+        checks.append(_vllm_check(backbone, vllm, rows, tokenizer, args))
     completions = [row for batch in batches for row in batch.rows()]
     for role, folder in (reward_adapters or {}).items():
         of_role = [*_reward_model_checks(read_metrics(folder), args)]
@@ -124,6 +130,34 @@ def _policy_checks(backbone: Backbone, batches: list[Sample], args: PPOConfig) -
         bound,
         "refused",
         "Largest difference (nats) of a token's logprob by policy and reference, which start as one adapter.",
+    )
+
+
+def _vllm_check(
+    backbone: Backbone,
+    vllm: VLLMGeneration,
+    prompt_rows: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    args: PPOConfig,
+) -> Check:
+    """On logprobs of tokens that vLLM sampled: its own, and those that PPO takes for the policy that sampled them."""
+    vllm.sync_weights()
+    _, completions, sampled, _ = vllm.generate(prompts=prompt_rows, images=None, num_generations=1)
+    differences = []
+    for prompt, completion, theirs in zip(prompt_rows, completions, sampled, strict=True):
+        ids = torch.tensor([prompt + list(completion)], device=backbone.get_base_model().device)
+        chosen = ids[:, len(prompt) :]
+        ours = backbone.logprobs("policy", ids, torch.ones_like(ids), chosen, args.temperature)[0]
+        theirs = [math.nan if of_token is None else of_token for (of_token,) in theirs]
+        differences.append((ours.squeeze(0).float() - torch.tensor(theirs, device=ids.device)).abs())
+    return _held(
+        "vLLM samples from the policy",
+        torch.cat(differences).mean().item(),
+        args.epsilon / 4,
+        "warning",
+        "Mean difference (nats) of a token's logprob in vLLM, which has kernels and a precision of its own, and in the pass "
+        "that PPO trains. PPO's ratios leave it out: the bound is a quarter of what they are clipped at. Above it, look at "
+        "vLLM's dtype, and on a server at `--logprobs-mode processed_logprobs`, which temperature needs.",
     )
 
 

@@ -26,9 +26,13 @@ def test_a_port_in_use_is_named_before_a_process_starts(monkeypatch):
 
 
 @pytest.mark.skipif(is_vllm_available(), reason="vLLM is installed")
-@pytest.mark.parametrize("stage", ["rloo", "grpo"])
+@pytest.mark.parametrize("stage", ["ppo", "rloo", "grpo"])
 def test_vllm_that_is_not_installed(stage, refuses):
     refuses(stage, "vLLM is not available.*pip install", loads=True, use_vllm=True)
+
+
+def test_vllm_with_4_bits(refuses):
+    refuses("ppo", "use_vllm=True with load_in_4bit=True is not supported", use_vllm=True, load_in_4bit=True)
 
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "evaluation"])

@@ -218,7 +218,7 @@ def test_no_completion_a_prompt(number):
     ("name", "value"),
     [
         ("fp16", True),
-        ("use_vllm", True),
+        ("vllm_structured_outputs_regex", "[a-z]+"),
         ("mask_truncated_completions", True),
         ("sync_ref_model", True),
         ("epsilon_high", 0.3),
@@ -308,6 +308,7 @@ def test_defaults_of_what_is_an_option():
     [
         ({"kl_estimator": "k2"}, "kl_estimator='k2' is not one of k1, k3."),
         ({"critic": "model"}, "critic='model' is not one of adapter, head."),
+        ({"vllm_mode": "remote"}, "vllm_mode='remote' is not one of server, colocate."),
         ({"value_init": "zero"}, "value_init='zero' is not one of auto, reward, policy."),
         (
             {"critic": "head", "value_init": "policy"},
