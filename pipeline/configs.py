@@ -124,6 +124,9 @@ class PPOConfig(RLOOConfig):
     num_generations: int = field(default=1, metadata={"help": "Completions a prompt. PPO's baseline is the value."})
     num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout."})
     normalize_advantages: bool = field(default=True, metadata={"help": "Whiten advantages over each rollout."})
+    reward_clip_range: list[float] | None = field(  # TRL's tuple cannot be given on a command line
+        default=None, metadata={"help": "Lowest and highest score; scores beyond are clipped."}
+    )
     disable_dropout: bool = field(default=True, metadata={"help": "Turn dropout off, so that ratios start at 1."})
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam, as in OpenAI's PPO."})
     gradient_checkpointing: bool = field(

@@ -83,6 +83,11 @@ def test_negated_flag(tmp_path):
     assert args.disable_dropout is False
 
 
+def test_two_bounds_on_the_command_line(tmp_path):
+    (args,) = parse(PPOConfig, args=[*write(tmp_path / "ppo.yaml", ""), "--reward_clip_range", "-1", "0.5"])
+    assert args.reward_clip_range == [-1, 0.5]
+
+
 def test_recipe_key_that_is_no_text(tmp_path):
     with pytest.raises(ValueError, match="unknown key"):
         parse(PPOConfig, args=write(tmp_path / "ppo.yaml", "on: true\n"))
