@@ -95,12 +95,16 @@ soak: .venv/installed
 	.venv/bin/python -m tests.soak --minutes $(MINUTES)
 
 # A process for each of up to 4 cores: models so small run faster on a core each than on several together.
-test: .venv/installed
+test: .venv/tests
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
 		--no-loadscope-reorder
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable .
+	touch $@
+
+.venv/tests: .venv/installed
 	.venv/bin/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
