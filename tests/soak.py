@@ -43,7 +43,7 @@ def start(stage: str, folder: Path, *words: str) -> psutil.Popen:
 
 def end(process: psutil.Popen, folder: Path, *codes: int) -> int:
     """Wait for the process to end with one of these codes, and exit with what it said if it ends otherwise."""
-    code = process.wait(600)
+    code = process.wait(2 * 60 * 60)  # the last stretch of the killed run may be all of it
     if code not in codes:
         log = folder.with_suffix(".log")
         sys.exit(f"{folder} ended with {code} and not with {' or '.join(map(str, codes))}; {log}:\n{tail(log)}")
