@@ -21,6 +21,7 @@ import test_stages
 import torch
 from conftest import PROMPTS, ROOT
 from datasets import Dataset
+from distributed_worker import KillAt, Killed
 from transformers import Trainer, TrainerCallback
 
 from pipeline.artifacts import finish_stage
@@ -31,21 +32,6 @@ from pipeline.samples import SampleTable
 run_stage = test_stages.run
 TEXTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14, 15, 16, 17, 18], [19, 20, 21]]
 CLOCK = ("time", "runtime", "per_second", "seconds")
-
-
-class Killed(Exception):
-    pass
-
-
-class KillAt(TrainerCallback):
-    """Ends training when a step begins, as no handler would: what is not on disk by then is lost."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise Killed
 
 
 def files(folder: Path) -> dict[str, bytes]:

@@ -1,5 +1,9 @@
+import asyncio
+
 import pytest
 import torch
+from conftest import PROMPTS
+from datasets import Dataset
 from peft import LoraConfig
 from transformers import (
     Gemma2Config,
@@ -9,10 +13,15 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from trl import ModelConfig
 from trl.trainer.utils import disable_dropout_in_model
 
 from pipeline.backbone import Backbone
+from pipeline.evaluation import EvaluationArguments, complete
+from pipeline.loading import load_pretrained
 from pipeline.trunk import decoder_layers, first_adapted_layer
+from reward_models.composite import Composite
+from reward_models.rules import get_regex
 
 
 LINEAR = {
@@ -168,3 +177,31 @@ def test_checkpointed_layers_are_computed_again_as_the_role_they_ran_as(name, to
     assert ran == [0, 0, 1, 1, 1, 1]
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 2
     assert all(torch.equal(gradients[1][parameter], gradient) for parameter, gradient in gradients[0].items())
+
+
+@pytest.mark.parametrize("of_reference", [[1], [0, 1]], ids=["as the policy", "lower"])
+def test_evaluation_measures_the_same_from_the_trunk(of_reference, tiny, tokenizer):
+    """A reference that begins below the policy runs in full."""
+
+    def config(layers: list[int]) -> LoraConfig:
+        options = {"layers_to_transform": layers, "layers_pattern": "h", "init_lora_weights": False}
+        return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn", "c_fc"], **options)
+
+    torch.manual_seed(0)
+    backbone = Backbone(load_pretrained(ModelConfig(tiny))[0], config([1]))
+    backbone.add_adapter("ref", config(of_reference))
+    backbone.eval()
+    prompts, composite = Dataset.from_dict({"prompt": PROMPTS}), Composite([get_regex("e")])
+    args = EvaluationArguments(output_dir="", policy_adapter="", max_completion_length=6, batch_size=4)
+    ran, found = [], []
+    decoder_layers(backbone.get_base_model())[2][0].register_forward_hook(lambda *of: ran.append(len(found)))
+    with asyncio.Runner() as runner:
+        for share in (False, True):
+            if share:
+                backbone.share_trunk()
+            found.append(complete("policy", backbone, prompts, tokenizer, composite, runner, args))
+    full, short = found
+    assert backbone.trunk_depth == 1 and full.ids == short.ids
+    assert ran.count(0) - ran.count(1) == (4 if of_reference == [1] else 2)  # of two batches
+    assert min(map(abs, full.kl)) > 1e-3
+    assert short.kl == pytest.approx(full.kl, abs=1e-4) and short.nll == pytest.approx(full.nll, abs=1e-4)
