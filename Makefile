@@ -86,7 +86,7 @@ backbone: .venv/installed
 bench: .venv/installed .venv-trl112/installed
 	.venv/bin/python -m tests.benchmarks.ppo_update --trl_python .venv-trl112/bin/python
 
-# Seconds of an update against its sizes, measured and predicted, about 15 minutes; leaves runs/bench/scaling.png.
+# Seconds of an update against its sizes, measured and predicted, about 10 minutes; leaves runs/bench/scaling.png.
 bench-scaling: .venv/installed
 	.venv/bin/python -m tests.benchmarks.scaling
 
