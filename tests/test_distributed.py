@@ -347,6 +347,15 @@ def test_a_killed_run_resumes_to_the_bit(name, two):
 
 
 @pytest.mark.slow
+def test_each_process_draws_with_a_seed_of_its_own(two):
+    """The random state that a checkpoint keeps of each process knows the seed it began with."""
+    _, out, _, _ = two
+    states = [out / "ppo_resumed" / "checkpoint-2" / f"rng_state_{i}.pth" for i in range(2)]
+    drawn = [torch.Generator().set_state(torch.load(path, weights_only=True)["cpu"]) for path in states]
+    assert [generator.initial_seed() for generator in drawn] == [42, 43]  # the default of --seed, and the next
+
+
+@pytest.mark.slow
 def test_the_backbone_is_in_no_checkpoint(inputs, two):
     """Adapter, master weights and moments of all processes take less than an eighth of it."""
     _, out, _, _ = two
