@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
@@ -30,7 +31,7 @@ from pipeline.kl import adapted_kl_coef, kl_per_token
 from pipeline.loading import read_adapter
 from pipeline.losses import approx_kl, policy_loss, text_loss, value_loss
 from pipeline.masking import masked_mean, masked_sums, whiten
-from pipeline.rollout import Rollout
+from pipeline.rollout import Rollout, columns, row_lengths, sorted_steps, trimmed
 from pipeline.trunk import decoder_layers
 from pipeline.watch import Watch
 from reward_models.composite import Composite
@@ -244,16 +245,20 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         self.control.should_training_stop = self.control.should_save = True
 
     def _minibatches(self) -> list[dict[str, Tensor]]:
-        """The rollout, in this epoch's order and cut. Each piece carries its share of the tokens of its optimizer step over all
-        processes, so that neither gradient accumulation nor the number of processes changes the gradient."""
-        accumulation = self.args.gradient_accumulation_steps
-        shuffled = {name: x if x is None else x[self._order] for name, x in self._rollout.items()}
+        """The rollout, in this epoch's order and cut, the pieces of a step by length. Each carries its share of the tokens of
+        its optimizer step over all processes, so that neither gradient accumulation nor the number of processes changes the
+        gradient."""
+        accumulation, order = self.args.gradient_accumulation_steps, self._order
+        if accumulation > 1:
+            lengths = row_lengths(self._rollout["prompt_mask"], self._rollout["completion_mask"]).cpu()
+            order = sorted_steps(order, lengths, accumulation * self.args.per_device_train_batch_size)
+        shuffled = {name: x if x is None else x[order] for name, x in self._rollout.items()}
         pieces = split_tensor_dict(shuffled, self.args.steps_per_generation)
         tokens = torch.stack([piece["completion_mask"].sum() for piece in pieces]).float()
         of_step = self.accelerator.reduce(tokens.view(-1, accumulation).sum(dim=1), reduction="sum")
         # Trainer averages over the pieces of a step, and the backend over processes: what they divide by comes back.
         shares = tokens / of_step.repeat_interleave(accumulation) * accumulation * self.accelerator.num_processes
-        return [{**piece, "share": share} for piece, share in zip(pieces, shares, strict=True)]
+        return [{**trimmed(piece), "share": share} for piece, share in zip(pieces, shares, strict=True)]
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Tensor]:
         """Sample a completion to each prompt, score it, and work out advantages and returns -> fields of `Rollout`."""
@@ -265,29 +270,31 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         prompt_rows, completion_rows, completions = self._generate(prompts)
         prompt_ids, prompt_mask = self._pad(prompt_rows, side="left")
         completion_ids, mask = self._pad(completion_rows, side="right")
-        input_ids, attention_mask = torch.cat([prompt_ids, completion_ids], 1), torch.cat([prompt_mask, mask], 1)
-
+        order = row_lengths(prompt_mask, mask).argsort(stable=True)  # rows of about one length share a pass
         chunks = []
         with self.accelerator.autocast():
-            for ids, attend, chosen in zip(
-                *(x.split(self.args.per_device_train_batch_size) for x in (input_ids, attention_mask, completion_ids)),
-                strict=True,
-            ):
+            for rows in order.split(self.args.per_device_train_batch_size):
+                begin, end = columns(prompt_mask[rows], mask[rows])
+                chosen, after = completion_ids[rows, :end], mask.shape[1] - end
+                ids = torch.cat([prompt_ids[rows, begin:], chosen], dim=1)
+                attend = torch.cat([prompt_mask[rows, begin:], mask[rows, :end]], dim=1)
                 trunk = self.model.trunk(ids, attend) if self.model.trunk_depth else None
                 value_trunk = self.model.trunk(ids, attend, "value") if self.model.value_has_trunk else None
                 policy, reference = (
                     self.model.logprobs(role, ids, attend, chosen, self.temperature, trunk)[0]
                     for role in ("policy", "reference")
                 )
-                values = self.model.values(ids, attend, chosen.shape[1], trunk if value_trunk is None else value_trunk)
+                values = self.model.values(ids, attend, end, trunk if value_trunk is None else value_trunk)
                 scores = [self.model.scores(ids, attend, reward.role, trunk) for reward in self._scored_on_trunk]
-                chunks.append((policy, reference, values, scores, trunk, value_trunk))
-        logprobs, ref_logprobs, values, known, trunks, value_trunks = zip(*chunks, strict=True)
-        for reward, scores in zip(self._scored_on_trunk, zip(*known, strict=True), strict=True):
-            reward.known = torch.cat(scores).tolist()
-        logprobs, ref_logprobs, values = torch.cat(logprobs), torch.cat(ref_logprobs), torch.cat(values)
-        trunk = torch.cat(trunks) if self.model.trunk_depth else None
-        value_trunk = torch.cat(value_trunks) if self.model.value_has_trunk else None
+                of_tokens = [F.pad(x, (0, after)) for x in (policy, reference, values)]
+                states = [x if x is None else F.pad(x, (0, 0, begin, after)) for x in (trunk, value_trunk)]
+                chunks.append((*of_tokens, *states, *scores))
+        back = order.argsort()
+        logprobs, ref_logprobs, values, trunk, value_trunk, *known = (
+            None if parts[0] is None else torch.cat(parts)[back] for parts in zip(*chunks, strict=True)
+        )
+        for reward, scores in zip(self._scored_on_trunk, known, strict=True):
+            reward.known = scores.tolist()
         scores = self._scores(inputs, prompts, completions, completion_rows)
         rewards = token_rewards(
             scores, logprobs, ref_logprobs, mask, kl_coef=self.beta, kl_estimator=self.args.kl_estimator

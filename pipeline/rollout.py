@@ -2,7 +2,13 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+
+# Tokens that the width of a pass is a multiple of. Kernels then sum in blocks that do not depend on the width, and a
+# token's numbers are the same to the bit in passes of different widths, as the ratio of exactly 1 wants it.
+WIDTH = 16
 
 
 class Rollout(NamedTuple):
@@ -22,3 +28,37 @@ class Rollout(NamedTuple):
     returns: Tensor  # (B, T) targets of the value function
     trunk: Tensor | None = None  # (B, P + T, D) states below the policy's adapter, where it leaves layers as they are
     value_trunk: Tensor | None = None  # (B, P + T, D) the same of the value, where its adapter begins lower
+
+
+def row_lengths(prompt_mask: Tensor, completion_mask: Tensor) -> Tensor:
+    """Real tokens of each row, (B, P) and (B, T) -> (B,)."""
+    return prompt_mask.sum(dim=1) + completion_mask.sum(dim=1)
+
+
+def columns(prompt_mask: Tensor, completion_mask: Tensor) -> tuple[int, int]:
+    """Where a pass over these rows begins in the prompts' columns and ends in the completions': what lies beyond is padding
+    in all of them. (B, P) and (B, T) -> two numbers. Padding that completes a multiple of `WIDTH` is kept."""
+    (_, prompts), (_, completions) = prompt_mask.shape, completion_mask.shape
+    prompt, completion = (int(mask.sum(dim=1).max()) for mask in (prompt_mask, completion_mask))
+    spare = max(prompts + completions - -(-(prompt + completion) // WIDTH) * WIDTH, 0)
+    right = min(completions - completion, spare)
+    return min(prompts - prompt, spare - right), completions - right
+
+
+def trimmed(rows: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
+    """Fields of a `Rollout` for some rows, without the columns that are padding in all of them."""
+    begin, end = columns(rows["prompt_mask"], rows["completion_mask"])
+    whole = rows["prompt_mask"].shape[1] + end
+
+    def cut(name: str, field: Tensor) -> Tensor:
+        if name.startswith("prompt"):
+            return field[:, begin:]
+        return field[:, begin:whole] if name.endswith("trunk") else field[:, :end]
+
+    return {name: field if field is None else cut(name, field) for name, field in rows.items()}
+
+
+def sorted_steps(order: Tensor, lengths: Tensor, size: int) -> Tensor:
+    """An order of rows (N,) in which each `size` that follow each other stay together, the shortest first: cut to pieces,
+    each piece has rows of about one length (`lengths`, (N,))."""
+    return torch.cat([step[lengths[step].argsort(stable=True)] for step in order.split(size)])

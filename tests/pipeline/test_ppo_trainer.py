@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer, TrainerCallback
 from trl import RLOOTrainer
 
-from pipeline import ppo_trainer
+from pipeline import ppo_trainer, rollout
 from pipeline.loading import read_adapter
 from pipeline.ppo_trainer import PPOTrainer
 from pipeline.rollout import Rollout
@@ -245,6 +245,47 @@ def test_how_a_minibatch_is_cut_changes_nothing(make_trainer):
         results.append({name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad})
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("policy", [None, TOP_LAYER], ids=["all layers", "top layer"])
+def test_columns_of_padding_alone_are_left_out(make_trainer, monkeypatch, policy):
+    """Pieces hold rows of about one length, cut to the longest, in scoring and in training; the result is that of whole
+    rows, and the first ratio is exactly 1."""
+    prompts = [" ".join(["film"] * (1 + 4 * (i % 3))) for i in range(8)]
+    results = []
+    for width in (rollout.WIDTH, 1000):
+        monkeypatch.setattr(rollout, "WIDTH", width)
+        torch.manual_seed(0)  # the policy's adapter is drawn
+        trainer = make_trainer(prompts=prompts, policy=policy, max_completion_length=40, optim="sgd", max_grad_norm=0)
+        sample, loss, scored, trained = trainer._generate, trainer._compute_loss, [], []
+
+        def uneven(prompts, sample=sample):
+            prompt_ids, completion_ids, completions = sample(prompts)
+            return prompt_ids, [row[: 1 + 5 * i] for i, row in enumerate(completion_ids)], completions
+
+        def note(ids, mask, length, trunk=None, values=trainer.model.values, scored=scored):
+            scored.append(ids.shape[1])
+            return values(ids, mask, length, trunk)
+
+        def learn(model, inputs, loss=loss, trained=trained):
+            trained.append(inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1])
+            return loss(model, inputs)
+
+        trainer._generate, trainer.model.values, trainer._compute_loss = uneven, note, learn
+        trainer.train()
+        rows = [row for row in trainer.state.log_history if "approxkl" in row]
+        assert rows[0]["approxkl"] == 0 and rows[1]["approxkl"] > 0
+        results.append([p.detach().clone() for p in trainer.model.role_parameters("policy", "value")])
+        results[-1].append((scored, trained, trainer._rollout))
+    (*ours, (scored, trained, kept)), (*whole, (_, widths, other)) = results
+    full = kept["prompt_ids"].shape[1] + kept["completion_ids"].shape[1]
+    assert set(widths) == {full}
+    assert min(scored) < full and min(trained) < full and not any(width % 16 for width in trained if width < full)
+    for a, b in zip(ours, whole, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
+    for name in ("completion_ids", "logprobs", "values", "advantages"):
+        real = kept["completion_mask"]
+        torch.testing.assert_close(kept[name][real], other[name][real], atol=1e-5, rtol=0)
 
 
 def test_what_reward_functions_log_is_logged(make_trainer):
