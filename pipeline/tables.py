@@ -49,14 +49,21 @@ def write(folder: Path, rows: list[dict], table: str, note: str) -> None:
 # ----------------------------------------------------------------------------------------------- several seeds
 
 
+def kl_held(history: Sequence[dict]) -> float:
+    """Mean KL of the rollouts, nats a sequence, over the second half of PPO's updates; `history` is that of its metrics
+    file."""
+    kl = [row["kl"] for row in history if "kl" in row]
+    return statistics.fmean(kl[len(kl) // 2 :])
+
+
 def seeds_table(reports: Sequence[dict]) -> str:
-    """The README's table and chart of one recipe under several seeds, from the report.json of each."""
+    """The README's table and chart of one recipe under several seeds, from the report.json of each and its `kl_held`."""
 
     def change(report: dict, key: str, form: str) -> str:
         return f"{report['sft'][key]:{form}} → {report['ppo'][key]:{form}}"
 
     reports = sorted(reports, key=lambda report: report["seed"])
-    header = ("seed", "score, SFT → PPO", "judge, SFT → PPO", "gain, 95% interval", "PPO beats SFT", "KL, nats")
+    header = ("seed", "score, SFT → PPO", "judge, SFT → PPO", "gain, 95% interval", "PPO beats SFT", "KL, nats", "KL held")
     rows = [
         [
             str(report["seed"]),
@@ -65,6 +72,7 @@ def seeds_table(reports: Sequence[dict]) -> str:
             with_interval(report["judge_gain"], "+.2f"),
             with_interval(report["win_rate"], ".0%"),
             f"{report['ppo']['kl']:.1f}",
+            f"{report['kl_held']:.1f}",
             change(report, "distinct_2", ".2f"),
             f"{report['reward_model']['accuracy']:.3f}",
         ]
@@ -86,7 +94,11 @@ def seeds_table(reports: Sequence[dict]) -> str:
 
 
 def seeds(folder: Path) -> None:
-    print(seeds_table([json.loads(path.read_text()) for path in folder.glob("*/report.json")]))
+    reports = []
+    for path in folder.glob("*/report.json"):
+        history = read_metrics(path.parent / "ppo")["history"]
+        reports.append({**json.loads(path.read_text()), "kl_held": kl_held(history)})
+    print(seeds_table(reports))
 
 
 # ----------------------------------------------------------------------------------------------- baselines

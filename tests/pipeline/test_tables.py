@@ -1,4 +1,4 @@
-from pipeline.tables import comparison_table, seeds_table
+from pipeline.tables import comparison_table, kl_held, seeds_table
 
 
 def interval(mean: float) -> dict:
@@ -18,11 +18,18 @@ def test_seeds_table_is_in_the_order_of_the_seeds():
     def report(seed: int, judge: float) -> dict:
         roles = {role: {"score": 0.5, "judge": judge, "kl": 9.06, "distinct_2": 0.75} for role in ("sft", "ppo")}
         gains = {"judge_gain": interval(0.25), "win_rate": interval(0.5)}
-        return {"seed": seed, **roles, **gains, "reward_model": {"accuracy": 0.7444}}
+        return {"seed": seed, "kl_held": 8.04, **roles, **gains, "reward_model": {"accuracy": 0.7444}}
 
     _, _, zero, one, _, *chart = seeds_table([report(1, 0.5), report(0, 0.25)]).splitlines()
     assert zero == (
-        "| 0 | +0.50 → +0.50 | +0.25 → +0.25 | +0.25 [+0.12, +0.38] | 50% [38%, 62%] | 9.1 | 0.75 → 0.75 | 0.744 |"
+        "| 0 | +0.50 → +0.50 | +0.25 → +0.25 | +0.25 [+0.12, +0.38] | 50% [38%, 62%] | 9.1 | 8.0 | 0.75 → 0.75 | 0.744 |"
     )
     assert one.startswith("| 1 | +0.50 → +0.50 | +0.50 → +0.50 |")
     assert '    x-axis "seed" [0, 1]' in chart and chart.count("    bar [0.25, 0.50]") == 2
+
+
+def test_kl_is_held_over_the_second_half_of_the_updates():
+    history = [{"kl": 1.0}, {"kl": 2.0}, {"eval_score": 0.5}, {"kl": 4.0}, {"kl": 8.0}, {"train_runtime": 3.0}]
+    assert kl_held(history) == 6.0  # of 4 and 8
+    assert kl_held(history[1:]) == 6.0  # an odd number: the one in the middle counts
+    assert kl_held([{"kl": 3.0}]) == 3.0
