@@ -31,7 +31,7 @@ from pipeline.kl import adapted_kl_coef, kl_per_token
 from pipeline.loading import read_adapter
 from pipeline.losses import approx_kl, policy_loss, text_loss, value_loss
 from pipeline.masking import masked_mean, masked_sums, whiten
-from pipeline.rollout import Rollout, columns, row_lengths, sorted_steps, trimmed
+from pipeline.rollout import WIDTH, Rollout, columns, row_lengths, sorted_steps, trimmed
 from pipeline.trunk import decoder_layers
 from pipeline.watch import Watch
 from reward_models.composite import Composite
@@ -270,6 +270,9 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         prompt_rows, completion_rows, completions = self._generate(prompts)
         prompt_ids, prompt_mask = self._pad(prompt_rows, side="left")
         completion_ids, mask = self._pad(completion_rows, side="right")
+        short = -(prompt_ids.shape[1] + mask.shape[1]) % WIDTH
+        prompt_ids = F.pad(prompt_ids, (short, 0), value=self._tokenizer.pad_token_id)
+        prompt_mask = F.pad(prompt_mask, (short, 0))
         order = row_lengths(prompt_mask, mask).argsort(stable=True)  # rows of about one length share a pass
         chunks = []
         with self.accelerator.autocast():

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-# Tokens that the width of a pass is a multiple of. Kernels then sum in blocks that do not depend on the width, and a
-# token's numbers are the same to the bit in passes of different widths, as the ratio of exactly 1 wants it.
+# The width of every pass is a multiple of so many tokens: torch's fused attention on a CPU then gives a token the same
+# numbers to the bit in passes of different widths, as the ratio of exactly 1 wants it.
 WIDTH = 16
 
 
@@ -37,10 +37,10 @@ def row_lengths(prompt_mask: Tensor, completion_mask: Tensor) -> Tensor:
 
 def columns(prompt_mask: Tensor, completion_mask: Tensor) -> tuple[int, int]:
     """Where a pass over these rows begins in the prompts' columns and ends in the completions': what lies beyond is padding
-    in all of them. (B, P) and (B, T) -> two numbers. Padding that completes a multiple of `WIDTH` is kept."""
+    in all of them. (B, P) and (B, T), together a multiple of `WIDTH` wide as what remains is, -> two numbers."""
     (_, prompts), (_, completions) = prompt_mask.shape, completion_mask.shape
     prompt, completion = (int(mask.sum(dim=1).max()) for mask in (prompt_mask, completion_mask))
-    spare = max(prompts + completions - -(-(prompt + completion) // WIDTH) * WIDTH, 0)
+    spare = (prompts + completions - prompt - completion) // WIDTH * WIDTH
     right = min(completions - completion, spare)
     return min(prompts - prompt, spare - right), completions - right
 
