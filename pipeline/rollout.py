@@ -12,7 +12,7 @@ WIDTH = 16
 
 
 class Rollout(NamedTuple):
-    """B completions of at most T tokens to prompts of at most P tokens.
+    """B completions of at most T tokens to prompts of at most P tokens; P + T is a multiple of `WIDTH`.
 
     Prompts are padded at the left, completions at the right; masks are True on real tokens, and a completion's
     end-of-text token is real.
