@@ -273,7 +273,37 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         short = -(prompt_ids.shape[1] + mask.shape[1]) % WIDTH
         prompt_ids = F.pad(prompt_ids, (short, 0), value=self._tokenizer.pad_token_id)
         prompt_mask = F.pad(prompt_mask, (short, 0))
-        order = row_lengths(prompt_mask, mask).argsort(stable=True)  # rows of about one length share a pass
+        logprobs, ref_logprobs, values, trunk, value_trunk = self._measure(prompt_ids, prompt_mask, completion_ids, mask)
+        scores = self._scores(inputs, prompts, completions, completion_rows)
+        rewards = token_rewards(
+            scores, logprobs, ref_logprobs, mask, kl_coef=self.beta, kl_estimator=self.args.kl_estimator
+        )
+        if self.args.whiten_rewards:
+            rewards = self._whiten(rewards, mask, shift_mean=False)
+        advantages, returns = gae(rewards, values, mask, gamma=self.args.gamma, lam=self.args.lam)
+        if self.args.normalize_advantages:
+            advantages = self._whiten(advantages, mask)
+
+        kl = kl_per_token(logprobs, ref_logprobs, mask).sum(dim=1)
+        self._record(score=scores, kl=kl, reward=rewards.sum(dim=1))
+        self._record(tokens=mask.sum(), value=masked_mean(values, mask))
+        self._metrics[self._mode]["beta"].append(self.beta)
+        if self.model.training:
+            self._end_of_rollout(*self.accelerator.gather(torch.stack([kl, scores.to(kl), mask.sum(dim=1)], dim=1)).T)
+        self._logs["prompt"].extend(gather_object(prompts))
+        self._logs["completion"].extend(gather_object(completions))
+        self._logs["advantages"].extend(gather_object(advantages.sum(dim=1).tolist()))
+        sampled = (prompt_ids, prompt_mask, completion_ids, mask, logprobs, values)
+        return Rollout(*sampled, advantages, returns, trunk, value_trunk)._asdict()
+
+    def _measure(
+        self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Logprobs of policy and reference, values, and the states from which training begins, as `Rollout` has them.
+
+        Rows of about one length share a pass. Reward models that begin at the trunk score in it too, and keep it.
+        """
+        order = row_lengths(prompt_mask, mask).argsort(stable=True)
         chunks = []
         with self.accelerator.autocast():
             for rows in order.split(self.args.per_device_train_batch_size):
@@ -298,27 +328,7 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         )
         for reward, scores in zip(self._scored_on_trunk, known, strict=True):
             reward.known = scores.tolist()
-        scores = self._scores(inputs, prompts, completions, completion_rows)
-        rewards = token_rewards(
-            scores, logprobs, ref_logprobs, mask, kl_coef=self.beta, kl_estimator=self.args.kl_estimator
-        )
-        if self.args.whiten_rewards:
-            rewards = self._whiten(rewards, mask, shift_mean=False)
-        advantages, returns = gae(rewards, values, mask, gamma=self.args.gamma, lam=self.args.lam)
-        if self.args.normalize_advantages:
-            advantages = self._whiten(advantages, mask)
-
-        kl = kl_per_token(logprobs, ref_logprobs, mask).sum(dim=1)
-        self._record(score=scores, kl=kl, reward=rewards.sum(dim=1))
-        self._record(tokens=mask.sum(), value=masked_mean(values, mask))
-        self._metrics[self._mode]["beta"].append(self.beta)
-        if self.model.training:
-            self._end_of_rollout(*self.accelerator.gather(torch.stack([kl, scores.to(kl), mask.sum(dim=1)], dim=1)).T)
-        self._logs["prompt"].extend(gather_object(prompts))
-        self._logs["completion"].extend(gather_object(completions))
-        self._logs["advantages"].extend(gather_object(advantages.sum(dim=1).tolist()))
-        sampled = (prompt_ids, prompt_mask, completion_ids, mask, logprobs, values)
-        return Rollout(*sampled, advantages, returns, trunk, value_trunk)._asdict()
+        return logprobs, ref_logprobs, values, trunk, value_trunk
 
     def _whiten(self, values: Tensor, mask: Tensor, **options) -> Tensor:
         return whiten(values, mask, self.accelerator.reduce(masked_sums(values, mask), reduction="sum"), **options)
