@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, GPT2LMHeadModel
+from transformers.trainer_pt_utils import safe_globals
 
 
 ROOT = Path(__file__).parents[1]
@@ -350,8 +351,10 @@ def test_a_killed_run_resumes_to_the_bit(name, two):
 def test_each_process_draws_with_a_seed_of_its_own(two):
     """The random state that a checkpoint keeps of each process knows the seed it began with."""
     _, out, _, _ = two
-    states = [out / "ppo_resumed" / "checkpoint-2" / f"rng_state_{i}.pth" for i in range(2)]
-    drawn = [torch.Generator().set_state(torch.load(path, weights_only=True)["cpu"]) for path in states]
+    paths = [out / "ppo_resumed" / "checkpoint-2" / f"rng_state_{i}.pth" for i in range(2)]
+    with safe_globals():  # numpy's state is beside torch's
+        states = [torch.load(path, weights_only=True)["cpu"] for path in paths]
+    drawn = [torch.Generator().set_state(state) for state in states]
     assert [generator.initial_seed() for generator in drawn] == [42, 43]  # the default of --seed, and the next
 
 
