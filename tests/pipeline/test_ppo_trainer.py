@@ -17,6 +17,7 @@ from pipeline.loading import read_adapter
 from pipeline.ppo_trainer import PPOTrainer
 from pipeline.rollout import Rollout
 from reward_models.composite import PROTOCOL
+from reward_models.learned import LearnedReward
 
 
 def words(completions, **kwargs):
@@ -257,17 +258,18 @@ def test_columns_of_padding_alone_are_left_out(make_trainer, monkeypatch, policy
         monkeypatch.setattr(rollout, "WIDTH", width)
         torch.manual_seed(0)  # the policy's adapter is drawn
         trainer = make_trainer(prompts=prompts, policy=policy, max_completion_length=40, optim="sgd", max_grad_norm=0)
-        sample, loss, scored, trained = trainer._generate, trainer._compute_loss, [], []
+        sample, loss, scored, trained, lengths = trainer._generate, trainer._compute_loss, [], [], []
 
         def uneven(prompts, sample=sample):
             prompt_ids, completion_ids, completions = sample(prompts)
-            return prompt_ids, [row[: 1 + 5 * i] for i, row in enumerate(completion_ids)], completions
+            return prompt_ids, [row[: 36 - 5 * i] for i, row in enumerate(completion_ids)], completions
 
         def note(ids, mask, length, trunk=None, values=trainer.model.values, scored=scored):
             scored.append(ids.shape[1])
             return values(ids, mask, length, trunk)
 
-        def learn(model, inputs, loss=loss, trained=trained):
+        def learn(model, inputs, loss=loss, trained=trained, lengths=lengths):
+            lengths.append((inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=1)).tolist())
             trained.append(inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1])
             return loss(model, inputs)
 
@@ -275,6 +277,7 @@ def test_columns_of_padding_alone_are_left_out(make_trainer, monkeypatch, policy
         trainer.train()
         rows = [row for row in trainer.state.log_history if "approxkl" in row]
         assert rows[0]["approxkl"] == 0 and rows[1]["approxkl"] > 0
+        assert all(max(short) <= min(long) for short, long in zip(lengths[::2], lengths[1::2], strict=True))
         results.append([p.detach().clone() for p in trainer.model.role_parameters("policy", "value")])
         results[-1].append((scored, trained, trainer._rollout))
     (*ours, (scored, trained, kept)), (*whole, (_, widths, other)) = results
@@ -286,6 +289,31 @@ def test_columns_of_padding_alone_are_left_out(make_trainer, monkeypatch, policy
     for name in ("completion_ids", "logprobs", "values", "advantages"):
         real = kept["completion_mask"]
         torch.testing.assert_close(kept[name][real], other[name][real], atol=1e-5, rtol=0)
+
+
+def test_a_score_from_the_trunk_is_that_of_its_row(make_trainer, tokenizer):
+    """Rows are scored in order of length; each gets back what the reward model gives it by itself."""
+    trainer = make_trainer(policy=TOP_LAYER, max_completion_length=12)
+    reward = LearnedReward(trainer.model, tokenizer)
+    with torch.no_grad():  # in layer 0 the reward model sees what the bare backbone sees
+        below = [p for n, p in trainer.model.named_parameters() if ".h.0." in n and ".lora_B.reward." in n]
+        assert below and all(p.zero_().sum() == 0 for p in below)
+    trainer._scored_on_trunk = [reward]
+    sample, score, seen = trainer._generate, trainer._scores, []
+
+    def uneven(prompts):
+        prompt_ids, completion_ids, completions = sample(prompts)
+        return prompt_ids, [row[: 8 - i] for i, row in enumerate(completion_ids)], completions
+
+    def note(inputs, prompts, completions, rows):
+        seen.append((reward.known, reward._scores(prompts, rows)))
+        return score(inputs, prompts, completions, rows)
+
+    trainer._generate, trainer._scores = uneven, note
+    trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS])
+    ((known, alone),) = seen
+    assert len({round(score, 4) for score in known}) == len(PROMPTS)
+    assert known == pytest.approx(alone, abs=1e-5)
 
 
 def test_what_reward_functions_log_is_logged(make_trainer):
