@@ -29,6 +29,8 @@ from pipeline.vocabulary import token_logprobs
 # peft calls the first adapter "default", and TRL's online trainers train that one and clone it as "ref". Further reward
 # roles (reward_2, ...) are called what their adapters are.
 ADAPTERS = {"policy": "default", "reference": "ref", "reward": "reward", "value": "value"}
+# What a role changes on each LoRA layer of peft's, and puts back.
+SWITCHES = ("_active_adapter", "_disable_adapters", "cast_input_dtype_enabled")
 
 
 class Backbone(PeftModelForCausalLM):
@@ -53,8 +55,16 @@ class Backbone(PeftModelForCausalLM):
         # While its weights are here: under FSDP and ZeRO-3 they will be sharded. A plan has none (the meta device).
         self.fingerprint = "" if base.device.type == "meta" else fingerprint(base)
         base.get_output_embeddings().register_forward_pre_hook(_contiguous)
+        self._find_tuned()
         if not fresh:
             self._set_weights("policy", policy.weights, policy.source)
+
+    def add_adapter(self, *args, **kwargs) -> None:
+        super().add_adapter(*args, **kwargs)
+        self._find_tuned()
+
+    def _find_tuned(self) -> None:
+        self._tuned = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
 
     def add_role(self, role: str, adapter: Adapter) -> None:
         """Add a role from an adapter read by `read_adapter`; its head, if it has one, comes along."""
@@ -176,18 +186,22 @@ class Backbone(PeftModelForCausalLM):
         on each LoRA layer instead. The attribute is private to peft, hence the pin on its minor version.
         """
         active = [self._adapter(role)] if role else []
-        layers = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
-        before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
-        for layer in layers:
+        # Autocast brings what a plain LoRA layer multiplies to one precision; peft's own cast, to the adapter's, would be
+        # undone at once.
+        autocast = torch.is_autocast_enabled(self.device.type)
+        before = [(layer, *(getattr(layer, name) for name in SWITCHES)) for layer in self._tuned]
+        for layer in self._tuned:
             layer._active_adapter = active
             layer._disable_adapters = role is None
+            layer.cast_input_dtype_enabled = not autocast or bool(layer.lora_variant)
         role_before, self._role = self._role, role
         try:
             yield
         finally:
             self._role = role_before
-            for layer, (name, disabled) in zip(layers, before, strict=True):
-                layer._active_adapter, layer._disable_adapters = name, disabled
+            for layer, *values in before:
+                for name, value in zip(SWITCHES, values, strict=True):
+                    setattr(layer, name, value)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """transformers', where each layer is computed again, in the backward pass, as the role that it ran as. Left to

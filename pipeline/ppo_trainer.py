@@ -159,6 +159,8 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
             module.reshard()
 
     def _shards(self) -> list[FSDPModule]:
+        if not self._dist.is_fsdp:
+            return []
         return [module for module in self.model_wrapped.modules() if isinstance(module, FSDPModule)]
 
     def _keep_shared_shards(self) -> None:

@@ -11,7 +11,7 @@ from transformers import GPT2LMHeadModel
 from trl import ModelConfig
 from trl.trainer.utils import pad
 
-from pipeline.backbone import ADAPTERS, Backbone, backbone_copies
+from pipeline.backbone import ADAPTERS, SWITCHES, Backbone, backbone_copies
 from pipeline.loading import HEAD, WEIGHTS, fingerprint, load_pretrained, read_adapter
 from pipeline.losses import text_loss
 
@@ -157,13 +157,63 @@ def test_only_policy_and_value_train(backbone):
 
 def test_a_role_is_left_as_it_was_entered_even_after_an_error(backbone):
     layers = [m for m in backbone.modules() if isinstance(m, BaseTunerLayer)]
-    before = [(layer._active_adapter, layer._disable_adapters) for layer in layers]
+    before = [[getattr(layer, name) for name in SWITCHES] for layer in layers]
     grads = [p.requires_grad for p in backbone.parameters()]
     with pytest.raises(RuntimeError), backbone.role("value"), backbone.role(None):
         assert all(layer._disable_adapters for layer in layers)
         raise RuntimeError
-    assert [(layer._active_adapter, layer._disable_adapters) for layer in layers] == before
+    assert [[getattr(layer, name) for name in SWITCHES] for layer in layers] == before
     assert [p.requires_grad for p in backbone.parameters()] == grads
+
+
+def test_a_role_added_later_is_switched_on_layers_of_its_own(tiny):
+    """The policy adapts attention alone, a role after it the MLP too: it must act as itself, and not when it is another's
+    turn."""
+    base = load_pretrained(ModelConfig(tiny))[0]
+    backbone = Backbone(base, LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)).eval()
+    ids, mask = torch.tensor([[5, 6, 7, 8]]), torch.ones(1, 4, dtype=torch.long)
+    with torch.no_grad():
+        before = backbone.hidden_states("policy", ids, mask)
+        config = LoraConfig(
+            task_type="CAUSAL_LM", target_modules=["c_fc"], fan_in_fan_out=True, init_lora_weights=False
+        )
+        backbone.add_adapter("other", config)
+        assert (backbone.hidden_states("other", ids, mask) - before).abs().max() > 1e-3
+        assert torch.equal(backbone.hidden_states("policy", ids, mask), before)
+
+
+@pytest.mark.parametrize(("dora", "casts"), [(False, False), (True, True)])
+def test_autocast_alone_casts_what_a_plain_lora_layer_multiplies(tiny, monkeypatch, dora, casts):
+    """DoRA's norms want the adapter's precision. The numbers and gradients are those of peft's own cast, to the bit."""
+    torch.manual_seed(0)
+    base = load_pretrained(ModelConfig(tiny))[0].to(torch.bfloat16)
+    options = {"target_modules": ["c_attn"], "fan_in_fan_out": True, "init_lora_weights": False, "use_dora": dora}
+    backbone = Backbone(base, LoraConfig(task_type="CAUSAL_LM", **options)).eval()
+    ids, mask = torch.tensor([[5, 6, 7, 8]]), torch.ones(1, 4, dtype=torch.long)
+    seen = []
+    cast = BaseTunerLayer._cast_input_dtype
+
+    def spy(self, x, dtype):
+        found = cast(self, x, dtype)
+        seen.append(found.dtype != x.dtype)
+        return found
+
+    def run(forward):
+        backbone.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            hidden = forward()
+        hidden.float().square().sum().backward()
+        return hidden, [p.grad.clone() for p in backbone.role_parameters("policy")]
+
+    positions = torch.arange(4)[None]
+    model = backbone.get_base_model().base_model
+    peft = run(lambda: model(input_ids=ids, attention_mask=mask, position_ids=positions).last_hidden_state)
+    monkeypatch.setattr(BaseTunerLayer, "_cast_input_dtype", spy)
+    ours = run(lambda: backbone.hidden_states("policy", ids, mask))
+    assert len(seen) == base.config.n_layer and all(found == casts for found in seen)
+    assert torch.equal(ours[0], peft[0])
+    assert all(gradient.abs().max() > 0 for gradient in ours[1])
+    assert all(torch.equal(a, b) for a, b in zip(ours[1], peft[1], strict=True))
 
 
 def test_a_role_that_there_is_not(backbone):

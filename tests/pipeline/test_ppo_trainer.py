@@ -750,3 +750,4 @@ def test_peft_switches_adapters_through_these_attributes():
     assert BaseTunerLayer._active_adapter == "default"
     source = inspect.getsource(BaseTunerLayer)
     assert "return self._disable_adapters" in source and "return self._active_adapter" in source
+    assert 'getattr(self, "cast_input_dtype_enabled", True)' in source
