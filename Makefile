@@ -74,7 +74,7 @@ ablations: .venv/installed
 	done
 	.venv/bin/python -m pipeline.tables ablations runs/ablations $(ABLATIONS)
 
-# A longer reward model, about ten minutes; leaves runs/reward-long/metrics.json.
+# A longer reward model, about five minutes; leaves runs/reward-long/metrics.json.
 reward-long: .venv/installed
 	$(LAUNCH) pipeline.reward --config $(RECIPES)/reward_long.yaml
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from pipeline.configs import LoraArguments, lora_config
+from pipeline.configs import LoraArguments, check_lora, lora_config
 from pipeline.loading import HEAD, WEIGHTS, Adapter, fingerprint, load_pretrained, read_adapter, stamp
 from pipeline.trunk import decoder_layers, first_adapted_layer, lower, upper
 from pipeline.vocabulary import token_logprobs
@@ -79,11 +79,11 @@ class Backbone(PeftModelForCausalLM):
         if adapter.head is not None:
             self.heads[role].weight.data.copy_(adapter.head)
 
-    def add_value(self, *, init: str = "auto", critic: str = "adapter") -> None:
+    def add_value(self, *, init: str = "auto", critic: str = "adapter", reward_weight: float = 1.0) -> None:
         """Add the value role.
 
-        As an `adapter` it starts from the `reward` adapter and its head, so that the first values are scores, or from
-        the `policy` adapter with a head of zeros; `auto` takes the reward where there is one. As a `head` it is a head
+        As an `adapter` it starts from the `reward` adapter and its head times `reward_weight`, so that the first values
+        are scores, or from the `policy` adapter with a head of zeros; `auto` takes the reward where there is one. As a `head` it is a head
         of zeros on the policy's own hidden states, which it shapes too: one forward pass less, and one adapter less.
 
         Raises:
@@ -97,7 +97,8 @@ class Backbone(PeftModelForCausalLM):
             weights = get_peft_model_state_dict(self, adapter_name=ADAPTERS[origin])
             self._set_weights("value", weights, origin)
         hidden_size = self.get_base_model().config.get_text_config().hidden_size
-        self._add_head("value", self.heads["reward"].weight if origin == "reward" else torch.zeros(1, hidden_size))
+        start = self.heads["reward"].weight * reward_weight if origin == "reward" else torch.zeros(1, hidden_size)
+        self._add_head("value", start)
 
     def _add_head(self, role: str, weight: Tensor) -> None:
         hidden_size = self.get_base_model().config.get_text_config().hidden_size
@@ -278,13 +279,21 @@ class Backbone(PeftModelForCausalLM):
         only. Logits are divided by `temperature`, as they are in sampling.
         """
         hidden = self.hidden_states(role, input_ids, attention_mask, trunk)[:, -completion_ids.shape[1] - 1 : -1]
-        return self._logprobs(hidden, completion_ids, temperature)
+        return self._logprobs(role, hidden, completion_ids, temperature)
 
     def _logprobs(
-        self, hidden: Tensor, completion_ids: Tensor, temperature: float, entropy_requires_grad: bool = False
+        self,
+        role: str | None,
+        hidden: Tensor,
+        completion_ids: Tensor,
+        temperature: float,
+        entropy_requires_grad: bool = False,
     ) -> tuple[Tensor, Tensor]:
         head = self.get_base_model().get_output_embeddings()
-        return token_logprobs(head, hidden, completion_ids, temperature, entropy_requires_grad=entropy_requires_grad)
+        with self.role(role):  # an adapter may reach the head
+            return token_logprobs(
+                head, hidden, completion_ids, temperature, entropy_requires_grad=entropy_requires_grad
+            )
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, length: int, trunk: Tensor | None = None) -> Tensor:
         """Value of the state before each of the last `length` tokens, (B, P + T) -> (B, T)."""
@@ -335,7 +344,7 @@ class Backbone(PeftModelForCausalLM):
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         length = completion_ids.shape[1]
         hidden = self.hidden_states("policy", input_ids, attention_mask, trunk)[:, -length - 1 : -1]
-        logprobs, entropy = self._logprobs(hidden, completion_ids, temperature, entropy_requires_grad)
+        logprobs, entropy = self._logprobs("policy", hidden, completion_ids, temperature, entropy_requires_grad)
         if ADAPTERS["value"] in self.peft_config:
             values = self.values(input_ids, attention_mask, length, value_trunk if self.value_has_trunk else trunk)
         else:
@@ -373,11 +382,18 @@ def load_backbone(
     model: ModelConfig, policy: str | None, *, reach: LoraArguments | None = None, trust_remote_code: bool = False
 ) -> tuple[Backbone, PreTrainedTokenizerBase]:
     """A backbone and its tokenizer. The policy is an adapter that was saved, or with None a fresh one (`lora_*`), drawn
-    from torch's generator, which changes nothing until it is trained."""
+    from torch's generator, which changes nothing until it is trained.
+
+    Raises:
+        ValueError: `reach` or `model` describe another adapter than the one that was saved.
+    """
     base, tokenizer = load_pretrained(model, trust_remote_code=trust_remote_code)
-    if policy:
-        return Backbone(base, read_adapter(policy, needs_head=False, base=base, tokenizer=tokenizer)), tokenizer
-    return Backbone(base, lora_config(model, task_type="CAUSAL_LM", reach=reach, base=base)), tokenizer
+    if not policy:
+        return Backbone(base, lora_config(model, task_type="CAUSAL_LM", reach=reach, base=base)), tokenizer
+    adapter = read_adapter(policy, needs_head=False, base=base, tokenizer=tokenizer)
+    if reach:
+        check_lora(adapter.config, model, reach, base, policy)
+    return Backbone(base, adapter), tokenizer
 
 
 @contextmanager

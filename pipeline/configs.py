@@ -103,6 +103,7 @@ class RewardModelArguments:
 UNSUPPORTED = (
     "fp16",  # its loss scaler expects gradients in every step, and infinite ones in some
     "vllm_structured_outputs_regex",  # completions would not be drawn from the policy that is scored
+    "use_transformers_continuous_batching",  # with bf16 TRL rounds the adapters to bfloat16 for good
     "mask_truncated_completions",
     "sync_ref_model",
     "epsilon_high",
@@ -209,6 +210,11 @@ class PPOConfig(RLOOConfig):
             )
         if self.kl_target and self.beta <= 0:
             raise ValueError(f"beta={self.beta} cannot be adapted to kl_target={self.kl_target}; start above 0.")
+        if self.kl_target and self.kl_horizon < self.generation_batch_size:
+            raise ValueError(
+                f"kl_horizon={self.kl_horizon:g} is shorter than one rollout of {self.generation_batch_size} sequences over "
+                f"all processes, in which beta may change by a fifth at most; raise it to several rollouts."
+            )
         minibatches = self.steps_per_generation / self.gradient_accumulation_steps
         if minibatches != int(minibatches):
             raise ValueError(
@@ -271,6 +277,34 @@ def lora_config(
         use_rslora=model.use_rslora,
         **layers,
     )
+
+
+def check_lora(
+    found: LoraConfig, model: ModelConfig, reach: LoraArguments, base: PreTrainedModel, source: str
+) -> None:
+    """Raise a ValueError for a `lora_*` option that was set, and says otherwise than `found`, the config of the adapter
+    `source` that training goes on from: it would have no effect."""
+    wanted = lora_config(model, task_type=found.task_type, reach=reach, base=base)
+    fields = {
+        "lora_r": "r",
+        "lora_alpha": "lora_alpha",
+        "use_rslora": "use_rslora",
+        "lora_top_layers": "layers_to_transform",
+        "lora_target_modules": "target_modules",
+        "lora_embeddings": "target_modules",
+    }
+    given = {**vars(ModelConfig()), **vars(LoraArguments())}
+    given = {name: value for name, value in {**vars(model), **vars(reach)}.items() if given[name] != value}
+    for option in fields.keys() & given.keys():
+        ours, theirs = (
+            sorted(value) if isinstance(value, (list, set)) else value
+            for value in (getattr(config, fields[option]) for config in (wanted, found))
+        )
+        if ours not in (theirs, "all-linear"):  # peft stores the layers that it took for that word
+            raise ValueError(
+                f"{option}={given[option]!r} describes a fresh adapter, and {source} is one with "
+                f"{fields[option]}={theirs}. Leave {option} unset, or train {source} anew with it."
+            )
 
 
 def parse(*dataclass_types, args: list[str] | None = None) -> tuple:

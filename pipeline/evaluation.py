@@ -127,6 +127,11 @@ def complete(
     return result
 
 
+def as_text(prompt: str | list[dict]) -> str:
+    """A prompt as the table of samples shows it: a conversation as a line for each turn."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
+
+
 def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig) -> None:
     state = check_launch()
     check_folders(
@@ -189,7 +194,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         drawing.draw_accuracy_by_gap(measured["by_gap"], folder / "accuracy_by_gap.png")
     samples = [
         {
-            "prompt": prompts["prompt"][i],
+            "prompt": as_text(prompts["prompt"][i]),
             **{key: done.texts[i] for key, done in results.items()},
             **{f"{key}_score": float(done.scores[i]) for key, done in results.items()},
             **{f"{key}_judge": float(done.judge[i]) for key, done in results.items()},

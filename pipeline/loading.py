@@ -160,8 +160,19 @@ def _whole() -> Iterator[None]:
 
 
 def context_length(model: nn.Module) -> int:
-    """Tokens that the model can read at once."""
-    return model.config.get_text_config().max_position_embeddings
+    """Tokens that the model can read at once.
+
+    Raises:
+        ValueError: its config has no such bound.
+    """
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    if length is None:
+        raise ValueError(
+            f"{config._name_or_path}: the config of this {config.model_type} model names no max_position_embeddings. Take "
+            f"a model of GPT-2's or Llama's kind, whose context is known."
+        )
+    return length
 
 
 def fingerprint(base: PreTrainedModel) -> str:

@@ -36,6 +36,8 @@ _BOTH = {
     "exp_name": "run_name",
     "torch_dtype": "dtype",
     "warmup_ratio": "warmup_steps",
+    "evaluation_strategy": "eval_strategy",
+    "dataset_test_split": "dataset_eval_split",
 }
 # Old key -> ours, the value unchanged.
 RENAMED = {
@@ -83,7 +85,7 @@ KEPT = {field.name for field in fields(TrainingArguments)} | {
 }
 
 # TRL's trainer counted updates with these, ours optimizer steps. Fractions of the run are left as they are.
-STEPS = ("logging_steps", "save_steps", "warmup_steps")
+STEPS = ("logging_steps", "save_steps", "eval_steps", "warmup_steps")
 
 # What TRL did where a key was left out, if we do or may come to do something else.
 _DEFAULTS = {"cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "gamma": 1.0, "lam": 0.95}
@@ -130,7 +132,6 @@ DEFAULTS = {
 _COMPUTED = "TRL worked it out and wrote over what was given. Nothing to do."
 _PREPROCESSING = "prompts are tokenized as they are sampled. Nothing to do."
 _TRACKER = "set it where the tracker reads it (WANDB_PROJECT and the like), or in `accelerate config`."
-_EVALUATION = "nothing is evaluated while PPO trains. Run pipeline.evaluation on what it leaves."
 _BEST = "there is no push of the best only; set `push_to_hub` and `hub_model_id`."
 _NEVER_READ = "TRL never read it. Nothing to do."
 
@@ -138,13 +139,6 @@ _NEVER_READ = "TRL never read it. Nothing to do."
 _DROPPED = {
     "resume_from_checkpoint": "a checkpoint of TRL's PPO is none of ours. Start anew.",
     "dataset_num_proc": _PREPROCESSING,
-    "eval_strategy": _EVALUATION,
-    "evaluation_strategy": _EVALUATION,
-    "eval_steps": _EVALUATION,
-    "eval_on_start": _EVALUATION,
-    "eval_delay": _EVALUATION,
-    "do_eval": _EVALUATION,
-    "dataset_test_split": _EVALUATION + " Its name there is dataset_eval_split.",
     "dataset_config": "a data set has no configurations here; save its rows as .jsonl or .parquet and name that.",
     "dataset_streaming": "rows are not streamed. Nothing to do.",
     "ignore_bias_buffers": _NEVER_READ,
@@ -200,8 +194,8 @@ DROPPED = {
     | {
         "local_rollout_forward_batch_size": "completions are sampled all at once and scored "
         "`per_device_train_batch_size` at a time; lower that, and raise `steps_per_generation`, if memory is short.",
-        "num_sample_generations": "TRL sampled from the evaluation rows as it went; set `log_completions` for samples "
-        "of the rollouts, and run pipeline.evaluation afterwards.",
+        "num_sample_generations": "TRL completed evaluation rows so many times; `sample_updates` completes fixed prompts "
+        "every so many updates, and pipeline.evaluation compares them afterwards.",
         "stop_token": "a completion always ends with the tokenizer's end-of-text token, as with 'eos'; without it TRL "
         "sampled on to response_length.",
         "stop_token_id": "a completion ends with the tokenizer's end-of-text token; make this token its eos_token.",
@@ -222,7 +216,7 @@ GROUPS = {
     "roles on one backbone": ("model_name_or_path", "model_revision", "dtype", "attn_implementation")
     + ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
     + ("sft_adapter", "reward_adapter", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora"),
-    "data": ("dataset_name", "dataset_train_split"),
+    "data": ("dataset_name", "dataset_train_split", "dataset_eval_split"),
     "rollouts": ("per_device_train_batch_size", "gradient_accumulation_steps", "steps_per_generation")
     + ("max_completion_length", "temperature", "missing_eos_penalty", "reward_clip_range"),
     "PPO": ("max_steps", "num_train_epochs", "num_iterations", "beta", "kl_estimator", "kl_target")

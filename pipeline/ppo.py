@@ -39,6 +39,7 @@ class RoleArguments(PolicyArguments):
         default=None, metadata={"help": "Texts of the language-model loss (ptx_coef)."}
     )
     ptx_dataset_split: str = field(default="train", metadata={"help": "Split of them (a single file has none)."})
+    ptx_max_length: int = field(default=1024, metadata={"help": "Tokens that they are cut at."})
 
 
 def main(
@@ -86,7 +87,7 @@ def main(
     if roles.ptx_dataset_name:
         rows = load_texts(roles.ptx_dataset_name, roles.ptx_dataset_split)
         check_chat_template(rows, tokenizer, roles.ptx_dataset_name)
-        texts = tokenize_texts(rows, tokenizer, context)
+        texts = tokenize_texts(rows, tokenizer, min(roles.ptx_max_length, context))
     if len(prompts) < args.generation_batch_size:  # TRL samples each prompt once a pass and drops a short last batch
         prompts = prompts.repeat(-(-args.generation_batch_size // len(prompts)))
 
@@ -100,6 +101,8 @@ def main(
         processing_class=tokenizer,
         texts=texts,
     )
+    if not model.load_in_4bit:  # which was loaded where it is to be
+        backbone.to(args.device)  # under FSDP and DeepSpeed Trainer leaves it where it is until training begins
     adapters = {reward.role: folder for reward, folder in zip(learned, rewards.reward_adapter, strict=True)}
     vllm = trainer.vllm_generation if args.use_vllm else None
     checks = preflight(backbone, prompts["prompt"][:], tokenizer, args, adapters, vllm)

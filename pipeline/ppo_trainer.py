@@ -80,7 +80,8 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         if bool(args.ptx_coef) != bool(texts):
             raise ValueError(f"ptx_coef={args.ptx_coef} and ptx_dataset_name belong together; set both or neither.")
         if "value" not in backbone.heads:
-            backbone.add_value(init=args.value_init, critic=args.critic)
+            weight = args.reward_weights[0] if args.reward_weights else 1.0  # of the reward that the value starts from
+            backbone.add_value(init=args.value_init, critic=args.critic, reward_weight=weight)
         self.composite = Composite(reward_funcs, args.reward_weights)
         super().__init__(
             model=backbone,
@@ -121,6 +122,7 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         self.texts = texts
         self.watch = Watch()
         self._far = self._skip = False  # whether this update has gone too far, and what is left of it is skipped
+        self._approx_kl = 0.0  # of the optimizer step under way, as far as it has come
 
     def _share_trunk(self) -> None:
         """Compute the layers below the policy's adapter once a rollout, where dropout does not change them."""
@@ -212,6 +214,7 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
             self._far = self._skip = False
         if position % self.args.gradient_accumulation_steps == 0:
             self._skip = self._far  # a step that has begun is taken
+            self._approx_kl = 0.0
         if self._skip:
             model.train()  # as a pass would have: after an evaluation, logs go by it
             self._step += 1
@@ -275,7 +278,9 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         short = -(prompt_ids.shape[1] + mask.shape[1]) % WIDTH
         prompt_ids = F.pad(prompt_ids, (short, 0), value=self._tokenizer.pad_token_id)
         prompt_mask = F.pad(prompt_mask, (short, 0))
-        logprobs, ref_logprobs, values, trunk, value_trunk = self._measure(prompt_ids, prompt_mask, completion_ids, mask)
+        logprobs, ref_logprobs, values, trunk, value_trunk = self._measure(
+            prompt_ids, prompt_mask, completion_ids, mask
+        )
         scores = self._scores(inputs, prompts, completions, completion_rows)
         rewards = token_rewards(
             scores, logprobs, ref_logprobs, mask, kl_coef=self.beta, kl_estimator=self.args.kl_estimator
@@ -424,7 +429,9 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         share = inputs.get("share", 1.0)
         loss = (of_policy + args.vf_coef * value) * share + args.ptx_coef * of_texts
         if self.model.training:
-            self._far |= args.max_approx_kl is not None and self._last("approxkl") > args.max_approx_kl
+            if args.max_approx_kl is not None:
+                self._approx_kl += self._mean(approxkl * share) / args.gradient_accumulation_steps
+                self._far |= self._approx_kl > args.max_approx_kl
             self._warn(entropy=self._last("entropy"), loss=self._mean(loss))
         return loss
 

@@ -69,7 +69,7 @@ def preflight(
             keep_logprobs=True,
         )
     )
-    checks = list(_policy_checks(backbone, batches, args))
+    checks = [*_policy_checks(backbone, batches, args), *_sampling_checks(args)]
     if vllm:
         checks.append(_vllm_check(backbone, vllm, rows, tokenizer, args))
     completions = [row for batch in batches for row in batch.rows()]
@@ -131,6 +131,28 @@ def _policy_checks(backbone: Backbone, batches: list[Sample], args: PPOConfig) -
         "refused",
         "Largest difference (nats) of a token's logprob by policy and reference, which start as one adapter.",
     )
+
+
+def _sampling_checks(args: PPOConfig) -> Iterator[Check]:
+    """On options that draw from another distribution than PPO scores."""
+    whole = {
+        "top_k": (0, None),
+        "top_p": (1.0,),
+        "min_p": (None, 0.0),
+        "repetition_penalty": (1.0,),
+        "generation_kwargs": (None, {}),
+    }
+    for name, neutral in whole.items():
+        value = getattr(args, name)
+        if value not in neutral:
+            yield Check(
+                f"{name} is unset",
+                None,
+                "the whole distribution",
+                "warning",
+                f"{name}={value!r} changes what is sampled from, and PPO's logprobs, ratios and KL are of the policy's whole "
+                f"distribution at temperature={args.temperature:g}. Leave {name} unset.",
+            )
 
 
 def _vllm_check(

@@ -142,6 +142,7 @@ def main(shape: BackboneConfig, args: TrainingArguments) -> None:
         model.half().save_pretrained(folder)
         config.dtype, config.use_cache = torch.float32, True  # Trainer turns the cache off for training
         config.save_pretrained(folder)
+    trainer.accelerator.wait_for_everyone()
     # The card states the loss of what is stored, so it is measured on the weights as they load.
     stored = GPT2LMHeadModel.from_pretrained(folder)
     judge = Trainer(stored, args, data_collator=trainer.data_collator, eval_dataset=datasets["validation"])

@@ -177,16 +177,18 @@ def draw_calibration(reliability: list[dict], ece: float, path: str | PathLike) 
 
 
 def draw_accuracy_by_gap(by_gap: list[dict], path: str | PathLike) -> None:
-    """The reward model's accuracy and the human ceiling in each bin of rating gap, with the number of pairs.
+    """The reward model's accuracy and, where it is known, the human ceiling in each bin of rating gap, with the number of
+    pairs.
 
     `by_gap` are rows of `reward_models.calibration.accuracy_by_gap`.
     """
     places = range(len(by_gap))
     with matplotlib.rc_context(STYLE):
         figure, (axis,) = _figure(7.5, 3.8)
-        accuracies, humans = ([row[key] for row in by_gap] for key in ("accuracy", "human"))
+        accuracies, humans = ([row[key] for row in by_gap if key in row] for key in ("accuracy", "human"))
         axis.plot(places, accuracies, color=PPO, marker="o", label="reward model", zorder=3)
-        axis.plot(places, humans, color=SFT, linestyle=DASHES, marker="o", markersize=4, label=HUMAN_CEILING)
+        if humans:
+            axis.plot(places, humans, color=SFT, linestyle=DASHES, marker="o", markersize=4, label=HUMAN_CEILING)
         axis.axhline(0.5, color=INK, linewidth=1, linestyle=(0, (1, 2)), label="chance")
         axis.set_title("How often the reward model prefers the text that people rated higher")
         axis.set_xticks(places, [f"{row['low']:g} to {row['high']:g}\n{row['pairs']:,} pairs" for row in by_gap])
@@ -248,7 +250,9 @@ def _facts(report: dict) -> str:
     """The circumstances, as far as the report has them."""
     facts = [f"{report['prompts']:,} prompts"] if "prompts" in report else []
     facts += [f"seed {report['seed']}"] if "seed" in report else []
-    facts += [f"copies of the backbone in memory: {report['backbone_copies']}"] if "backbone_copies" in report else []
+    facts += (
+        [f"copies of the backbone in memory: {report['backbone_copies']}"] if report.get("backbone_copies") else []
+    )
     text = ", ".join(facts)
     return text[:1].upper() + text[1:] + "." if facts else ""
 
@@ -277,7 +281,7 @@ def _reward_model(section: dict) -> list[str]:
     if curve:
         parts.append(_figure_link("reliability", "Share of raters who agree against the reward model's confidence"))
     if by_gap:
-        parts.append(_figure_link("by_gap", "Reward model accuracy and human ceiling by rating gap"))
+        parts.append(_figure_link("by_gap", "Reward model accuracy by rating gap"))
     return parts
 
 

@@ -9,7 +9,6 @@ gap, and calibration.
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from trl import ModelConfig, RewardConfig
 
@@ -55,15 +54,8 @@ def held_out_report(trainer: RewardModel) -> dict:
     )
     score_of = dict(zip(texts, scores, strict=True))
     margins = [score_of[c] - score_of[r] for c, r in zip(chosen, rejected, strict=True)]
-
-    def column(name: str) -> np.ndarray:
-        return np.array(rows[name]) if name in rows.column_names else np.ones(len(rows))
-
-    report = reward_model_report(margins=margins, agreement=column("agreement"), gaps=column("margin"))
-    for name, needs in (("human_ceiling", "agreement"), ("by_gap", "margin")):
-        if needs not in rows.column_names:
-            report.pop(name)
-    return report
+    agreement, gaps = (rows[name] if name in rows.column_names else None for name in ("agreement", "margin"))
+    return reward_model_report(margins, agreement=agreement, gaps=gaps)
 
 
 def normalization_of(

@@ -15,7 +15,7 @@ from transformers.integrations import TensorBoardCallback
 
 from data.prompts import tokenize_prompts
 from pipeline.kl import kl_per_token
-from pipeline.sampling import sample
+from pipeline.sampling import as_answers, sample
 from reward_models.composite import call_rewards
 from reward_models.rules import sentiment
 
@@ -99,7 +99,7 @@ class SampleTable(TrainerCallback):
         policy, reference = (model.logprobs(role, *inputs)[0] for role in ("policy", "reference"))
         kl = kl_per_token(policy, reference, batch.mask).sum(dim=1)
         texts = trainer.processing_class.batch_decode(batch.rows(), skip_special_tokens=True)
-        completions = texts if isinstance(asked[0], str) else [[{"role": "assistant", "content": t}] for t in texts]
+        completions = as_answers(texts, asked)
         columns = call_rewards(
             trainer.composite.functions, self.prompts, completions, batch.rows(), TrainerLoop(trainer)
         )

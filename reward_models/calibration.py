@@ -10,19 +10,19 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
-GAP_EDGES = (0.5, 1, 1.5, 2, 3, 4, 8)
+GAP_EDGES = (0.5, 1, 1.5, 2, 3, 4, 8)  # rating points of the embedded ratings
 
 
-def _columns(**arrays: ArrayLike) -> list[np.ndarray]:
-    """The named arrays as float columns of one length, or a ValueError that says which one is not."""
-    columns = {name: np.asarray(values, dtype=float) for name, values in arrays.items()}
+def _columns(**arrays: ArrayLike | None) -> list[np.ndarray | None]:
+    """The named arrays as float columns of one length, or a ValueError that says which one is not. None stays None."""
+    columns = {name: np.asarray(values, dtype=float) for name, values in arrays.items() if values is not None}
     shapes = {name: column.shape for name, column in columns.items()}
     if any(len(shape) != 1 or shape[0] == 0 for shape in shapes.values()) or len(set(shapes.values())) != 1:
         raise ValueError(f"Expected columns of one length, at least 1; got {shapes}.")
     for name, column in columns.items():
         if not np.isfinite(column).all():
             raise ValueError(f"{name} has {np.count_nonzero(~np.isfinite(column))} entries that are not finite.")
-    return list(columns.values())
+    return [columns.get(name) for name in arrays]
 
 
 def _bin(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -45,20 +45,31 @@ def accuracy(margins: ArrayLike) -> float:
     return float(np.heaviside(margins, 0.5).mean())
 
 
+def gap_edges(gaps: ArrayLike) -> Sequence[float]:
+    """Bin edges for gaps (pairs,): `GAP_EDGES` where they hold all of them, else the sextiles, since people's own margins may
+    be on any scale."""
+    (gaps,) = _columns(gaps=gaps)
+    if GAP_EDGES[0] <= gaps.min() and gaps.max() <= GAP_EDGES[-1]:
+        return GAP_EDGES
+    edges = np.unique(np.quantile(gaps, np.linspace(0, 1, len(GAP_EDGES))))
+    return edges.tolist() if len(edges) > 1 else [edges[0], np.nextafter(edges[0], np.inf)]
+
+
 def accuracy_by_gap(
-    margins: ArrayLike, gaps: ArrayLike, agreement: ArrayLike, edges: Sequence[float]
+    margins: ArrayLike, gaps: ArrayLike, edges: Sequence[float], agreement: ArrayLike | None = None
 ) -> list[dict[str, float]]:
     """Accuracy and human agreement by the difference of the mean human ratings.
 
     Args:
         margins: score of chosen minus score of rejected.
         gaps: mean rating of chosen minus that of rejected, in rating points.
-        agreement: share of raters who prefer the chosen one.
         edges: increasing bin edges in rating points; bins hold their lower edge, the last one its upper edge too.
+        agreement: share of raters who prefer the chosen one, where it is known.
 
     Returns:
         One `{"low", "high", "pairs", "accuracy", "human"}` a bin, in order; `human` is the mean agreement in the bin:
-        how often one rater agrees with the mean rating. Bins without pairs, and pairs outside the edges, are left out.
+        how often one rater agrees with the mean rating. Bins without pairs, and pairs outside the edges, are left out;
+        so is `human` where no agreement is known.
 
     Raises:
         ValueError: the columns differ in length or are not finite, or the edges do not increase.
@@ -74,7 +85,7 @@ def accuracy_by_gap(
             "high": float(edges[i + 1]),
             "pairs": int(inside.sum()),
             "accuracy": accuracy(margins[inside]),
-            "human": float(agreement[inside].mean()),
+            **({} if agreement is None else {"human": float(agreement[inside].mean())}),
         }
         for i in range(len(edges) - 1)
         if (inside := index == i).any()
@@ -121,26 +132,21 @@ def reliability_curve(
     ]
 
 
-def _calibration_error(curve: list[dict[str, float]]) -> float:
+def expected_calibration_error(curve: list[dict[str, float]]) -> float:
+    """Count-weighted mean of |observed - predicted| over the bins of a `reliability_curve`, in 0..1.
+
+    Guo et al. (2017, arXiv 1706.04599), equation 3.
+    """
     gaps = [abs(row["observed"] - row["predicted"]) for row in curve]
     return float(np.average(gaps, weights=[row["count"] for row in curve]))
 
 
-def expected_calibration_error(
-    probabilities: ArrayLike, outcomes: ArrayLike, bins: int = 10, low: float = 0.0, high: float = 1.0
-) -> float:
-    """Count-weighted mean of |observed - predicted| over the bins of `reliability_curve`, in 0..1.
-
-    Guo et al. (2017, arXiv 1706.04599), equation 3. Raises what `reliability_curve` raises.
-    """
-    return _calibration_error(reliability_curve(probabilities, outcomes, bins, low, high))
-
-
-def reward_model_report(margins: ArrayLike, agreement: ArrayLike, gaps: ArrayLike) -> dict:
+def reward_model_report(margins: ArrayLike, agreement: ArrayLike | None = None, gaps: ArrayLike | None = None) -> dict:
     """Accuracy, human ceiling and calibration of a reward model on pairs that people have rated.
 
     Confidence is that in the predicted winner, sigmoid(|margin|) in 0.5..1, and its outcome is the share of raters who
-    agree with that winner; a tie (margin 0) predicts nobody, so its outcome is a half.
+    agree with that winner (all of them with the chosen text, where agreement is not known); a tie (margin 0) predicts
+    nobody, so its outcome is a half.
 
     `accuracy` is measured against the mean rating, `human_ceiling` is how often one rater agrees with the mean rating.
     So the ceiling bounds agreement with one rater (the mean of the outcomes, that is the count-weighted mean of
@@ -148,25 +154,26 @@ def reward_model_report(margins: ArrayLike, agreement: ArrayLike, gaps: ArrayLik
 
     Args:
         margins: score of chosen minus score of rejected.
-        agreement: share of raters who prefer the chosen one, in 0..1.
-        gaps: mean rating of chosen minus that of rejected, in rating points.
+        agreement: share of raters who prefer the chosen one, in 0..1, where it is known.
+        gaps: mean rating of chosen minus that of rejected, in rating points, where it is known.
 
     Returns:
-        `pairs` (count), `accuracy`, `human_ceiling`, `ece` (all 0..1), `by_gap` (see `accuracy_by_gap`) and
-        `reliability` (see `reliability_curve`; 10 bins over 0.5..1).
+        `pairs` (count), `accuracy`, `human_ceiling` (with agreement), `ece` (all 0..1), `by_gap` (with gaps; see
+        `accuracy_by_gap`) and `reliability` (see `reliability_curve`; 10 bins over 0.5..1).
 
     Raises:
         ValueError: the columns differ in length, are empty or not finite, or an agreement is outside 0..1.
     """
     margins, agreement, gaps = _columns(margins=margins, agreement=agreement, gaps=gaps)
+    agree = np.ones(len(margins)) if agreement is None else agreement
     confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    outcomes = np.select([margins > 0, margins < 0], [agreement, 1 - agreement], default=0.5)
+    outcomes = np.select([margins > 0, margins < 0], [agree, 1 - agree], default=0.5)
     reliability = reliability_curve(confidence, outcomes, bins=10, low=0.5, high=1.0)
     return {
         "pairs": len(margins),
         "accuracy": accuracy(margins),
-        "human_ceiling": float(agreement.mean()),
-        "ece": _calibration_error(reliability),
-        "by_gap": accuracy_by_gap(margins, gaps, agreement, GAP_EDGES),
+        **({} if agreement is None else {"human_ceiling": float(agree.mean())}),
+        "ece": expected_calibration_error(reliability),
+        **({} if gaps is None else {"by_gap": accuracy_by_gap(margins, gaps, gap_edges(gaps), agreement)}),
         "reliability": reliability,
     }

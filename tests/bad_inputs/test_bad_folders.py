@@ -214,6 +214,18 @@ OPTIONS = {
 }
 
 
+# Of the adapter that training goes on from: it has rank 4 and adapts all layers.
+OTHERWISE = {
+    "rank": ({"lora_r": 8}, r"lora_r=8 describes a fresh adapter, and \S+ is one with r=4\. Leave lora_r unset"),
+    "top layers": ({"lora_top_layers": 1}, r"lora_top_layers=1 describes .* with layers_to_transform=None\. Leave"),
+    "modules": (
+        {"lora_target_modules": ["c_attn"]},
+        r"lora_target_modules=.*'c_attn'.* with target_modules=\['c_attn', ",
+    ),
+    "embeddings": ({"lora_embeddings": True}, r"lora_embeddings=True describes .* Leave lora_embeddings unset"),
+}
+
+
 @pytest.mark.parametrize(("value", "message"), MODELS.values(), ids=MODELS)
 @pytest.mark.parametrize("stage", ["sft", "ppo", "evaluation"])
 def test_models(stage, value, message, refuses, world):
@@ -227,6 +239,11 @@ def test_models(stage, value, message, refuses, world):
 @pytest.mark.parametrize("stage", ["reward", "ppo"])
 def test_models_that_do_not_load(stage, spoil, message, refuses):
     refuses(stage, message, loads=True, model_name_or_path=spoiled(spoil, "tiny"))
+
+
+@pytest.mark.parametrize(("options", "message"), OTHERWISE.values(), ids=OTHERWISE)
+def test_options_of_another_adapter_than_the_one_given(options, message, refuses, world):
+    refuses("ppo", message, loads=True, sft_adapter=world.sft, **options)
 
 
 @pytest.mark.parametrize(("stage", "key", "value", "message"), ADAPTERS.values(), ids=ADAPTERS)

@@ -7,7 +7,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig
 from trl.trainer.utils import pad
 
@@ -404,6 +404,25 @@ def test_where_a_score_is_read_if_the_pad_token_is_the_end_of_text(backbone, tok
     torch.testing.assert_close(scores[:1], without, atol=1e-5, rtol=0)
 
 
+def test_an_adapter_of_the_output_head_belongs_to_its_role(tmp_path, tokenizer):
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    base = LlamaForCausalLM(LlamaConfig(**shape, **special, vocab_size=len(tokenizer)))
+    backbone = Backbone(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "lm_head"])).eval()
+    backbone.add_value(init="policy")
+    ids, mask = padded(tokenizer, "right")
+    before = backbone.logprobs("reference", ids, mask, ids[:, 1:])[0]
+    for parameter in backbone.role_parameters("policy"):
+        torch.nn.init.normal_(parameter)
+    for role in ("reference", None):  # of no adapter: the bare backbone
+        assert torch.equal(backbone.logprobs(role, ids, mask, ids[:, 1:])[0], before)
+    policy = backbone.logprobs("policy", ids, mask, ids[:, 1:])[0]
+    assert (policy - before).abs().max() > 0.1
+    with backbone.role("reference"):
+        torch.testing.assert_close(backbone(ids, mask, completion_ids=ids[:, 1:])[0], policy)
+
+
 # ------------------------------------------------------------------------------------------ the value role
 @pytest.fixture
 def roles(tiny, sft_adapter, reward_adapter):
@@ -446,6 +465,12 @@ def test_where_the_value_starts(roles, init, reward, origin):
             parameter += 1
     assert not torch.equal(hidden_of(backbone, "value"), hidden_of(backbone, origin))
     assert origin == "policy" or not torch.equal(head, backbone.heads["reward"].weight)
+
+
+def test_a_value_starts_as_the_weighted_reward(roles):
+    backbone = roles()
+    backbone.add_value(reward_weight=-0.5)
+    assert torch.equal(backbone.heads["value"].weight, -0.5 * backbone.heads["reward"].weight)
 
 
 def test_a_value_from_a_reward_that_there_is_not(roles):

@@ -229,6 +229,7 @@ def test_no_completion_a_prompt(number):
         ("epsilon_high", 0.3),
         ("router_aux_loss_coef", 0.1),
         ("chat_template_kwargs", {"a": 1}),
+        ("use_transformers_continuous_batching", True),
     ],
 )
 def test_what_ppo_does_not_support(name, value):
@@ -322,6 +323,10 @@ def test_defaults_of_what_is_an_option():
         ({"kl_target": 0.0}, "kl_target=0.0 must be above 0."),
         ({"kl_horizon": -1.0}, "kl_horizon=-1.0 must be above 0."),
         ({"max_approx_kl": 0.0}, "max_approx_kl=0.0 must be above 0."),
+        (
+            {"kl_target": 6.0, "kl_horizon": 31, "per_device_train_batch_size": 8, "steps_per_generation": 4},
+            "kl_horizon=31 is shorter than one rollout of 32 sequences",
+        ),
         ({"kl_target": 6.0, "beta": 0.0}, "beta=0.0 cannot be adapted to kl_target=6.0; start above 0."),
     ],
     ids=str,

@@ -286,9 +286,16 @@ def test_passes_over_the_prompts_stay(tmp_path):
 
 
 def test_steps_of_0_11_are_counted_whatever_else_is_given():
-    text = migrate({"ppo_epochs": 2, "steps": 1280, "max_steps": 7, "eval_strategy": "steps"})
+    text = migrate({"ppo_epochs": 2, "steps": 1280, "max_steps": 7})
     assert yaml.safe_load(text)["max_steps"] == 20  # 1280 / 128 updates x 2 epochs
-    assert "# max_steps: 7\n" in text and "eval_strategy" not in yaml.safe_load(text)
+    assert "# max_steps: 7\n" in text
+
+
+def test_what_picks_the_best_checkpoint_comes_along(tmp_path):
+    given = {"num_mini_batches": 2, "eval_steps": 5, "save_steps": 5, "load_best_model_at_end": True}
+    found = read(migrate({**given, "evaluation_strategy": "steps", "dataset_test_split": "dev"}), tmp_path)
+    assert found["eval_strategy"] == "steps" and found["dataset_eval_split"] == "dev"
+    assert found["eval_steps"] == found["save_steps"] == 40  # 5 updates x 4 epochs x 2 minibatches
 
 
 def test_updates_become_optimizer_steps():

@@ -414,6 +414,34 @@ def test_an_update_that_went_too_far_takes_no_further_step(make_trainer):
     assert [row["grad_norm"] > 0 for row in history if "grad_norm" in row] == [True, True, False, False] * 2
 
 
+def test_how_far_an_update_went_is_that_of_whole_steps(make_trainer, tokenizer, monkeypatch):
+    """Over the tokens of both pieces of a step, whose completions differ in length."""
+    trainer, pieces, steps = make_trainer(max_approx_kl=100.0), [], []
+    make_likely(trainer.model, tokenizer.eos_token_id)
+    original = PPOTrainer._compute_loss
+
+    def compute(self, model, inputs):
+        loss = original(self, model, inputs)
+        pieces.append((self._last("approxkl"), inputs["completion_mask"].sum().item()))
+        steps.append(self._approx_kl)
+        return loss
+
+    monkeypatch.setattr(PPOTrainer, "_compute_loss", compute)
+    trainer.train()
+    for (first, tokens), (second, others), found in zip(pieces[::2], pieces[1::2], steps[1::2], strict=True):
+        assert found == pytest.approx((first * tokens + second * others) / (tokens + others), rel=1e-5)
+    assert max(steps) > 0 and any(a[1] != b[1] for a, b in zip(pieces[::2], pieces[1::2], strict=True))
+
+
+def test_gradients_are_clipped(make_trainer):
+    """A step of plain descent is as long as the gradient times the learning rate."""
+    for bound in (1.0, 0.1):
+        recorder = Recorder(make_trainer(max_grad_norm=bound, optim="sgd", lr_scheduler_type="constant"))
+        recorder.trainer.train()
+        moved = [(p - recorder.weights[0][name]).square().sum() for name, p in recorder.weights[1].items()]
+        assert sum(moved).sqrt().item() == pytest.approx(1e-2 * bound, rel=1e-3)
+
+
 def test_what_was_measured_is_logged_though_an_evaluation_came_between(make_trainer):
     """Steps 3 and 4 are skipped; the evaluation after step 2 left the model in evaluation mode, by which logs go."""
     given = {"eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 2, "logging_steps": 4}

@@ -179,6 +179,13 @@ def test_scores_that_are_lengths_are_a_warning(check):
     assert "(-" in found.why and "will write shorter before it writes better" in found.why
 
 
+@pytest.mark.parametrize("option", [{"top_k": 50}, {"top_p": 0.9}, {"generation_kwargs": {"typical_p": 0.9}}], ids=str)
+def test_sampling_from_another_distribution_is_a_warning(check, option):
+    ((name, value),) = option.items()
+    found = by_name(check(**option))[f"{name} is unset"]
+    assert found.result == "warning" and f"{name}={value!r} changes what is sampled from" in found.why
+
+
 def test_several_refusals_come_together(check):
     with pytest.raises(ValueError) as caught:
         check(with_a_dead_head, metrics={"accuracy": 0.4, "ece": 0.0})

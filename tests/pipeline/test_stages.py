@@ -132,6 +132,17 @@ max_completion_length: 4
         assert means["kind"] != means["brief"] and means["shortness"] < 0 <= means["length"] <= 1
 
 
+@pytest.mark.slow
+def test_conversations_are_evaluated(run, tiny, sft_adapter, tokenizer, tmp_path):
+    chatty = shutil.copytree(tiny, tmp_path / "chatty")
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(chatty)
+    asked = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "How was *it*?"}]
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": asked}] * 2)
+    run("evaluation", model_name_or_path=chatty, policy_adapter=sft_adapter, dataset_name=rows)
+    assert "| system: Be kind.<br>user: How was \\*it\\*? |" in (tmp_path / "out" / "report.md").read_text()
+
+
 # ------------------------------------------------------------------------------------ baselines
 def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / WEIGHTS)

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 
 from reward_models.calibration import (
+    GAP_EDGES,
     accuracy,
     accuracy_by_gap,
     expected_calibration_error,
+    gap_edges,
     reliability_curve,
     reward_model_report,
 )
@@ -38,13 +40,30 @@ def test_accuracy_by_gap_by_hand():
 
 
 def test_accuracy_by_gap_leaves_out_pairs_below_the_edges():
-    assert accuracy_by_gap([1.0], [0.4], [0.6], [0.5, 1]) == []
+    assert accuracy_by_gap([1.0], [0.4], [0.5, 1]) == []
+
+
+def test_bins_fit_margins_of_any_scale():
+    assert gap_edges([0.5, 2.2, 8.0]) == GAP_EDGES  # ratings like the embedded ones
+    assert gap_edges(np.arange(7) / 100) == pytest.approx(np.arange(7) / 100)  # six equal shares
+    assert gap_edges([0.0, 0.0, 0.0, 30.0])[0] == 0 and gap_edges([0.0, 0.0, 0.0, 30.0])[-1] == 30
+    for gaps in ([0.2] * 5, [10.0, 20.0, 20.0, 90.0], [0.0, -1.0, 0.3, 0.3]):
+        rows = accuracy_by_gap([1.0] * len(gaps), gaps, gap_edges(gaps))
+        assert sum(row["pairs"] for row in rows) == len(gaps)
+
+
+def test_a_report_without_agreement_states_no_human_figure():
+    report = reward_model_report([2.0, -1.0, 0.5], gaps=[1.0, 2.0, 3.0])
+    assert "human_ceiling" not in report and not any("human" in row for row in report["by_gap"])
+    certain = reward_model_report([2.0, -1.0, 0.5], agreement=[1.0, 1.0, 1.0])
+    assert "by_gap" not in certain and certain["human_ceiling"] == 1
+    assert (report["ece"], report["reliability"]) == (certain["ece"], certain["reliability"])
 
 
 @pytest.mark.parametrize("edges", [[1], [1, 1], [2, 1]])
 def test_accuracy_by_gap_refuses_edges(edges):
     with pytest.raises(ValueError, match="edges"):
-        accuracy_by_gap([1.0], [1.0], [0.6], edges)
+        accuracy_by_gap([1.0], [1.0], edges)
 
 
 def test_reliability_curve_by_hand():
@@ -87,19 +106,21 @@ def test_reliability_curve_refuses(probabilities, outcomes, match):
 def test_expected_calibration_error_by_hand():
     # Bins 0..0.5 (one value) and 0.5..1 (three): 1/4 |1 - 0.2| + 3/4 |(1 + 1 + 0)/3 - (0.6 + 0.7 + 0.8)/3|
     # = 0.2 + 3/4 |2/3 - 0.7| = 0.2 + 0.025.
-    assert expected_calibration_error([0.2, 0.6, 0.7, 0.8], [1, 1, 1, 0], bins=2) == pytest.approx(0.225)
+    curve = reliability_curve([0.2, 0.6, 0.7, 0.8], [1, 1, 1, 0], bins=2)
+    assert expected_calibration_error(curve) == pytest.approx(0.225)
 
 
 def test_calibrated_predictions_have_no_error():
     # Of ten predictions of 0.7, seven come true; of ten of 0.2, two do.
     outcomes = [1] * 7 + [0] * 3 + [1] * 2 + [0] * 8
-    assert expected_calibration_error([0.7] * 10 + [0.2] * 10, outcomes) == pytest.approx(0, abs=1e-12)
+    curve = reliability_curve([0.7] * 10 + [0.2] * 10, outcomes)
+    assert expected_calibration_error(curve) == pytest.approx(0, abs=1e-12)
 
 
 def test_error_with_one_bin_is_that_of_the_means():
     generator = np.random.default_rng(1)
     probabilities, outcomes = generator.random((2, 50))
-    error = expected_calibration_error(probabilities, outcomes, bins=1)
+    error = expected_calibration_error(reliability_curve(probabilities, outcomes, bins=1))
     assert error == pytest.approx(abs(probabilities.mean() - outcomes.mean()))
 
 
