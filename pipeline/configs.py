@@ -293,17 +293,15 @@ def check_lora(
         "lora_target_modules": "target_modules",
         "lora_embeddings": "target_modules",
     }
-    given = {**vars(ModelConfig()), **vars(LoraArguments())}
-    given = {name: value for name, value in {**vars(model), **vars(reach)}.items() if given[name] != value}
-    for option in fields.keys() & given.keys():
-        ours, theirs = (
-            sorted(value) if isinstance(value, (list, set)) else value
-            for value in (getattr(config, fields[option]) for config in (wanted, found))
-        )
-        if ours not in (theirs, "all-linear"):  # peft stores the layers that it took for that word
+    default, given = vars(ModelConfig()) | vars(LoraArguments()), vars(model) | vars(reach)
+    for option, field_name in fields.items():
+        values = (getattr(config, field_name) for config in (wanted, found))
+        ours, theirs = (sorted(value) if isinstance(value, (list, set)) else value for value in values)
+        # "all-linear" peft stores as the layers that it took it for.
+        if given[option] != default[option] and ours not in (theirs, "all-linear"):
             raise ValueError(
-                f"{option}={given[option]!r} describes a fresh adapter, and {source} is one with "
-                f"{fields[option]}={theirs}. Leave {option} unset, or train {source} anew with it."
+                f"{option}={given[option]!r} describes a fresh adapter, and {source} is one with {field_name}={theirs}. "
+                f"Leave {option} unset, or train {source} anew with it."
             )
 
 
