@@ -51,6 +51,16 @@ def load_rows(name: str, split: str) -> Dataset:
     return rows
 
 
+def has_splits(name: str) -> bool:
+    """Whether `load_rows` gives other rows for another split of this dataset."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        saved = datasets.config.DATASETDICT_JSON_FILENAME, datasets.config.DATASET_STATE_JSON_FILENAME
+        of_splits, alone = ((path / file).exists() for file in saved)
+        return of_splits or not alone
+    return path.suffix.lower() not in READERS
+
+
 def _load_file(name: str, path: Path) -> Dataset:
     suffix = path.suffix.lower()
     if suffix not in READERS:
@@ -126,7 +136,10 @@ def _load_split(name: str, source: str, split: str, **options) -> Dataset:
             f"or gated dataset needs `hf auth login`."
         ) from error
     except (DatasetsError, ValueError, RuntimeError, StopIteration) as error:
-        remedy = "Name a split that exists, or save the rows you want to a .jsonl file and name that."
+        remedy = (
+            "Name a split that exists, or save the rows you want to a .jsonl file and name that; eval_dataset_name='' "
+            "leaves evaluation out."
+        )
         raise _unreadable(name, f"split {split!r} could not be loaded", error, remedy) from error
 
 

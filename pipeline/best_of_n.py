@@ -21,7 +21,7 @@ import torch
 from tqdm.auto import tqdm
 from trl import ModelConfig
 
-from data.prompts import check_prompt_lengths, load_prompts, tokenize_prompts
+from data.prompts import check_prompt_lengths, tokenize_prompts
 from pipeline.artifacts import seconds_running
 from pipeline.backbone import load_backbone
 from pipeline.configs import CompletionArguments, PolicyArguments, parse
@@ -45,6 +45,7 @@ class BestOfNArguments(CompletionArguments):
     )
 
     def __post_init__(self):
+        super().__post_init__()
         if min(self.n, default=0) < 1:
             raise ValueError(f"n={self.n} is no list of numbers of completions, each 1 or more.")
         if self.report is not None and not Path(self.report).is_file():
@@ -58,8 +59,7 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
         args.output_dir, model.model_name_or_path, policies=(start.sft_adapter,), rewards=rewards.reward_adapter
     )
     rewards.check_weights(args.reward_weights)
-    prompts = load_prompts(args.dataset_name, args.dataset_eval_split)
-    prompts = prompts.select(range(min(args.max_prompts, len(prompts))))
+    prompts = args.prompts()
     functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)
     backbone, tokenizer = load_backbone(model, start.sft_adapter, trust_remote_code=args.trust_remote_code)
     check_prompt_lengths(prompts, tokenizer, context_length(backbone), args.max_completion_length, args.dataset_name)

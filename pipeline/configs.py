@@ -4,7 +4,9 @@ import difflib
 import os
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from datasets import Dataset
 from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,6 +14,8 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig, RLOOConfig, TrlParser
 
+from data.files import has_splits
+from data.prompts import load_prompts
 from pipeline.recipe import check_ranges, check_types, read_recipe
 from pipeline.trunk import decoder_layers
 
@@ -26,7 +30,8 @@ class DataArguments:
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on (a single file has none)."})
     eval_dataset_name: str | None = field(
-        default=None, metadata={"help": "Rows to evaluate on; unset: the evaluation split of dataset_name."}
+        default=None,
+        metadata={"help": "Rows to evaluate on; unset: the evaluation split of dataset_name; '': none."},
     )
     dataset_eval_split: str = field(
         default="test", metadata={"help": "Split to evaluate on (a single file has none)."}
@@ -34,10 +39,11 @@ class DataArguments:
 
     @property
     def eval_source(self) -> str | None:
-        """Where evaluation rows come from: None when dataset_name is a single file and no other is named."""
-        if self.eval_dataset_name is None and self.dataset_name.endswith((".jsonl", ".json", ".csv", ".parquet")):
-            return None
-        return self.eval_dataset_name or self.dataset_name
+        """Where evaluation rows come from: None where no other dataset is named and dataset_name has no splits, so that
+        they would be those that are trained on."""
+        if self.eval_dataset_name is not None:
+            return self.eval_dataset_name or None
+        return self.dataset_name if has_splits(self.dataset_name) else None
 
 
 @dataclass
@@ -63,6 +69,19 @@ class CompletionArguments:
     reward_weights: list[float] | None = field(default=None, metadata={"help": "As in PPO; unset: 1 each."})
     seed: int = 0
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
+
+    def __post_init__(self):
+        self.output_dir = str(Path(self.output_dir).expanduser())  # as Trainer's arguments do
+
+    def prompts(self) -> Dataset:
+        """Raises what `load_prompts` raises, and a ValueError if there are fewer than two: no interval can be given."""
+        prompts = load_prompts(self.dataset_name, self.dataset_eval_split)
+        prompts = prompts.select(range(min(self.max_prompts, len(prompts))))
+        if len(prompts) < 2:
+            raise ValueError(
+                f"{self.dataset_name}: 1 prompt (max_prompts={self.max_prompts}), and intervals need 2 or more. Name more."
+            )
+        return prompts
 
 
 @dataclass
@@ -341,6 +360,13 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
     parser.set_defaults_with_config(**recipe)
     check_ranges(vars(parser.parse_known_args(rest)[0]))
     parts = parser.parse_args_and_config(args)
+    for part in parts:
+        for name in ("eos_token", "pad_token", "chat_template_path"):
+            if value := getattr(part, name, None):
+                raise ValueError(
+                    f"{name}={value!r} would hold for this stage alone, and all stages read the model's tokenizer. Set it "
+                    f"there: in the tokenizer of a local copy of the model, which model_name_or_path names."
+                )
     if runs:
         for part in parts:
             _check_trackers(getattr(part, "report_to", None))

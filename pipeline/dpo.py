@@ -17,7 +17,7 @@ from data.preferences import load_preferences
 from pipeline.artifacts import finish_stage
 from pipeline.backbone import backbone_copies, load_backbone
 from pipeline.checkpoints import Checkpointed, find_checkpoint
-from pipeline.configs import DataArguments, PolicyArguments, check_max_length, parse
+from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, check_max_length, parse
 from pipeline.folders import check_folders
 from pipeline.launch import check_launch, check_wrapper
 from pipeline.loading import context_length, fingerprint
@@ -43,7 +43,9 @@ def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DP
         pairs = pairs.shuffle(seed=args.seed).select(range(min(start.max_pairs, len(pairs))))
     pairs = pairs.select_columns([name for name in ("prompt", "chosen", "rejected") if name in pairs.column_names])
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
-    backbone, tokenizer = load_backbone(model, start.sft_adapter, trust_remote_code=args.trust_remote_code)
+    backbone, tokenizer = load_backbone(
+        model, start.sft_adapter, reach=LoraArguments(), trust_remote_code=args.trust_remote_code
+    )
     check_max_length(args.max_length, context_length(backbone))
     check_chat_template(pairs, tokenizer, data.dataset_name)
     identity = fingerprint(backbone.get_base_model())

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from data.prompts import check_prompt_lengths, load_prompts, tokenize_prompts
+from data.prompts import check_prompt_lengths, tokenize_prompts
 from pipeline import report as drawing
 from pipeline.artifacts import read_metrics, seconds_running
 from pipeline.backbone import Backbone, load_backbone
@@ -141,8 +141,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         rewards=rewards.reward_adapter,
     )
     rewards.check_weights(args.reward_weights)
-    prompts = load_prompts(args.dataset_name, args.dataset_eval_split)
-    prompts = prompts.select(range(min(args.max_prompts, len(prompts))))
+    prompts = args.prompts()
     functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)
     backbone, tokenizer = load_backbone(model, args.policy_adapter, trust_remote_code=args.trust_remote_code)
     check_prompt_lengths(prompts, tokenizer, context_length(backbone), args.max_completion_length, args.dataset_name)

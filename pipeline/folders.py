@@ -17,6 +17,13 @@ ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 # Where peft keeps the head of a sequence-classification adapter (`modules_to_save=["score"]`).
 HEAD = "base_model.model.score.weight"
+# Fields of an adapter's config with which peft changes the base as it loads the adapter, and the values with which not.
+LEAVES_BASE = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    "trainable_token_indices": (None,),
+    "layer_replication": (None,),
+}
 
 
 def check_folders(
@@ -126,7 +133,8 @@ def check_adapter(name: str, *, needs_head: bool | None) -> Path:
 
     Raises:
         FileNotFoundError: the folder, its config or its safetensors file is missing.
-        ValueError: a file is damaged; not a LoRA adapter; its head is missing, or has no business here.
+        ValueError: a file is damaged; not a LoRA adapter, or one that changes its base too; its head is missing, or has
+            no business here.
     """
     folder = adapter_folder(name)
     for file in (ADAPTER_CONFIG, WEIGHTS):
@@ -137,9 +145,17 @@ def check_adapter(name: str, *, needs_head: bool | None) -> Path:
                 f"{folder / file}: no such file. Name the folder that `trainer.save_model` wrote ({ADAPTER_CONFIG} "
                 f"and {WEIGHTS}).{hint}"
             )
-    kind = read_json(folder / ADAPTER_CONFIG).get("peft_type")
-    if kind != "LORA":
-        raise ValueError(f"{name}: the adapter is of type {kind}, not LORA.")
+    config = read_json(folder / ADAPTER_CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{name}: the adapter is of type {config.get('peft_type')}, not LORA.")
+    for field, harmless in LEAVES_BASE.items():
+        value = config.get(field, harmless[0])
+        if value not in harmless:
+            raise ValueError(
+                f"{name}: {ADAPTER_CONFIG} has {field}={value!r}, by which the adapter changes the backbone itself, and all "
+                f"roles share it. Train one with {field}={harmless[0]!r}, or merge this one into a model of its own and name "
+                f"that in model_name_or_path."
+            )
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             head = file.get_slice(HEAD).get_shape() if HEAD in file.keys() else None  # noqa: SIM118 (no mapping)
@@ -170,7 +186,8 @@ def damaged(path: Path, error: SafetensorError) -> ValueError:
 def check_output_dir(output_dir: str, inputs: tuple[str | None, ...] = (), leaves_reward: bool | None = None) -> None:
     """Check that a folder can be written, and that what is there is not lost by it.
 
-    As with Trainer, an earlier run of the same kind is written over. `inputs` are what the run reads.
+    As with Trainer, an earlier run of the same kind is written over, and checkpoints make room for later ones. `inputs`
+    are what the run reads.
 
     Raises:
         NotADirectoryError: it is a file, or beneath one.
@@ -194,8 +211,16 @@ def check_output_dir(output_dir: str, inputs: tuple[str | None, ...] = (), leave
         return
     remedy = "Name another folder in output_dir."
     for name in inputs:
-        if name and Path(name).expanduser().resolve() == folder.resolve():
+        path = Path(name).expanduser().resolve() if name else None
+        if path == folder.resolve():
             raise ValueError(f"output_dir={output_dir!r}: the run reads this folder and would write over it. {remedy}")
+        if path and path.is_relative_to(folder.resolve()):
+            below = path.relative_to(folder.resolve()).parts[0]
+            if below == "value" or below.startswith("checkpoint-"):
+                raise ValueError(
+                    f"output_dir={output_dir!r}: the run reads {name} beneath it, and would write over it or remove it. "
+                    f"{remedy}"
+                )
     if (folder / "config.json").is_file():
         raise ValueError(f"output_dir={output_dir!r} holds a model, which an adapter must not lie beside. {remedy}")
     if (folder / ADAPTER_CONFIG).is_file():

@@ -15,7 +15,7 @@ from trl import ModelConfig, RewardConfig
 from data.files import check_chat_template
 from data.preferences import load_preferences
 from data.prompts import check_prompt_lengths
-from pipeline.artifacts import finish_stage
+from pipeline.artifacts import finish_stage, push
 from pipeline.backbone import load_backbone
 from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, RewardModelArguments, check_max_length, lora_config, parse
@@ -72,6 +72,11 @@ def main(
     data: DataArguments, pairs: RewardModelArguments, reach: LoraArguments, model: ModelConfig, args: RewardConfig
 ) -> None:
     check_launch(args)
+    if args.train_sampling_strategy not in ("random", "group_by_length"):
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} is not supported: pairs of a ranking are batched "
+            f"together. Name random or group_by_length."
+        )
     check_folders(args.output_dir, model.model_name_or_path, policies=(pairs.sft_adapter,), leaves_reward=True)
     checkpoint = find_checkpoint(args)
     train = load_preferences(data.dataset_name, data.dataset_train_split)
@@ -113,14 +118,15 @@ def main(
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = held_out_report(trainer) if held_out else {}
     (Path(args.output_dir) / FILE).unlink(missing_ok=True)  # an earlier run's scale is not that of these scores
-    finish_stage(trainer, identity, {**metrics, "history": trainer.state.log_history})
-    accelerator = trainer.accelerator
+    finish_stage(trainer, identity, {**metrics, "history": trainer.state.log_history}, complete=not pairs.sft_adapter)
+    accelerator, repository = trainer.accelerator, trainer.hub_model_id
     if pairs.sft_adapter:
         accelerator.free_memory()
         del trainer, base  # the backbone is loaded again, as a language model
         scale = normalization_of(pairs, model, args, completed["prompt"][:])
         if accelerator.is_main_process:
             scale.save(args.output_dir)
+            push(args, repository)
     accelerator.end_training()  # as `Trainer.end`
 
 

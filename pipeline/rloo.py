@@ -14,7 +14,7 @@ from data.prompts import check_prompt_lengths, load_prompts
 from pipeline.artifacts import completions_sampled, finish_stage
 from pipeline.backbone import backbone_copies, load_backbone
 from pipeline.checkpoints import Checkpointed, find_checkpoint
-from pipeline.configs import DataArguments, PolicyArguments, parse
+from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, parse
 from pipeline.folders import check_folders
 from pipeline.launch import check_launch, check_wrapper
 from pipeline.loading import context_length, fingerprint
@@ -35,6 +35,11 @@ def train(
 ) -> None:
     """Train the policy role of a backbone with one of TRL's online trainers, and leave its adapter."""
     check_launch(args, shards=False)
+    if args.chat_template_kwargs:
+        raise ValueError(
+            f"chat_template_kwargs={args.chat_template_kwargs!r} would not reach the reward model. Leave it unset, or write "
+            f"it into the chat template of the model's tokenizer."
+        )
     check_folders(
         args.output_dir,
         model.model_name_or_path,
@@ -47,7 +52,9 @@ def train(
     prompts = load_prompts(data.dataset_name, data.dataset_train_split)
     functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
-    backbone, tokenizer = load_backbone(model, start.sft_adapter, trust_remote_code=args.trust_remote_code)
+    backbone, tokenizer = load_backbone(
+        model, start.sft_adapter, reach=LoraArguments(), trust_remote_code=args.trust_remote_code
+    )
     identity = fingerprint(backbone.get_base_model())
     check_prompt_lengths(prompts, tokenizer, context_length(backbone), args.max_completion_length, data.dataset_name)
     asked = args.generation_batch_size // args.num_generations

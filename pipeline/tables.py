@@ -63,7 +63,15 @@ def seeds_table(reports: Sequence[dict]) -> str:
         return f"{report['sft'][key]:{form}} → {report['ppo'][key]:{form}}"
 
     reports = sorted(reports, key=lambda report: report["seed"])
-    header = ("seed", "score, SFT → PPO", "judge, SFT → PPO", "gain, 95% interval", "PPO beats SFT", "KL, nats", "KL held")
+    header = (
+        "seed",
+        "score, SFT → PPO",
+        "judge, SFT → PPO",
+        "gain, 95% interval",
+        "PPO beats SFT",
+        "KL, nats",
+        "KL held",
+    )
     rows = [
         [
             str(report["seed"]),
@@ -211,5 +219,7 @@ if __name__ == "__main__":
         seeds(Path(folder))
     elif name == "baselines":
         baselines(Path(folder), *map(Path, others))
-    else:
+    elif name == "ablations":
         ablations(Path(folder), *others)
+    else:
+        sys.exit(f"pipeline.tables: {name!r} is not one of seeds, baselines, ablations.")

@@ -71,10 +71,14 @@ class LearnedReward:
 
     def _scores(self, prompts: list, completion_ids: list[list[int]]) -> list[float]:
         prompt_ids = tokenize_prompts(prompts, self.tokenizer)
-        return score_rows(
+        training = self.backbone.training
+        self.backbone.eval()  # without dropout, whatever the trainer that asks has
+        scores = score_rows(
             partial(self.backbone.scores, role=self.role),
             [prompt + chosen for prompt, chosen in zip(prompt_ids, completion_ids, strict=True)],
             pad_token_id=self.tokenizer.pad_token_id,
             batch_size=self.batch_size,
             device=self.backbone.get_base_model().device,
         )
+        self.backbone.train(training)
+        return scores

@@ -75,6 +75,16 @@ def score_each_text_once(model: nn.Module) -> None:
     model.register_forward_hook(spread, with_kwargs=True)
 
 
+def up_to_the_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """A conversation's tokens, without the white space that a chat template writes after the token that ends the last turn:
+    a completion ends with that token, and it is there that PPO will read its score."""
+    kept = len(ids)
+    while kept and not tokenizer.decode(ids[kept - 1]).strip():
+        kept -= 1
+    known = tokenizer.added_tokens_decoder
+    return ids[:kept] if kept and ids[kept - 1] in known and known[ids[kept - 1]].special else ids
+
+
 class RankingTrainer(RewardTrainer):
     """TRL's RewardTrainer, on pairs that share texts: those that follow each other in the dataset share a batch, and
     each text of a batch is scored once. Plain texts are tokenized once, too.
@@ -108,7 +118,10 @@ class RankingTrainer(RewardTrainer):
             }
             for name, column in pairs.items():
                 dataset = dataset.add_column(f"{name}_ids", [ids[text] for text in column])
-        return prepare(dataset, processing_class, args, dataset_name)
+            return prepare(dataset, processing_class, args, dataset_name)
+        dataset = prepare(dataset, processing_class, args, dataset_name)
+        columns = ("chosen_ids", "rejected_ids")
+        return dataset.map(lambda row: {name: up_to_the_end(row[name], processing_class) for name in columns})
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
@@ -118,4 +131,5 @@ class RankingTrainer(RewardTrainer):
         if self.args.train_sampling_strategy == "group_by_length":
             of_rows = [max(map(len, ids)) for ids in zip(rows["chosen_ids"][:], rows["rejected_ids"][:], strict=True)]
             lengths = [max(of_rows[number] for number in group) for group in groups]
-        return GroupSampler(groups, lengths, size, self.args.seed)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        return GroupSampler(groups, lengths, size, seed)

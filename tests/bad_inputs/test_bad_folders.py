@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -141,6 +142,26 @@ DAMAGED = {
     ),
     "a list for a config": ("sft", put("adapter_config.json", "[]"), r"adapter_config\.json: not a JSON object"),
     "another kind of adapter": ("sft", change("adapter_config.json", peft_type="IA3"), r"is of type IA3, not LORA"),
+    "biases of the base": (
+        "reward",
+        change("adapter_config.json", bias="lora_only"),
+        r"has bias='lora_only', by which the adapter changes the backbone itself.* Train one with bias='none'",
+    ),
+    "residues of the base": (
+        "reward",
+        change("adapter_config.json", init_lora_weights="pissa_niter_4"),
+        r"has init_lora_weights='pissa_niter_4', by which .* Train one with init_lora_weights=True",
+    ),
+    "tokens of the base": (
+        "sft",
+        change("adapter_config.json", trainable_token_indices=[5]),
+        r"has trainable_token_indices=\[5\], by which",
+    ),
+    "layers of the base again": (
+        "sft",
+        change("adapter_config.json", layer_replication=[[0, 2], [1, 2]]),
+        r"has layer_replication=\[\[0, 2\], \[1, 2\]\], by which",
+    ),
     "no head": (
         "reward",
         tensors(lambda found: {k: v for k, v in found.items() if k != HEAD}),
@@ -317,6 +338,13 @@ OUTPUTS = {
 @pytest.mark.parametrize(("stage", "value", "message"), OUTPUTS.values(), ids=OUTPUTS)
 def test_outputs(stage, value, message, refuses):
     refuses(stage, rf"^output_dir=.*{message}", output_dir=value)
+
+
+@pytest.mark.parametrize("beneath", ["value", "checkpoint-4"])
+def test_an_adapter_that_the_run_would_write_over_or_remove(beneath, refuses, world):
+    shutil.copytree(world.reward if beneath == "value" else world.sft, world.folder / "out" / beneath)
+    adapter = {"reward_adapter" if beneath == "value" else "sft_adapter": str(world.folder / "out" / beneath)}
+    refuses("ppo", rf"^output_dir=\S+out': the run reads \S+out/{beneath} beneath it, and would write over", **adapter)
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])

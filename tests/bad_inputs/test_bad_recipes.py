@@ -94,6 +94,21 @@ RANGES = [
     ("best_of_n", "max_completion_length", 0, "1 or more"),
 ]
 CONTRADICTIONS = {
+    "an end of text of one stage": ("sft", {"eos_token": "!"}, r"^eos_token='!' would hold for this stage alone"),
+    "padding of one stage": ("reward", {"pad_token": "!"}, r"^pad_token='!' would hold for this stage alone"),
+    "a chat template of one stage": ("sft", {"chat_template_path": "x"}, r"^chat_template_path='x' would hold for"),
+    "thinking that the reward would not see": (
+        "rloo",
+        {"chat_template_kwargs": '{"enable_thinking": false}'},
+        r"^chat_template_kwargs=\{'enable_thinking': False\} would not reach the reward model",
+    ),
+    "rankings torn apart": (
+        "reward",
+        {"train_sampling_strategy": "sequential"},
+        r"^train_sampling_strategy='sequential' is not supported: pairs of a ranking are batched together",
+    ),
+    "one prompt to evaluate": ("evaluation", {"max_prompts": 1}, r"prompts\.jsonl: 1 prompt \(max_prompts=1\), and"),
+    "one prompt for best of n": ("best_of_n", {"max_prompts": 1}, r": 1 prompt .* intervals need 2 or more"),
     "minibatches": ("ppo", {"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "does not divide"),
     "a held KL without a penalty": ("ppo", {"kl_target": 6.0, "beta": 0.0}, "beta=0.0 cannot be adapted to kl_target"),
     "a head with an adapter's start": (

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from datasets import Dataset, DatasetDict
 from peft import get_peft_model, get_peft_model_state_dict
 from transformers import (
     GPT2Config,
@@ -259,6 +260,16 @@ def test_minibatches_are_whole(steps, accumulation):
 )
 def test_evaluation_rows(name, other, source):
     assert DataArguments(dataset_name=name, eval_dataset_name=other).eval_source == source
+
+
+def test_rows_without_splits_are_not_held_out_from_themselves(tmp_path):
+    rows = Dataset.from_list([{"text": "A"}])
+    rows.save_to_disk(tmp_path / "saved")
+    DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "splits")
+    (tmp_path / "data").mkdir()
+    for name, source in (("saved", None), ("splits", "splits"), ("data", "data"), ("rows.JSONL", None)):
+        found = DataArguments(dataset_name=str(tmp_path / name)).eval_source
+        assert found == (source and str(tmp_path / source))
 
 
 def test_lora_config():

@@ -316,6 +316,13 @@ def test_a_score_from_the_trunk_is_that_of_its_row(make_trainer, tokenizer):
     assert known == pytest.approx(alone, abs=1e-5)
 
 
+def test_a_learned_reward_scores_without_dropout(backbone, tokenizer):
+    reward, asked = LearnedReward(backbone, tokenizer), {"prompts": ["A", "The film"], "completion_ids": [[5, 6], [7]]}
+    expected = reward(**asked)
+    backbone.train()
+    assert reward(**asked) == expected and backbone.training
+
+
 def test_what_reward_functions_log_is_logged(make_trainer):
     def chatty(completions, log_extra, log_metric, **kwargs):
         log_extra("shout", [completion.upper() for completion in completions])

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import Trainer
 from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SFTConfig
 
-from pipeline import best_of_n, dpo, evaluation, grpo, ppo, reward, rloo, sft, tables
+from pipeline import artifacts, best_of_n, dpo, evaluation, grpo, ppo, reward, rloo, sft, tables
 from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, PPOConfig, RewardModelArguments, parse
 from pipeline.loading import WEIGHTS, load_pretrained, read_adapter
 from reward_models.composite import RewardArguments
@@ -66,9 +67,9 @@ def test_the_backbone_is_bit_identical_after_the_stage(stage, run, tiny, monkeyp
     kept = {}
     original = MODULES[stage].finish_stage
 
-    def finish(trainer, identity, metrics):
+    def finish(trainer, identity, metrics, **options):
         kept.update({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
-        original(trainer, identity, metrics)
+        original(trainer, identity, metrics, **options)
 
     monkeypatch.setattr(MODULES[stage], "finish_stage", finish)
     data = {"dataset_name": write(tmp_path / "pairs.jsonl", PAIRS)} if stage == "reward" else {}
@@ -143,6 +144,29 @@ def test_conversations_are_evaluated(run, tiny, sft_adapter, tokenizer, tmp_path
     assert "| system: Be kind.<br>user: How was \\*it\\*? |" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("scaled", [True, False])
+def test_what_is_pushed_is_whole_and_holds_no_pickle(scaled, run, sft_adapter, tmp_path, monkeypatch):
+    def init(trainer, **kwargs):
+        trainer.hub_model_id = "owner/reward"
+
+    pushed = []
+    monkeypatch.setattr(Trainer, "init_hf_repo", init)
+    monkeypatch.setattr(Trainer, "push_to_hub", lambda *args, **kwargs: pushed.append("too early"))
+    monkeypatch.setattr(
+        artifacts,
+        "upload_folder",
+        lambda **given: pushed.append((given, {p.name for p in (tmp_path / "out").iterdir()})),
+    )
+    adapter = {"sft_adapter": sft_adapter if scaled else "", "sft_completions": 4, "max_completion_length": 4}
+    run("reward", dataset_name=write(tmp_path / "pairs.jsonl", PAIRS), push_to_hub=True, **adapter)
+    ((given, files),) = pushed
+    assert given["repo_id"] == "owner/reward" and given["folder_path"] == str(tmp_path / "out")
+    assert files >= {"adapter_model.safetensors", "README.md", "backbone.json", "metrics.json"}
+    assert ("score_normalization.json" in files) == scaled
+    assert "*.bin" in given["ignore_patterns"]
+
+
 # ------------------------------------------------------------------------------------ baselines
 def weights(folder) -> dict[str, torch.Tensor]:
     return load_file(Path(folder) / WEIGHTS)
@@ -156,9 +180,9 @@ def test_a_baseline_trains_the_policy_alone_and_leaves_a_standard_adapter(
     module, kept = rloo if method == "grpo" else MODULES[method], {}
     original = module.finish_stage
 
-    def finish(trainer, identity, metrics):
+    def finish(trainer, identity, metrics, **options):
         kept["trainer"] = trainer
-        original(trainer, identity, metrics)
+        original(trainer, identity, metrics, **options)
 
     monkeypatch.setattr(module, "finish_stage", finish)
     data = {"dataset_name": write(tmp_path / "pairs.jsonl", PAIRS), "max_pairs": 48} if method == "dpo" else {}

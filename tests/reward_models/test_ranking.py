@@ -146,6 +146,23 @@ def test_each_text_is_tokenized_once_and_as_trl_does(tiny, tmp_path, prompts, mo
     assert 0 < len(ours) < len(pairs)
 
 
+def test_a_conversation_ends_where_a_completion_does(tiny, tmp_path):
+    base, tokenizer = load_pretrained(ModelConfig(tiny), head=True)
+    end, answer = tokenizer.eos_token, [{"role": "assistant", "content": "Good."}]
+    args = RewardConfig(str(tmp_path), max_length=32, bf16=False, use_cpu=True, report_to="none")
+
+    def prepared(after: str) -> list[int]:
+        tokenizer.chat_template = "{% for turn in messages %}{{ turn['content'] + '" + after + "' }}{% endfor %}"
+        rows = [{"prompt": [{"role": "user", "content": "How?"}], "chosen": answer, "rejected": answer * 2}]
+        trainer = RankingTrainer(
+            model=base, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+        )
+        return trainer.train_dataset[0]["chosen_ids"]
+
+    assert prepared(f"{end}\\n\\n") == tokenizer(f"How?{end}\n\nGood.{end}")["input_ids"]
+    assert prepared("\\n") == tokenizer("How?\nGood.\n")["input_ids"]  # no token ends a turn
+
+
 def test_trl_has_what_we_override():
     arguments = ["self", "dataset", "processing_class", "args", "dataset_name"]
     assert list(inspect.signature(RewardTrainer._prepare_dataset).parameters) == arguments
