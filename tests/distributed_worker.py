@@ -66,7 +66,7 @@ def look(name, module):
     """What the stage calls as it finishes, which notes its trainer's state too."""
     finish = module.finish_stage
 
-    def finish_and_look(trainer, *args):
+    def finish_and_look(trainer, *args, **options):
         seen[name] = {
             "distributed_type": str(trainer.accelerator.distributed_type),
             "processes": trainer.accelerator.num_processes,
@@ -74,7 +74,7 @@ def look(name, module):
             "digest": digest(trainer),
             "history": trainer.state.log_history,
         }
-        finish(trainer, *args)
+        finish(trainer, *args, **options)
 
     return finish_and_look
 

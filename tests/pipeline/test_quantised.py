@@ -176,9 +176,9 @@ def test_stages_train_on_a_base_that_stays_as_it_is(folder, tmp_path, monkeypatc
         if stage != "evaluation":
             finish = import_module("pipeline.artifacts").finish_stage
 
-            def look(trainer, identity, metrics):
+            def look(trainer, identity, metrics, **options):
                 kept[stage] = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
-                finish(trainer, identity, metrics)
+                finish(trainer, identity, metrics, **options)
 
             monkeypatch.setattr(module, "finish_stage", look)
             options |= {"max_steps": 2, "bf16": False, "lora_top_layers": 1, "per_device_train_batch_size": 4}
