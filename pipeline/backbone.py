@@ -83,8 +83,9 @@ class Backbone(PeftModelForCausalLM):
         """Add the value role.
 
         As an `adapter` it starts from the `reward` adapter and its head times `reward_weight`, so that the first values
-        are scores, or from the `policy` adapter with a head of zeros; `auto` takes the reward where there is one. As a `head` it is a head
-        of zeros on the policy's own hidden states, which it shapes too: one forward pass less, and one adapter less.
+        are scores, or from the `policy` adapter with a head of zeros; `auto` takes the reward where there is one. As a
+        `head` it is a head of zeros on the policy's own hidden states, which it shapes too: one forward pass less, and
+        one adapter less.
 
         Raises:
             ValueError: `init` is `reward` and the backbone has no reward role.

@@ -119,7 +119,10 @@ class RankingTrainer(RewardTrainer):
             for name, column in pairs.items():
                 dataset = dataset.add_column(f"{name}_ids", [ids[text] for text in column])
             return prepare(dataset, processing_class, args, dataset_name)
+        given = dataset.column_names
         dataset = prepare(dataset, processing_class, args, dataset_name)
+        if "chosen" not in given:  # tokens
+            return dataset
         columns = ("chosen_ids", "rejected_ids")
         return dataset.map(lambda row: {name: up_to_the_end(row[name], processing_class) for name in columns})
 
