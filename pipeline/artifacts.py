@@ -47,7 +47,8 @@ def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict, *, complete:
 
 
 def push(args: TrainingArguments, repository: str | None) -> None:
-    """With `push_to_hub`, upload the output folder as it is; checkpoints go by `hub_strategy`, pickles never."""
+    """With `push_to_hub`, upload the output folder as it is, but for pickles, and for checkpoints, which are Trainer's to
+    push as `hub_strategy` says."""
     if args.push_to_hub:
         upload_folder(
             repo_id=repository,

@@ -267,6 +267,12 @@ def test_options_of_another_adapter_than_the_one_given(options, message, refuses
     refuses("ppo", message, loads=True, sft_adapter=world.sft, **options)
 
 
+@pytest.mark.parametrize("stage", ["rloo", "grpo", "dpo"])
+def test_options_of_another_adapter_in_the_baselines(stage, refuses, world):
+    options, message = OTHERWISE["rank"]
+    refuses(stage, message, loads=True, sft_adapter=world.sft, **options)
+
+
 @pytest.mark.parametrize(("stage", "key", "value", "message"), ADAPTERS.values(), ids=ADAPTERS)
 def test_adapters(stage, key, value, message, refuses):
     refuses(stage, message, **{key: value})

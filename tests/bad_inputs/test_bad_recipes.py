@@ -69,6 +69,7 @@ RANGES = [
     ("reward", "sft_completions", 0, "1 or more"),
     ("reward", "max_completion_length", 0, "1 or more"),
     ("ppo", "beta", -0.1, "0 or more"),
+    ("ppo", "ptx_max_length", 1, "2 or more"),
     ("ppo", "temperature", 0.0, "above 0"),
     ("ppo", "top_p", 0.0, "above 0"),
     ("ppo", "num_iterations", 0, "1 or more"),

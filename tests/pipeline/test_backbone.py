@@ -7,12 +7,12 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig
 from trl.trainer.utils import pad
 
 from pipeline.backbone import ADAPTERS, SWITCHES, Backbone, backbone_copies
-from pipeline.loading import HEAD, WEIGHTS, fingerprint, load_pretrained, read_adapter
+from pipeline.loading import HEAD, WEIGHTS, context_length, fingerprint, load_pretrained, read_adapter
 from pipeline.losses import text_loss
 
 
@@ -337,6 +337,12 @@ def test_pickled_weights_are_not_loaded(tiny, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match="safetensors"):
         load_pretrained(ModelConfig(str(folder)))
+
+
+def test_a_context_that_is_not_known():
+    base = BloomForCausalLM(BloomConfig(vocab_size=9, hidden_size=4, n_layer=1, n_head=1))
+    with pytest.raises(ValueError, match="this bloom model names no max_position_embeddings. Take a model of"):
+        context_length(base)
 
 
 def test_the_identity_names_the_base(backbone, tiny, tmp_path):

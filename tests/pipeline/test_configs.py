@@ -17,7 +17,7 @@ from transformers import (
 )
 from trl import ModelConfig, RLOOConfig
 
-from pipeline.configs import DataArguments, LoraArguments, PPOConfig, lora_config, parse
+from pipeline.configs import CompletionArguments, DataArguments, LoraArguments, PPOConfig, lora_config, parse
 from reward_models.composite import load_function
 
 
@@ -256,6 +256,7 @@ def test_minibatches_are_whole(steps, accumulation):
         ("rows.jsonl", "held_out.jsonl", "held_out.jsonl"),
         ("owner/name", "held_out.csv", "held_out.csv"),
         ("rows.parquet", None, None),
+        ("owner/name", "", None),
     ],
 )
 def test_evaluation_rows(name, other, source):
@@ -270,6 +271,11 @@ def test_rows_without_splits_are_not_held_out_from_themselves(tmp_path):
     for name, source in (("saved", None), ("splits", "splits"), ("data", "data"), ("rows.JSONL", None)):
         found = DataArguments(dataset_name=str(tmp_path / name)).eval_source
         assert found == (source and str(tmp_path / source))
+
+
+def test_figures_go_where_the_tilde_points(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert CompletionArguments(output_dir="~/out").output_dir == str(tmp_path / "out")
 
 
 def test_lora_config():

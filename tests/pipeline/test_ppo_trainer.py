@@ -184,6 +184,10 @@ def test_rewards_are_weighed_and_clipped(make_trainer):
     trainer.model.train()
     scores = trainer._scores([{"prompt": "A"}] * 2, ["A"] * 2, ["one two", "one two three"], [[5], [6]])
     assert scores.tolist() == [2 - 6, -5]
+    heads = trainer.model.heads
+    assert torch.equal(heads["value"].weight, heads["reward"].weight)  # of the first reward, at its weight of 1
+    heads = make_trainer(reward_weights=[-0.5]).model.heads
+    assert torch.equal(heads["value"].weight, -0.5 * heads["reward"].weight)
 
 
 async def short_words(completions, **kwargs):

@@ -142,6 +142,7 @@ def test_accuracy_by_gap(tmp_path):
     draw_accuracy_by_gap([{**BY_GAP[0], "accuracy": 0.1}], tmp_path / "one.png")
     draw_accuracy_by_gap([{key: row[key] for key in row if key != "human"} for row in BY_GAP], tmp_path / "own.png")
     assert ink(tmp_path / "one.png", PPO) > 50
+    assert ink(tmp_path / "own.png", PPO) > 300 and ink(tmp_path / "own.png", SFT) == 0  # nobody's ceiling
 
 
 def test_drawing_leaves_the_global_style_alone(tmp_path):
@@ -258,6 +259,7 @@ def test_report_of_the_least():
     assert "| perplexity | – | – |" in text
     assert "KL to" not in text.split("![")[0]
     assert "##" not in text
+    assert "opies of the backbone" not in markdown_report({"sft": {}, "ppo": {}, "backbone_copies": None}, [])
 
 
 def test_a_report_on_another_policy_names_it():

@@ -1,3 +1,8 @@
+import runpy
+import sys
+
+import pytest
+
 from pipeline.tables import comparison_table, kl_held, seeds_table
 
 
@@ -33,3 +38,10 @@ def test_kl_is_held_over_the_second_half_of_the_updates():
     assert kl_held(history) == 6.0  # of 4 and 8
     assert kl_held(history[1:]) == 6.0  # an odd number: the one in the middle counts
     assert kl_held([{"kl": 3.0}]) == 3.0
+
+
+def test_a_table_that_there_is_not(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["tables", "seed", str(tmp_path)])
+    with pytest.raises(SystemExit, match="'seed' is not one of seeds, baselines, ablations"):
+        runpy.run_path("pipeline/tables.py", run_name="__main__")
+    assert not any(tmp_path.iterdir())

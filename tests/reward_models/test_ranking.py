@@ -163,6 +163,17 @@ def test_a_conversation_ends_where_a_completion_does(tiny, tmp_path):
     assert prepared("\\n") == tokenizer("How?\nGood.\n")["input_ids"]  # no token ends a turn
 
 
+def test_the_order_of_the_data_has_a_seed_of_its_own(tiny, tmp_path):
+    base, tokenizer = load_pretrained(ModelConfig(tiny), head=True)
+
+    def order(**seeds) -> list[int]:
+        args = RewardConfig(str(tmp_path), bf16=False, use_cpu=True, report_to="none", **seeds)
+        trainer = RankingTrainer(model=base, args=args, train_dataset=dataset(), processing_class=tokenizer)
+        return list(trainer._get_train_sampler())
+
+    assert order(seed=1, data_seed=7) == order(seed=2, data_seed=7) == order(seed=7) != order(seed=1)
+
+
 def test_trl_has_what_we_override():
     arguments = ["self", "dataset", "processing_class", "args", "dataset_name"]
     assert list(inspect.signature(RewardTrainer._prepare_dataset).parameters) == arguments
