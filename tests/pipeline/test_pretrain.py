@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from pipeline.pretrain import EOS, PAD, BackboneConfig, main
+from pipeline.pretrain import EOS, PAD, BackboneConfig, held_out_loss, main, tokenize
 
 
 BACKBONE = Path(__file__).parents[2] / "data" / "backbone"
@@ -26,6 +26,21 @@ def test_the_embedded_backbone_is_the_one_its_card_describes():
     tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
     assert (tokenizer.eos_token, tokenizer.pad_token) == (EOS, PAD)
     assert tokenizer.decode(tokenizer("It's a café ☕")["input_ids"]) == "It's a café ☕"  # bytes: nothing is unknown
+
+
+def test_held_out_loss_is_over_every_token_that_is_predicted():
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(BACKBONE), AutoTokenizer.from_pretrained(BACKBONE)
+    texts = ["A film.", "Too long by half, and then some more of it", "Café"]
+    dataset = tokenize(texts, tokenizer, n_positions=128)
+    nats, tokens, size = 0.0, 0, 0
+    for row in dataset["input_ids"]:  # one at a time: no padding, no batches
+        logprobs = model(torch.tensor([row])).logits[0].log_softmax(-1)
+        nats -= sum(logprobs[i, token].item() for i, token in enumerate(row[1:]))
+        tokens += len(row) - 1
+        size += len(tokenizer.decode(row[1:-1]).encode())
+    for batch_size in (1, 2, 3):
+        loss = held_out_loss(model, dataset, tokenizer, batch_size)
+        assert loss == pytest.approx((nats / tokens, nats / size), rel=1e-5)
 
 
 @pytest.mark.slow
