@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
+from data.human_ratings import load_split
 from pipeline.pretrain import EOS, PAD, BackboneConfig, held_out_loss, main, tokenize
 
 
@@ -41,6 +42,14 @@ def test_held_out_loss_is_over_every_token_that_is_predicted():
     for batch_size in (1, 2, 3):
         loss = held_out_loss(model, dataset, tokenizer, batch_size)
         assert loss == pytest.approx((nats / tokens, nats / size), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_card_states_the_loss_of_the_weights_beside_it():
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(BACKBONE), AutoTokenizer.from_pretrained(BACKBONE)
+    dataset = tokenize([snippet.text for snippet in load_split("validation")], tokenizer, n_positions=128)
+    row = re.search(r"^\| validation \| (\S+) \| \S+ \| (\S+) \|$", (BACKBONE / "README.md").read_text(), re.MULTILINE)
+    assert held_out_loss(model, dataset, tokenizer, 64) == pytest.approx([float(x) for x in row.groups()], abs=1e-3)
 
 
 @pytest.mark.slow
