@@ -38,7 +38,7 @@ class BackboneConfig:
     """Shape of the embedded backbone and where it goes."""
 
     backbone_dir: str = "data/backbone"
-    vocab_size: int = 4096
+    vocab_size: int = 8192
     n_positions: int = 128
     n_layer: int = 4
     n_embd: int = 256

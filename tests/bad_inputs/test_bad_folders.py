@@ -84,7 +84,7 @@ MODELS_SEEN_IN_LOADING = {
     ),
     "more tokens than embeddings": (
         add_a_token,
-        r"the tokenizer has 4097 tokens and the model embeds 4096\. Take the",
+        r"the tokenizer has 8193 tokens and the model embeds 8192\. Take the",
     ),
     "no end of text": (
         change("tokenizer_config.json", eos_token=None),
@@ -200,7 +200,7 @@ DAMAGED_SEEN_WITH_THE_MODEL = {
     "another tokenizer": (
         "reward",
         add_a_token,
-        r"with another tokenizer \(4097 tokens, here 4096; '<extra>' is one that",
+        r"with another tokenizer \(8193 tokens, here 8192; '<extra>' is one that",
     ),
     "cut metrics": ("reward", put("metrics.json", '{"accuracy"'), r"metrics\.json: not valid JSON"),
     "no better than chance": ("reward", put("metrics.json", '{"accuracy": 0.5}'), r"PPO is refused before it starts"),
