@@ -11,21 +11,17 @@ import html
 import io
 import itertools
 import json
-import os
 import random
 import statistics
-import subprocess
-import sys
 import tarfile
-import tempfile
 from collections import defaultdict
-from pathlib import Path
 from typing import NamedTuple
 
 from datasets import Dataset
 
+from data.pip_files import Release, fetch
 
-PACKAGE = "vaderSentiment==3.3.2"
+
 SDIST = "vaderSentiment-3.3.2.tar.gz"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
@@ -42,62 +38,6 @@ class Snippet(NamedTuple):
     text: str
     ratings: tuple[int, ...]
     mean: float
-
-
-def cache_dir() -> Path:
-    """Folder for the fetched archive: `$SPINE_CACHE`, else `spine-rlhf` in the user's cache folder."""
-    if "SPINE_CACHE" in os.environ:
-        return Path(os.environ["SPINE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spine-rlhf"
-
-
-def _verify(path: Path, remedy: str) -> bytes:
-    content = path.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != SHA256:
-        raise ValueError(
-            f"{path}: sha256 is {digest}, expected {SHA256}. The archive is truncated or is not the published one; "
-            f"{remedy}"
-        )
-    return content
-
-
-def fetch() -> bytes:
-    """Bytes of the verified source distribution, fetched through pip unless it is in the cache already.
-
-    pip is given the hash too (`--require-hashes`), so it builds no metadata from a file that does not match. The
-    file enters the cache by an atomic rename, after we have verified it ourselves: nothing is ever half-cached.
-
-    Raises:
-        ValueError: the archive's sha256 is not the pinned one.
-        ConnectionError: pip could not fetch it.
-    """
-    cached = cache_dir() / SDIST
-    if cached.exists():
-        return _verify(cached, "delete the file and run again to fetch it anew.")
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
-        requirements = Path(folder) / "requirements.txt"
-        requirements.write_text(f"{PACKAGE} --hash=sha256:{SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
-        command += ["--require-hashes", "--requirement", str(requirements), "--dest", folder]
-        result = subprocess.run(command, capture_output=True, text=True)
-        fetched = Path(folder) / SDIST
-        if result.returncode != 0 or not fetched.exists():
-            lines = [line for line in result.stderr.splitlines() if "ERROR" in line] or result.stderr.splitlines()
-            reason = lines[-1] if lines else f"exit code {result.returncode}"
-            if "DO NOT MATCH" in result.stderr:
-                raise ValueError(
-                    f"{PACKAGE}: the file the package index serves does not have the pinned sha256 {SHA256}. "
-                    f"Check the index or mirror that pip is set up to use (`pip config list`)."
-                )
-            raise ConnectionError(
-                f"Could not fetch {PACKAGE} through pip: {reason}\nCheck the network, or download {SDIST} from a "
-                f"package index elsewhere and put it at {cached}."
-            )
-        content = _verify(fetched, "check the package index that pip is set up to use (`pip config list`).")
-        os.replace(fetched, cached)
-    return content
 
 
 def _archive(content: bytes) -> tarfile.TarFile:
@@ -122,7 +62,7 @@ def load_snippets() -> list[Snippet]:
     HTML entities are decoded, runs of white space collapsed, and the movie file's doubled single quotes made double
     quotes. The mean is taken from the individual ratings (195 tweets state another one in their text file).
     """
-    return list(_read(fetch()))
+    return list(_read(fetch(Release("vaderSentiment==3.3.2", SDIST, SHA256)).read_bytes()))
 
 
 @functools.lru_cache(maxsize=1)

@@ -12,6 +12,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError, safe_open
 
+from pipeline.gguf import SMOLLM2, is_gguf
+
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -66,15 +68,27 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 # ----------------------------------------------------------------------------------------------- what is read
 def check_model_folder(name: str | None) -> None:
-    """Check a model's folder, as far as it can be seen without loading the model; a hub id is left to transformers.
+    """Check a model's folder or GGUF file, as far as it can be seen without loading the model; `smollm2` and a hub id are
+    left to those who fetch them.
 
     Raises:
-        FileNotFoundError: there is no such folder, or it holds no tokenizer, or no safetensors.
-        ValueError: no model is named; or the folder is an adapter's.
+        FileNotFoundError: there is no such folder or file, or the folder holds no tokenizer, or no safetensors.
+        ValueError: no model is named; or the folder is an adapter's; or the file does not begin as GGUF does.
     """
     if name is None:
         raise ValueError("model_name_or_path is not set; name a hub id or a folder, such as data/backbone.")
     folder = Path(name).expanduser()
+    if is_gguf(name):
+        if not folder.is_file():
+            raise FileNotFoundError(f"model_name_or_path={name!r}: there is no such file. Correct the path.")
+        with folder.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(
+                    f"model_name_or_path={name!r}: not a GGUF file (it does not begin so). Download it anew."
+                )
+        return
+    if name == SMOLLM2:
+        return
     if not folder.is_dir():
         if name.startswith((".", "/", "~")):
             raise FileNotFoundError(f"model_name_or_path={name!r}: there is no such folder.")

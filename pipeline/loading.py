@@ -29,6 +29,7 @@ from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from pipeline.folders import HEAD, WEIGHTS, check_adapter, check_model_folder, damaged, read_json
+from pipeline.gguf import model_source
 from pipeline.launch import kind_of
 
 
@@ -38,20 +39,21 @@ IDENTITY = "backbone.json"
 def load_pretrained(
     model: ModelConfig, *, head: bool = False, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pretrained model, frozen, and its tokenizer, from a hub id or a folder.
+    """Load the pretrained model, frozen, and its tokenizer, from a hub id, a folder, a GGUF file or `smollm2`.
 
     A local folder's path is made absolute, so that the adapters which name it load from anywhere. A tokenizer without a
     pad token pads with its end-of-text token, as TRL does. With `head`, the model is a sequence classifier whose one
     score starts at N(0, 1/sqrt(D + 1)) (Stiennon et al. 2020, arXiv 2009.01325). With `load_in_4bit`, its linear layers
     are quantised and the head is not.
 
-    Raises what `check_model_folder` and `quantization` raise, and:
+    Raises what `check_model_folder`, `model_source` and `quantization` raise, and:
         ValueError: a file of it is damaged; the tokenizer has no end-of-text token, or more tokens than the model; the
             architecture keeps its score head elsewhere than in `score`.
     """
     name = model.model_name_or_path
     check_model_folder(name)
     bits = quantization(model)
+    name = model_source(name)
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser().resolve())
     source = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}

@@ -22,6 +22,7 @@ from trl import ModelConfig
 
 from pipeline.backbone import ADAPTERS, Backbone
 from pipeline.configs import DataArguments, LoraArguments, PPOConfig, lora_config, parse
+from pipeline.gguf import model_source
 from pipeline.loading import fuse_gelu
 from pipeline.ppo import RoleArguments
 from pipeline.report import markdown_table
@@ -60,7 +61,7 @@ class Item:
 def roles(rewards: RewardArguments, reach: LoraArguments, model: ModelConfig, args: PPOConfig, policy) -> Backbone:
     """The roles of a PPO run on the meta device; adapters are as `lora_*` says, wherever they would be read from."""
     source = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(model.model_name_or_path, **source)
+    config = AutoConfig.from_pretrained(model_source(model.model_name_or_path), **source)
     config.get_text_config().pad_token_id = 0  # of no consequence here; a classifier's head would want one
     dtype = torch.float32 if model.dtype in (None, "auto") else getattr(torch, model.dtype)
     with torch.device("meta"):

@@ -7,7 +7,6 @@ import hashlib
 import io
 import re
 import statistics
-import subprocess
 import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -24,8 +23,6 @@ from data.human_ratings import (
     SPLITS,
     Snippet,
     agreement,
-    cache_dir,
-    fetch,
     load_snippets,
     load_split,
     preference_pairs,
@@ -45,27 +42,6 @@ def cache(tmp_path, monkeypatch) -> Path:
     """An empty cache folder that does not exist yet."""
     monkeypatch.setenv("SPINE_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
-
-
-class FakePip:
-    """Stands for `subprocess.run`: leaves `content` in the folder that pip was told, and keeps what it was asked."""
-
-    def __init__(self, returncode: int = 0, stderr: str = "", content: bytes | None = None):
-        self.returncode, self.stderr, self.content = returncode, stderr, content
-        self.commands, self.requirements = [], []
-
-    def __call__(self, command, **kwargs):
-        self.commands.append(command)
-        self.requirements.append(Path(command[command.index("--requirement") + 1]).read_text())
-        if self.content is not None:
-            (Path(command[command.index("--dest") + 1]) / SDIST).write_bytes(self.content)
-        return subprocess.CompletedProcess(command, self.returncode, "", self.stderr)
-
-
-def use_pip(monkeypatch, **kwargs) -> FakePip:
-    pip = FakePip(**kwargs)
-    monkeypatch.setattr(human_ratings.subprocess, "run", pip)
-    return pip
 
 
 def tar(files: dict[str, bytes]) -> bytes:
@@ -94,43 +70,8 @@ def tables(**changed: str) -> dict[str, bytes]:
     return {f"hutto_ICWSM_2014/{name}.txt": text.encode() for name, text in (files | changed).items()}
 
 
-# ------------------------------------------------------------------------------------------------ fetching
-def test_cache_folder(monkeypatch):
-    monkeypatch.setenv("SPINE_CACHE", "/some/where")
-    assert cache_dir() == Path("/some/where")
-    monkeypatch.delenv("SPINE_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
-    assert cache_dir() == Path("/x/spine-rlhf")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_dir() == Path.home() / ".cache" / "spine-rlhf"
-
-
-def test_first_fetch_asks_pip_for_the_pinned_file_and_the_second_asks_nobody(cache, monkeypatch):
-    monkeypatch.setattr(human_ratings, "SHA256", sha256(b"archive"))
-    pip = use_pip(monkeypatch, content=b"archive")
-    assert fetch() == fetch() == b"archive"
-    assert len(pip.commands) == 1
-    assert pip.requirements == [f"vaderSentiment==3.3.2 --hash=sha256:{sha256(b'archive')}\n"]
-    assert {"download", "--require-hashes", "--no-deps"} <= set(pip.commands[0])
-    assert [path.name for path in cache.iterdir()] == [SDIST]
-
-
 def test_the_pinned_digest():
     assert SHA256 == "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-
-
-@pytest.mark.parametrize("content", [b"", b"not the archive"])
-def test_wrong_file_in_the_cache(cache, monkeypatch, content):
-    pip = use_pip(monkeypatch)
-    cache.mkdir()
-    (cache / SDIST).write_bytes(content)
-    with pytest.raises(ValueError) as caught:
-        fetch()
-    message = str(caught.value)
-    assert message.startswith(f"{cache / SDIST}: sha256 is {sha256(content)}, expected {SHA256}.")
-    assert "delete the file and run again" in message
-    assert not pip.commands
-    assert (cache / SDIST).read_bytes() == content  # the user's to delete
 
 
 def test_truncated_archive_in_the_cache_is_not_opened(cache, monkeypatch):
@@ -140,52 +81,6 @@ def test_truncated_archive_in_the_cache_is_not_opened(cache, monkeypatch):
     monkeypatch.setattr(human_ratings.tarfile, "open", lambda *args, **kwargs: pytest.fail("opened"))
     with pytest.raises(ValueError, match=f"sha256 is {sha256(whole[:-20])}, expected {sha256(whole)}"):
         load_snippets()
-
-
-OFFLINE = "WARNING: Retrying\nERROR: No matching distribution found for vaderSentiment==3.3.2\nnotice: a new pip\n"
-
-
-@pytest.mark.parametrize(
-    ("stderr", "reason"),
-    [
-        (OFFLINE, "ERROR: No matching distribution found for vaderSentiment==3.3.2"),
-        ("No module named pip\n", "No module named pip"),
-        ("", "exit code 1"),
-    ],
-    ids=["offline", "no pip", "no word"],
-)
-@pytest.mark.parametrize("content", [None, b"half of"], ids=["nothing", "half"])
-def test_pip_fails(cache, monkeypatch, stderr, reason, content):
-    use_pip(monkeypatch, returncode=1, stderr=stderr, content=content)
-    with pytest.raises(ConnectionError) as caught:
-        fetch()
-    first, second = str(caught.value).splitlines()
-    assert first == f"Could not fetch vaderSentiment==3.3.2 through pip: {reason}"
-    assert second.startswith("Check the network, or download vaderSentiment-3.3.2.tar.gz")
-    assert second.endswith(f"put it at {cache / SDIST}.")
-    assert list(cache.iterdir()) == []
-
-
-def test_pip_says_it_succeeded_and_left_nothing(cache, monkeypatch):
-    use_pip(monkeypatch)
-    with pytest.raises(ConnectionError, match="Could not fetch"):
-        fetch()
-    assert list(cache.iterdir()) == []
-
-
-def test_pip_finds_another_hash(cache, monkeypatch):
-    stderr = "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.\n    Got  abc\n"
-    use_pip(monkeypatch, returncode=1, stderr=stderr)
-    with pytest.raises(ValueError, match=f"does not have the pinned sha256 {SHA256}.*pip config list"):
-        fetch()
-    assert list(cache.iterdir()) == []
-
-
-def test_pip_succeeds_with_a_wrong_file(cache, monkeypatch):
-    use_pip(monkeypatch, content=b"wrong")
-    with pytest.raises(ValueError, match=f"{re.escape(SDIST)}: sha256 is {sha256(b'wrong')}, expected {SHA256}"):
-        fetch()
-    assert list(cache.iterdir()) == []
 
 
 # ------------------------------------------------------------------------------------------------ reading

