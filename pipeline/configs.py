@@ -16,6 +16,7 @@ from trl import ModelConfig, RLOOConfig, TrlParser
 
 from data.files import has_splits
 from data.prompts import load_prompts
+from pipeline.importance import MODES
 from pipeline.recipe import check_ranges, check_types, read_recipe
 from pipeline.trunk import decoder_layers
 
@@ -153,6 +154,17 @@ class PPOConfig(RLOOConfig):
         default=False, metadata={"help": "Keep each layer's input alone, and compute the rest again."}
     )
 
+    # vLLM, which samples in an arithmetic of its own: names, meaning and defaults of TRL's GRPOConfig
+    vllm_importance_sampling_correction: bool = field(
+        default=True, metadata={"help": "With use_vllm, weigh the policy loss by trained over sampled probability."}
+    )
+    vllm_importance_sampling_mode: str = field(
+        default="sequence_mask",
+        metadata={"help": f"What has a ratio, and what becomes of one beyond the bounds: {', '.join(MODES)}."},
+    )
+    vllm_importance_sampling_clip_max: float | None = field(default=3.0, metadata={"help": "Upper bound of a ratio."})
+    vllm_importance_sampling_clip_min: float | None = field(default=None, metadata={"help": "Lower bound of a ratio."})
+
     # the reward of a token
     kl_estimator: str = field(default="k1", metadata={"help": "KL of a token: k1 (unbiased) or k3 (never negative)."})
     kl_target: float | None = field(
@@ -213,6 +225,7 @@ class PPOConfig(RLOOConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not supported by PPO; leave it unset.")
         for name, known in (
             ("vllm_mode", ("server", "colocate")),
+            ("vllm_importance_sampling_mode", MODES),
             ("kl_estimator", ("k1", "k3")),
             ("critic", ("adapter", "head")),
             ("value_init", ("auto", "reward", "policy")),
@@ -222,6 +235,11 @@ class PPOConfig(RLOOConfig):
         if self.critic == "head" and self.value_init != "auto":
             raise ValueError(
                 f"value_init={self.value_init!r} starts a value adapter, which critic='head' has not; leave it unset."
+            )
+        bounds = [self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max]
+        if None not in bounds and not _ascends(bounds):
+            raise ValueError(
+                f"vllm_importance_sampling_clip_min={bounds[0]} must be below vllm_importance_sampling_clip_max={bounds[1]}."
             )
         if self.reward_clip_range is not None and not _ascends(self.reward_clip_range):
             raise ValueError(

@@ -7,18 +7,26 @@ from pipeline.masking import masked_mean
 
 
 def policy_loss(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, mask: Tensor, *, clip: float
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    *,
+    clip: float,
+    weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Clipped surrogate loss, and the share of tokens on which the clipped branch was the larger.
+    """Return the clipped surrogate loss, and the share of tokens on which the clipped branch was the larger.
 
-    L = mean_t max(-A_t * rho_t, -A_t * clamp(rho_t, 1 - clip, 1 + clip)),  rho_t = exp(logprobs - old_logprobs)
+    L = mean_t w_t max(-A_t * rho_t, -A_t * clamp(rho_t, 1 - clip, 1 + clip)),  rho_t = exp(logprobs - old_logprobs)
 
-    Schulman et al. 2017 (arXiv 1707.06347), eq. 7, negated to be minimised.
+    Schulman et al. 2017 (arXiv 1707.06347), eq. 7, negated to be minimised. `weights` w are those of
+    `pipeline.importance.importance_weights` where the completions were sampled by another program; 1 without them.
     """
     ratio = torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0))
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    return masked_mean(torch.max(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
+    loss = torch.max(plain, clipped)
+    return masked_mean(loss if weights is None else loss * weights, mask), masked_mean((clipped > plain).float(), mask)
 
 
 def value_loss(

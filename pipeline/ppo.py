@@ -105,7 +105,8 @@ def main(
         backbone.to(args.device)  # under FSDP and DeepSpeed Trainer leaves it where it is until training begins
     adapters = {reward.role: folder for reward, folder in zip(learned, rewards.reward_adapter, strict=True)}
     vllm = trainer.vllm_generation if args.use_vllm else None
-    checks = preflight(backbone, prompts["prompt"][:], tokenizer, args, adapters, vllm)
+    with trainer.whole(), trainer.accelerator.autocast():
+        checks = preflight(backbone, prompts["prompt"][:], tokenizer, args, adapters, vllm)
     for check in checks:
         if check.result == "warning":
             logger.warning(str(check))

@@ -27,11 +27,13 @@ from pipeline.artifacts import completions_sampled
 from pipeline.backbone import ADAPTERS, Backbone, backbone_copies
 from pipeline.checkpoints import Checkpointed
 from pipeline.configs import PPOConfig
+from pipeline.importance import disagreement, importance_weights
 from pipeline.kl import adapted_kl_coef, kl_per_token
 from pipeline.loading import read_adapter
 from pipeline.losses import approx_kl, policy_loss, text_loss, value_loss
 from pipeline.masking import masked_mean, masked_sums, whiten
 from pipeline.rollout import WIDTH, Rollout, columns, row_lengths, sorted_steps, trimmed
+from pipeline.sampling import sample, sampling_options
 from pipeline.trunk import decoder_layers
 from pipeline.watch import Watch
 from reward_models.composite import Composite
@@ -105,7 +107,7 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
             vllm._iter_named_params = partial(backbone.merged_weights, "policy")
             # A completion ends where `generate` ends it, whatever the model's own generation config says.
             vllm.generation_kwargs = {"stop_token_ids": self.eos_token_ids, **vllm.generation_kwargs}
-            vllm.logprobs = 0  # of the sampled tokens alone, for the preflight; RLOO asks for none
+            vllm.logprobs = 0  # of the sampled tokens alone; RLOO asks for none
         self.sharded = self._dist.is_fsdp or self._dist.is_zero3
         args.ds3_gather_for_generation = False  # `whole` gathers, for all that a rollout does
         if backbone.policy_is_bare:
@@ -121,6 +123,7 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         ]
         self.texts = texts
         self.watch = Watch()
+        self._sampled_logprobs = None  # of the tokens that were sampled last, until `_generate` returns them
         self._far = self._skip = False  # whether this update has gone too far, and what is left of it is skipped
         self._approx_kl = 0.0  # of the optimizer step under way, as far as it has come
 
@@ -272,15 +275,18 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
 
     def _roll_out(self, inputs: list[dict]) -> dict[str, Tensor]:
         prompts = [row["prompt"] for row in inputs]
-        prompt_rows, completion_rows, completions = self._generate(prompts)
+        prompt_rows, completion_rows, completions, sampled_rows = self._generate(prompts)
         prompt_ids, prompt_mask = self._pad(prompt_rows, side="left")
         completion_ids, mask = self._pad(completion_rows, side="right")
         short = -(prompt_ids.shape[1] + mask.shape[1]) % WIDTH
         prompt_ids = F.pad(prompt_ids, (short, 0), value=self._tokenizer.pad_token_id)
         prompt_mask = F.pad(prompt_mask, (short, 0))
+        sampled = pad([torch.tensor(row) for row in sampled_rows], padding_value=0.0)
+        sampled = F.pad(sampled, (0, mask.shape[1] - sampled.shape[1])).to(mask.device)
         logprobs, ref_logprobs, values, trunk, value_trunk = self._measure(
             prompt_ids, prompt_mask, completion_ids, mask
         )
+        weights = self._correct_sampler(logprobs, sampled, mask)
         scores = self._scores(inputs, prompts, completions, completion_rows)
         rewards = token_rewards(
             scores, logprobs, ref_logprobs, mask, kl_coef=self.beta, kl_estimator=self.args.kl_estimator
@@ -300,8 +306,67 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         self._logs["prompt"].extend(gather_object(prompts))
         self._logs["completion"].extend(gather_object(completions))
         self._logs["advantages"].extend(gather_object(advantages.sum(dim=1).tolist()))
-        sampled = (prompt_ids, prompt_mask, completion_ids, mask, logprobs, values)
-        return Rollout(*sampled, advantages, returns, trunk, value_trunk)._asdict()
+        measured = (prompt_ids, prompt_mask, completion_ids, mask, logprobs, values)
+        return Rollout(*measured, advantages, returns, weights, trunk, value_trunk)._asdict()
+
+    def _generate(self, prompts: list) -> tuple[list[list[int]], list[list[int]], list, list[list[float]]]:
+        """Override `_generate`: return the logprobs of the sampled tokens too, as the sampler had them."""
+        generated = super()._generate(prompts)
+        # Of what `_generate_single_turn` finds, TRL passes on the tokens alone.
+        logprobs, self._sampled_logprobs = self._sampled_logprobs, None
+        return (*generated, logprobs)
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], images, multimodal_fields) -> list[list[int]]:
+        """Override `_generate_single_turn`: sample as all of Spine does, or with vLLM, and keep the tokens' logprobs."""
+        if self.use_vllm:
+            if self.state.global_step != self._last_loaded_step:
+                self.vllm_generation.sync_weights()
+                self._last_loaded_step = self.state.global_step
+            of_prompt = self.num_generations if self._mode == "train" else self.num_generations_eval
+            _, rows, logprobs, _ = self.vllm_generation.generate(
+                prompts=prompt_ids, images=None, num_generations=of_prompt
+            )
+            unknown = float("nan")  # a token that vLLM could not score
+            self._sampled_logprobs = [[unknown if x is None else x for (x,) in row] for row in logprobs]
+            return [list(row) for row in rows]
+        with self.accelerator.autocast():  # as what is learned from is computed
+            (batch,) = sample(
+                self.model,
+                "policy",
+                prompt_ids,
+                self._tokenizer,
+                max_completion_length=self.max_completion_length,
+                temperature=self.temperature,
+                batch_size=len(prompt_ids),
+                options=sampling_options(self.args),
+                keep_logprobs=True,
+            )
+        self._sampled_logprobs = [row[real].tolist() for row, real in zip(batch.logprobs, batch.mask, strict=True)]
+        return batch.rows()
+
+    def _correct_sampler(self, logprobs: Tensor, sampled: Tensor, mask: Tensor) -> Tensor | None:
+        """Log what the sampler and the trained policy disagree about, (B, T) each, and return the weights of the policy
+        loss that correct for it where vLLM samples."""
+        found = disagreement(logprobs, sampled, mask)
+        names = {
+            "difference": "sampling/sampling_logp_difference/mean",
+            "ratio": "sampling/importance_sampling_ratio/mean",
+        }
+        self._record(tokens=mask.sum(), **{name: found[key] for key, name in names.items()})
+        largest = self.accelerator.gather(found["largest"].view(1)).max().item()
+        self._metrics[self._mode]["sampling/sampling_logp_difference/max"].append(largest)
+        if not (self.use_vllm and self.args.vllm_importance_sampling_correction):
+            return None
+        weights = importance_weights(
+            logprobs,
+            sampled,
+            mask,
+            mode=self.args.vllm_importance_sampling_mode,
+            clip_min=self.args.vllm_importance_sampling_clip_min,
+            clip_max=self.args.vllm_importance_sampling_clip_max,
+        )
+        self._record(tokens=mask.sum(), **{"sampling/importance_weight/mean": masked_mean(weights, mask)})
+        return weights
 
     def _measure(
         self, prompt_ids: Tensor, prompt_mask: Tensor, completion_ids: Tensor, mask: Tensor
@@ -411,7 +476,9 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
                 trunk=rollout.trunk,
                 value_trunk=rollout.value_trunk,
             )
-        policy, policy_clipped = policy_loss(logprobs, rollout.logprobs, rollout.advantages, mask, clip=args.epsilon)
+        policy, policy_clipped = policy_loss(
+            logprobs, rollout.logprobs, rollout.advantages, mask, clip=args.epsilon, weights=rollout.weights
+        )
         value, value_clipped = value_loss(values, rollout.values, rollout.returns, mask, clip=args.value_clip)
         entropy = masked_mean(entropy, mask)
         of_policy = policy - args.entropy_coef * entropy if args.entropy_coef else policy

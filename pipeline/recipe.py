@@ -15,11 +15,11 @@ import yaml
 
 ABOVE_0 = """
     temperature num_train_epochs epsilon value_clip kl_target kl_horizon max_approx_kl adam_epsilon repetition_penalty top_p
-    logging_steps eval_steps save_steps lora_alpha
+    logging_steps eval_steps save_steps lora_alpha vllm_importance_sampling_clip_max
 """
 FROM_0 = """
     learning_rate weight_decay max_grad_norm beta vf_coef entropy_coef ptx_coef missing_eos_penalty
-    critic_warmup_updates sample_updates warmup_steps top_k
+    critic_warmup_updates sample_updates warmup_steps top_k vllm_importance_sampling_clip_min
 """
 FROM_1 = """
     per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps steps_per_generation

@@ -26,6 +26,7 @@ class Rollout(NamedTuple):
     values: Tensor  # (B, T) value of the state before each token
     advantages: Tensor  # (B, T)
     returns: Tensor  # (B, T) targets of the value function
+    weights: Tensor | None = None  # (B, T) of the policy loss, where the sampler's logprobs are corrected for
     trunk: Tensor | None = None  # (B, P + T, D) states below the policy's adapter, where it leaves layers as they are
     value_trunk: Tensor | None = None  # (B, P + T, D) the same of the value, where its adapter begins lower
 

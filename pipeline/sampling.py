@@ -1,15 +1,17 @@
-"""Completions of any role to any prompts, outside of training: one place for all who sample to look."""
+"""Completions of any role to any prompts, in PPO's rollouts and outside of training: one place for all who sample."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from trl import RLOOConfig
 from trl.trainer.utils import pad
 
 from pipeline.backbone import Backbone
@@ -37,6 +39,57 @@ def as_answers(texts: list[str], prompts: list) -> list:
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
+def sampling_options(args: RLOOConfig) -> dict[str, Any]:
+    """Return what a trainer's options change about sampling from the whole distribution: fields of GenerationConfig."""
+    names = ("top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation")
+    return {name: getattr(args, name) for name in names} | (args.generation_kwargs or {})
+
+
+class SampledLogprobs(LogitsProcessor):
+    """Keeps the logprob of each token that `generate` draws, with the logits of one step in memory, not of all.
+
+    `generate` shows a processor the logits (B, V) before it draws from them, and the tokens drawn with the next ones.
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature, self.logits, self.kept = temperature, None, []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.logits is not None:
+            self._keep(input_ids[:, -1])
+        self.logits = scores
+        return scores
+
+    def _keep(self, tokens: Tensor) -> None:
+        logits = self.logits.float() / self.temperature
+        self.kept.append(logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1))
+
+    def read(self, sequences: Tensor) -> Tensor:
+        """Return the logprobs (B, T) of the last T tokens of `sequences`, once all are drawn."""
+        self._keep(sequences[:, -1])
+        self.logits = None
+        return torch.stack(self.kept, dim=1)
+
+
+@contextmanager
+def _no_config_of_its_own(backbone: Backbone) -> Iterator[None]:
+    """Hide the model's generation config: `generate` would take from it every field that ours leaves unset."""
+    base = backbone.get_base_model()
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
+def end_tokens(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end a completion: the tokenizer's and those of the model's generation config, as TRL has
+    them."""
+    ends = backbone.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
+
+
 @torch.no_grad()
 def sample(
     backbone: Backbone,
@@ -47,34 +100,30 @@ def sample(
     max_completion_length: int,
     temperature: float,
     batch_size: int,
+    options: dict[str, Any] | None = None,
     keep_logprobs: bool = False,
     share_seed: tuple[int, ...] | None = None,
 ) -> Iterator[Sample]:
     """One completion to each prompt, in batches, from the whole distribution at `temperature`, whatever the model's own
     generation config would cut or penalise. A completion ends where TRL's trainers end it.
 
-    With `share_seed`, processes take batches in turn, and each batch is drawn from a seed of its own: what is sampled
-    does not depend on how many there are. `gathered` puts together what they find.
+    `options` are fields of GenerationConfig that a user has set (`sampling_options`). With `share_seed`, processes take
+    batches in turn, and each batch is drawn from a seed of its own: what is sampled does not depend on how many there are.
+    `gathered` puts together what they find.
     """
-    ends = backbone.generation_config.eos_token_id
-    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    ends = list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
+    ends = end_tokens(backbone, tokenizer)
     device = backbone.get_base_model().device
-    generation = GenerationConfig(
-        max_new_tokens=max_completion_length,
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        min_p=0.0,
-        typical_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=ends,
-        return_dict_in_generate=True,
-        output_logits=keep_logprobs,
-    )
+    fields = {
+        "max_new_tokens": max_completion_length,
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": ends,
+        "disable_compile": True,
+    }
+    generation = GenerationConfig(**fields | (options or {}))
     state = PartialState()
     mine = slice(state.process_index, None, state.num_processes) if share_seed is not None else slice(None)
     for start in range(0, len(prompt_ids), batch_size)[mine]:
@@ -83,19 +132,21 @@ def sample(
         rows = [torch.tensor(ids) for ids in prompt_ids[start : start + batch_size]]
         ids = pad(rows, padding_value=tokenizer.pad_token_id, padding_side="left").to(device)
         mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
-        with backbone.role(role):
+        recorder = SampledLogprobs(temperature)
+        with backbone.role(role), _no_config_of_its_own(backbone):
             # Every process has all weights here, and need not wait for the longest completion of another.
-            output = backbone.generate(
-                input_ids=ids, attention_mask=mask, generation_config=generation, synced_gpus=False
+            sequences = backbone.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=generation,
+                logits_processor=LogitsProcessorList([recorder] if keep_logprobs else []),
+                synced_gpus=False,
             )
-        chosen = output.sequences[:, ids.shape[1] :]
+        chosen = sequences[:, ids.shape[1] :]
         is_end = torch.isin(chosen, torch.tensor(ends, device=device))
         real = is_end.cumsum(dim=1) - is_end.long() == 0  # no end-of-text token before this one
-        logprobs = None
-        if keep_logprobs:
-            logits = torch.stack(output.logits, dim=1).float() / temperature
-            logprobs = logits.log_softmax(dim=-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-        yield Sample(output.sequences, torch.cat([mask, real.long()], dim=1), chosen, real, logprobs, start)
+        logprobs = recorder.read(sequences) if keep_logprobs else None
+        yield Sample(sequences, torch.cat([mask, real.long()], dim=1), chosen, real, logprobs, start)
 
 
 def gathered(parts: list[tuple[int, *tuple[list, ...]]]) -> list[list]:

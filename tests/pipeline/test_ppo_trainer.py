@@ -224,6 +224,17 @@ def test_reward_functions_get_what_we_check_them_against(make_trainer):
     assert (given["completions"], given["completion_ids"], given["solution"]) == (["b"], [[5]], ["s"])
 
 
+def shortened(generate, length):
+    """A trainer's `_generate`, its completions cut to `length(i)` tokens."""
+
+    def cut(prompts):
+        prompt_ids, rows, completions, logprobs = generate(prompts)
+        rows, logprobs = ([row[: length(i)] for i, row in enumerate(found)] for found in (rows, logprobs))
+        return prompt_ids, rows, completions, logprobs
+
+    return cut
+
+
 def test_how_a_minibatch_is_cut_changes_nothing(make_trainer):
     """One step on 8 rows at once, and the same 8 rows of uneven length accumulated in 4 pieces."""
     results = []
@@ -238,13 +249,7 @@ def test_how_a_minibatch_is_cut_changes_nothing(make_trainer):
             lr_scheduler_type="constant",
             max_grad_norm=0,
         )
-        sample = trainer._generate
-
-        def uneven(prompts, sample=sample):
-            prompt_ids, completion_ids, completions = sample(prompts)
-            return prompt_ids, [row[: 1 + i % 6] for i, row in enumerate(completion_ids)], completions
-
-        trainer._generate = uneven
+        trainer._generate = shortened(trainer._generate, lambda i: 1 + i % 6)
         trainer.train()
         assert sorted(trainer._rollout["completion_mask"].sum(dim=1).tolist()) == [1, 1, 2, 2, 3, 4, 5, 6]
         results.append({name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad})
@@ -262,11 +267,8 @@ def test_columns_of_padding_alone_are_left_out(make_trainer, monkeypatch, policy
         monkeypatch.setattr(rollout, "WIDTH", width)
         torch.manual_seed(0)  # the policy's adapter is drawn
         trainer = make_trainer(prompts=prompts, policy=policy, max_completion_length=40, optim="sgd", max_grad_norm=0)
-        sample, loss, scored, trained, lengths = trainer._generate, trainer._compute_loss, [], [], []
-
-        def uneven(prompts, sample=sample):
-            prompt_ids, completion_ids, completions = sample(prompts)
-            return prompt_ids, [row[: 36 - 5 * i] for i, row in enumerate(completion_ids)], completions
+        loss, scored, trained, lengths = trainer._compute_loss, [], [], []
+        uneven = shortened(trainer._generate, lambda i: 36 - 5 * i)
 
         def note(ids, mask, length, trunk=None, values=trainer.model.values, scored=scored):
             scored.append(ids.shape[1])
@@ -303,11 +305,8 @@ def test_a_score_from_the_trunk_is_that_of_its_row(make_trainer, tokenizer):
         below = [p for n, p in trainer.model.named_parameters() if ".h.0." in n and ".lora_B.reward." in n]
         assert below and all(p.zero_().sum() == 0 for p in below)
     trainer._scored_on_trunk = [reward]
-    sample, score, seen = trainer._generate, trainer._scores, []
-
-    def uneven(prompts):
-        prompt_ids, completion_ids, completions = sample(prompts)
-        return prompt_ids, [row[: 8 - i] for i, row in enumerate(completion_ids)], completions
+    score, seen = trainer._scores, []
+    uneven = shortened(trainer._generate, lambda i: 8 - i)
 
     def note(inputs, prompts, completions, rows):
         seen.append((reward.known, reward._scores(prompts, rows)))
@@ -749,12 +748,36 @@ def ones(completions, **kwargs):
     return [1.0 for _ in completions]
 
 
+def test_rollouts_do_not_see_the_models_generation_config(make_trainer):
+    """Two trainers of one seed, one of a model that ships such a config: the same tokens."""
+    found = []
+    for own in ({}, {"min_new_tokens": 6, "suppress_tokens": [3, 4, 5], "repetition_penalty": 5.0, "top_k": 3}):
+        trainer = make_trainer()
+        make_likely(trainer.model, 3, 4, trainer.processing_class.eos_token_id)
+        trainer.model.get_base_model().generation_config.update(**own)
+        torch.manual_seed(0)
+        found.append(trainer._generate(PROMPTS)[1])
+    assert found[0] == found[1]
+
+
+def test_a_rollout_logs_what_sampler_and_trainer_disagree_about(make_trainer):
+    trainer = make_trainer()
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "kl" in row]
+    assert len(rows) == 2
+    for row in rows:
+        assert 0 < row["sampling/sampling_logp_difference/mean"] <= row["sampling/sampling_logp_difference/max"] < 1e-4
+        assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
+    assert trainer._rollout["weights"] is None
+
+
 def test_trl_has_what_we_override():
     """Each name below is overridden or called here; if TRL moves one, this names it."""
     for name, arguments in {
         "_prepare_inputs": ["self", "generation_batch"],
         "_generate_and_score_completions": ["self", "inputs"],
         "_generate": ["self", "prompts"],
+        "_generate_single_turn": ["self", "prompt_ids", "images", "multimodal_fields"],
         "_calculate_rewards": ["self", "inputs", "prompts", "completions", "completion_ids_list"],
         "_compute_loss": ["self", "model", "inputs"],
         "_save_checkpoint": ["self", "model", "trial"],

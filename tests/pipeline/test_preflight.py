@@ -17,6 +17,9 @@ MEASURED = {"accuracy": 0.7, "ece": 0.05}
 NAMES = [
     "dropout is off",
     "sampled and rescored logprobs agree",
+    "importance ratios start near 1",
+    "sampling and scoring run the same adapters",
+    "tokens are drawn from the policy",
     "KL is 0 at step 0",
     "reward model's accuracy",
     "reward model's calibration error",
@@ -51,13 +54,16 @@ def test_a_sound_run_passes(check):
     assert {found.result for found in checks} <= {"passed", "warning"}
     found = by_name(checks)
     assert found["dropout is off"].measured == found["KL is 0 at step 0"].measured == 0
-    assert 0 <= found["sampled and rescored logprobs agree"].measured < 1e-4
+    assert 0 <= found["sampled and rescored logprobs agree"].measured < 1e-5
+    assert found["importance ratios start near 1"].measured == 0
+    assert found["sampling and scoring run the same adapters"].measured == 0
+    assert 0 < found["tokens are drawn from the policy"].measured < 4
     assert found["scores do not depend on batch and padding"].measured < 1e-5
     assert found["reward model's accuracy"].measured == 0.7
 
 
 def test_without_a_reward_model_the_policy_alone_is_looked_at(check):
-    assert [found.name for found in check(adapter=False)] == NAMES[:3]
+    assert [found.name for found in check(adapter=False)] == NAMES[:6]
 
 
 def test_every_reward_model_is_looked_at(make_trainer, reward_adapter, other_reward_adapter, tokenizer, tmp_path):
@@ -68,7 +74,7 @@ def test_every_reward_model_is_looked_at(make_trainer, reward_adapter, other_rew
     trainer.model.add_role("reward_2", read_adapter(other_reward_adapter, needs_head=True, base=base))
     adapters = {"reward": str(folder), "reward_2": other_reward_adapter}
     checks = preflight(trainer.model, PROMPTS, tokenizer, trainer.args, adapters)
-    second = [name for name in NAMES[3:] if "calibration" not in name]  # it has no metrics file
+    second = [name for name in NAMES[6:] if "calibration" not in name]  # it has no metrics file
     assert [found.name for found in checks] == NAMES + [f"{name} (reward_2)" for name in second]
     trainer.model.heads["reward_2"].weight.data.zero_()
     with pytest.raises(ValueError, match=r"scores vary on SFT completions \(reward_2\): 0, ") as caught:
@@ -108,6 +114,75 @@ def with_no_positions(trainer):
     trainer.model.hidden_states = hidden_states
 
 
+def with_pads_attended(trainer):
+    """Scored with attention to the padding at the left, and positions that are right."""
+    base = trainer.model.get_base_model().base_model
+    original = base.forward
+    base.forward = lambda *args, attention_mask=None, **kwargs: original(
+        *args,
+        attention_mask=attention_mask if kwargs.get("use_cache", True) else torch.ones_like(attention_mask),
+        **kwargs,
+    )
+
+
+def with_no_temperature_in_scoring(trainer):
+    original = trainer.model.logprobs
+    trainer.model.logprobs = lambda role, ids, mask, chosen, temperature=1.0, trunk=None: original(
+        role, ids, mask, chosen, 1.0, trunk
+    )
+
+
+def with_no_temperature_in_sampling(trainer):
+    """As a warper that is lost: the recorded logprobs know nothing of it."""
+    base = trainer.model.get_base_model()
+    original = base.generate
+
+    def generate(generation_config, **asked):
+        generation_config.temperature = 1.0
+        return original(generation_config=generation_config, **asked)
+
+    base.generate = generate
+
+
+def with_tokens_suppressed(trainer):
+    """Half of the vocabulary is never drawn."""
+    base = trainer.model.get_base_model()
+    original = base.generate
+
+    def generate(generation_config, **asked):
+        generation_config.suppress_tokens = list(range(0, base.config.vocab_size, 2))
+        return original(generation_config=generation_config, **asked)
+
+    base.generate = generate
+
+
+def with_a_layer_left_out(trainer):
+    """One LoRA layer that scoring does not switch on."""
+    original = trainer.model.logprobs
+    layer = trainer.model._tuned[3]
+
+    def logprobs(role, *args, **options):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                type(layer), "disable_adapters", property(lambda self: self is layer or self._disable_adapters)
+            )
+            return original(role, *args, **options)
+
+    trainer.model.logprobs = logprobs
+
+
+def with_another_sampler(trainer):
+    """The bare backbone samples."""
+    base = trainer.model.get_base_model()
+    original = base.generate
+
+    def generate(**asked):
+        with trainer.model.role(None):
+            return original(**asked)
+
+    base.generate = generate
+
+
 def with_a_dead_head(trainer):
     trainer.model.heads["reward"].weight.data.zero_()
 
@@ -130,14 +205,22 @@ def with_nan_logprobs(trainer):
         (with_dropout, "dropout is off", "set disable_dropout: true"),
         (with_a_moved_policy, "KL is 0 at step 0", "which start as one adapter"),
         (with_nan_logprobs, "KL is 0 at step 0: nan", "which start as one adapter"),
-        (with_no_positions, "sampled and rescored logprobs agree", "look at positions, padding and attention"),
+        (with_no_positions, "sampled and rescored logprobs agree", "look at positions, padding, attention"),
         (with_no_positions, "scores do not depend on batch and padding", "alone, in a batch padded at the right"),
+        (with_pads_attended, "sampled and rescored logprobs agree", "look at positions, padding, attention"),
+        (with_pads_attended, "scores do not depend on batch and padding", "alone, in a batch padded at the right"),
+        (with_no_temperature_in_scoring, "sampled and rescored logprobs agree", "attention and temperature"),
+        (with_no_temperature_in_sampling, "tokens are drawn from the policy", "what cuts or penalises tokens"),
+        (with_tokens_suppressed, "sampled and rescored logprobs agree", "attention and temperature"),
+        (with_a_layer_left_out, "sampling and scoring run the same adapters: 1, ", "transformer.h.0"),
+        (with_another_sampler, "importance ratios start near 1", "where PPO clips"),
+        (with_another_sampler, "sampling and scoring run the same adapters: 8, ", "Backbone.role"),
         (with_a_dead_head, "scores vary on SFT completions: 0, bound at least 0.001", "there is nothing to learn"),
     ],
 )
 def test_a_fault_is_refused(check, spoil, name, remedy):
     with pytest.raises(ValueError, match="^PPO is refused before it starts") as caught:
-        check(spoil)
+        check(spoil, temperature=0.5, max_completion_length=24)
     assert name in str(caught.value) and remedy in str(caught.value)
 
 

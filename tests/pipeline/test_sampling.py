@@ -7,7 +7,8 @@ import torch
 from conftest import make_likely
 
 from pipeline import sampling
-from pipeline.sampling import gathered, sample
+from pipeline.configs import PPOConfig
+from pipeline.sampling import gathered, sample, sampling_options
 
 
 ROWS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
@@ -90,13 +91,72 @@ def test_logprobs_are_those_of_the_role_that_scores(backbone, tokenizer, role, t
         ("repetition_penalty", 50.0),
         ("no_repeat_ngram_size", 1),
         ("temperature", 0.1),
+        ("min_new_tokens", 6),
+        ("min_length", 12),
+        ("max_length", 4),
+        ("suppress_tokens", [100, 101]),
+        ("begin_suppress_tokens", [100, 101]),
+        ("bad_words_ids", [[100], [101]]),
+        ("sequence_bias", [[[100], 20.0]]),
+        ("forced_eos_token_id", 7),
+        ("exponential_decay_length_penalty", [1, 5.0]),
+        ("epsilon_cutoff", 0.5),
+        ("eta_cutoff", 0.5),
+        ("top_h", 0.1),
+        ("num_beams", 3),
+        ("num_return_sequences", 2),
+        ("guidance_scale", 3.0),
+        ("return_dict_in_generate", True),
+        ("use_cache", False),
+        ("renormalize_logits", True),
+        ("stop_strings", ["the"]),
     ],
 )
 def test_the_models_own_generation_config_cuts_nothing(backbone, tokenizer, name, value):
-    make_likely(backbone, 100, 101, 102)  # so that tokens come again, and a few hold half of the probability
-    expected = [batch.rows() for batch in samples(backbone, tokenizer)]
-    setattr(backbone.generation_config, name, value)
-    assert [batch.rows() for batch in samples(backbone, tokenizer)] == expected
+    make_likely(backbone, 100, 101, 102, tokenizer.eos_token_id)  # tokens come again, and a few hold half of the mass
+    options = {"rows": ROWS * 4, "keep_logprobs": True}
+    expected = samples(backbone, tokenizer, **options)
+    own = backbone.get_base_model().generation_config
+    setattr(own, name, value)
+    found = samples(backbone, tokenizer, **options)
+    assert [batch.rows() for batch in found] == [batch.rows() for batch in expected]
+    assert all(torch.equal(a.logprobs, b.logprobs) for a, b in zip(found, expected, strict=True))
+    assert backbone.get_base_model().generation_config is own and getattr(own, name) == value
+
+
+def test_what_a_user_sets_is_set(backbone, tokenizer):
+    """Each option of the trainers arrives, and other fields through generation_kwargs; they go before ours."""
+    args = PPOConfig(output_dir="x", top_k=1, use_cpu=True, bf16=False, generation_kwargs={"max_new_tokens": 3})
+    assert sampling_options(args) == {
+        "top_k": 1,
+        "top_p": 1.0,
+        "min_p": None,
+        "repetition_penalty": 1.0,
+        "cache_implementation": None,
+        "max_new_tokens": 3,
+    }
+    greedy = [samples(backbone, tokenizer, seed=seed, options=sampling_options(args))[0].rows() for seed in (0, 1)]
+    assert greedy[0] == greedy[1] and max(map(len, greedy[0])) == 3
+
+
+def test_logprobs_are_kept_without_the_logits_of_a_completion(backbone, tokenizer):
+    """In memory beside the weights is at most one step's logits, and the end of one row does not shift another's."""
+    make_likely(backbone, tokenizer.eos_token_id)
+    recorders = []
+
+    class Noted(sampling.SampledLogprobs):
+        def __init__(self, temperature):
+            super().__init__(temperature)
+            recorders.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "SampledLogprobs", Noted)
+        (batch,) = samples(backbone, tokenizer, rows=ROWS * 2, batch_size=8, keep_logprobs=True)
+    assert recorders[0].logits is None and all(x.shape == (8,) for x in recorders[0].kept)
+    with torch.no_grad():
+        expected, _ = backbone.logprobs("policy", *batch[:3])
+    assert not batch.mask.all() and batch.logprobs.shape == batch.mask.shape
+    torch.testing.assert_close(batch.logprobs[batch.mask], expected[batch.mask], atol=1e-5, rtol=0)
 
 
 def test_every_end_that_the_model_names_ends(backbone, tokenizer):
