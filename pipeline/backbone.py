@@ -380,15 +380,20 @@ class Backbone(PeftModelForCausalLM):
 
 
 def load_backbone(
-    model: ModelConfig, policy: str | None, *, reach: LoraArguments | None = None, trust_remote_code: bool = False
+    model: ModelConfig,
+    policy: str | None,
+    *,
+    reach: LoraArguments | None = None,
+    trust_remote_code: bool = False,
+    pad_token: str | None = None,
 ) -> tuple[Backbone, PreTrainedTokenizerBase]:
     """A backbone and its tokenizer. The policy is an adapter that was saved, or with None a fresh one (`lora_*`), drawn
     from torch's generator, which changes nothing until it is trained.
 
-    Raises:
+    Raises what `load_pretrained` and `read_adapter` raise, and:
         ValueError: `reach` or `model` describe another adapter than the one that was saved.
     """
-    base, tokenizer = load_pretrained(model, trust_remote_code=trust_remote_code)
+    base, tokenizer = load_pretrained(model, trust_remote_code=trust_remote_code, pad_token=pad_token)
     if not policy:
         return Backbone(base, lora_config(model, task_type="CAUSAL_LM", reach=reach, base=base)), tokenizer
     adapter = read_adapter(policy, needs_head=False, base=base, tokenizer=tokenizer)

@@ -61,7 +61,9 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
     rewards.check_weights(args.reward_weights)
     prompts = args.prompts()
     functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)
-    backbone, tokenizer = load_backbone(model, start.sft_adapter, trust_remote_code=args.trust_remote_code)
+    backbone, tokenizer = load_backbone(
+        model, start.sft_adapter, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
+    )
     check_prompt_lengths(prompts, tokenizer, context_length(backbone), args.max_completion_length, args.dataset_name)
     composite = Composite(learned_rewards(rewards, backbone, tokenizer) + functions, args.reward_weights)
     backbone.to(state.device).eval()

@@ -26,7 +26,7 @@ from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import TrainerState, TrainingArguments
+from transformers import AutoTokenizer, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -445,6 +445,12 @@ class Checkpointed:
             raise ValueError(
                 f"{checkpoint}: written on another backbone, SFT adapter or reward adapter than these. Name the same "
                 f"ones (model_name_or_path, sft_adapter, reward_adapter), or start anew."
+            )
+        then, now = AutoTokenizer.from_pretrained(checkpoint).pad_token, self.processing_class.pad_token
+        if then != now:
+            raise ValueError(
+                f"{checkpoint}: written with {then!r} as padding, and this run pads with {now!r}. Set --pad_token {then!r}, "
+                f"or start anew."
             )
         best = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).best_model_checkpoint
         if best:  # it lies beside this one, wherever the run's folder has been moved

@@ -3,6 +3,7 @@
 import difflib
 import os
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -47,6 +48,12 @@ class DataArguments:
         return self.dataset_name if has_splits(self.dataset_name) else None
 
 
+# SFTConfig, RewardConfig and DPOConfig of TRL have an option `pad_token`; the other stages get one of that name.
+PAD_TOKEN = {
+    "help": "Token used for padding, the same in all stages; unset: the tokenizer's own, unless it ends texts."
+}
+
+
 @dataclass
 class PolicyArguments:
     """Where a policy starts."""
@@ -54,6 +61,13 @@ class PolicyArguments:
     sft_adapter: str | None = field(
         default=None, metadata={"help": "Adapter the policy starts from and is held to; unset: the bare backbone."}
     )
+
+
+@dataclass
+class OnlineArguments(PolicyArguments):
+    """What RLOO and GRPO add to TRL's configs."""
+
+    pad_token: str | None = field(default=None, metadata=PAD_TOKEN)
 
 
 @dataclass
@@ -70,6 +84,7 @@ class CompletionArguments:
     reward_weights: list[float] | None = field(default=None, metadata={"help": "As in PPO; unset: 1 each."})
     seed: int = 0
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
+    pad_token: str | None = field(default=None, metadata=PAD_TOKEN)
 
     def __post_init__(self):
         self.output_dir = str(Path(self.output_dir).expanduser())  # as Trainer's arguments do
@@ -153,6 +168,7 @@ class PPOConfig(RLOOConfig):
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Keep each layer's input alone, and compute the rest again."}
     )
+    pad_token: str | None = field(default=None, metadata=PAD_TOKEN)
 
     # vLLM, which samples in an arithmetic of its own: names, meaning and defaults of TRL's GRPOConfig
     vllm_importance_sampling_correction: bool = field(
@@ -377,9 +393,11 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
     check_types(recipe, dataclass_types, path)
     parser.set_defaults_with_config(**recipe)
     check_ranges(vars(parser.parse_known_args(rest)[0]))
-    parts = parser.parse_args_and_config(args)
+    with warnings.catch_warnings():  # TRL would have the tokenizer's set instead, which `load_pretrained` does
+        warnings.filterwarnings("ignore", message="`pad_token` is deprecated")
+        parts = parser.parse_args_and_config(args)
     for part in parts:
-        for name in ("eos_token", "pad_token", "chat_template_path"):
+        for name in ("eos_token", "chat_template_path"):
             if value := getattr(part, name, None):
                 raise ValueError(
                     f"{name}={value!r} would hold for this stage alone, and all stages read the model's tokenizer. Set it "

@@ -44,7 +44,11 @@ def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DP
     pairs = pairs.select_columns([name for name in ("prompt", "chosen", "rejected") if name in pairs.column_names])
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
     backbone, tokenizer = load_backbone(
-        model, start.sft_adapter, reach=LoraArguments(), trust_remote_code=args.trust_remote_code
+        model,
+        start.sft_adapter,
+        reach=LoraArguments(),
+        trust_remote_code=args.trust_remote_code,
+        pad_token=args.pad_token,
     )
     check_max_length(args.max_length, context_length(backbone))
     check_chat_template(pairs, tokenizer, data.dataset_name)

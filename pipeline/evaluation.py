@@ -143,12 +143,15 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     rewards.check_weights(args.reward_weights)
     prompts = args.prompts()
     functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)
-    backbone, tokenizer = load_backbone(model, args.policy_adapter, trust_remote_code=args.trust_remote_code)
+    backbone, tokenizer = load_backbone(
+        model, args.policy_adapter, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
+    )
     check_prompt_lengths(prompts, tokenizer, context_length(backbone), args.max_completion_length, args.dataset_name)
     if args.sft_adapter:
-        backbone.add_role(
-            "reference", read_adapter(args.sft_adapter, needs_head=False, base=backbone.get_base_model())
+        reference = read_adapter(
+            args.sft_adapter, needs_head=False, base=backbone.get_base_model(), tokenizer=tokenizer
         )
+        backbone.add_role("reference", reference)
     composite = Composite(learned_rewards(rewards, backbone, tokenizer) + functions, args.reward_weights)
     backbone.to(state.device).eval()
     backbone.share_trunk()

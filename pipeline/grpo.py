@@ -9,7 +9,7 @@ less the mean of its prompt's group, over the group's deviation. The trainer is 
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from pipeline.checkpoints import Checkpointed
-from pipeline.configs import DataArguments, PolicyArguments, parse
+from pipeline.configs import DataArguments, OnlineArguments, parse
 from pipeline.rloo import train
 from reward_models.composite import RewardArguments
 
@@ -19,10 +19,10 @@ class GRPO(Checkpointed, GRPOTrainer):
 
 
 def main(
-    data: DataArguments, start: PolicyArguments, rewards: RewardArguments, model: ModelConfig, args: GRPOConfig
+    data: DataArguments, start: OnlineArguments, rewards: RewardArguments, model: ModelConfig, args: GRPOConfig
 ) -> None:
     train(GRPO, data, start, rewards, model, args)
 
 
 if __name__ == "__main__":
-    main(*parse(DataArguments, PolicyArguments, RewardArguments, ModelConfig, GRPOConfig))
+    main(*parse(DataArguments, OnlineArguments, RewardArguments, ModelConfig, GRPOConfig))

@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,22 +32,23 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from pipeline.folders import HEAD, WEIGHTS, check_adapter, check_model_folder, damaged, read_json
 from pipeline.gguf import model_source
 from pipeline.launch import kind_of
+from pipeline.padding import check_pad_token, choose_pad_token, set_pad_token
 
 
 IDENTITY = "backbone.json"
 
 
 def load_pretrained(
-    model: ModelConfig, *, head: bool = False, trust_remote_code: bool = False
+    model: ModelConfig, *, head: bool = False, trust_remote_code: bool = False, pad_token: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load the pretrained model, frozen, and its tokenizer, from a hub id, a folder, a GGUF file or `smollm2`.
 
-    A local folder's path is made absolute, so that the adapters which name it load from anywhere. A tokenizer without a
-    pad token pads with its end-of-text token, as TRL does. With `head`, the model is a sequence classifier whose one
+    A local folder's path is made absolute, so that the adapters which name it load from anywhere. Padding is the
+    `pad_token`; unset, it is chosen by `choose_pad_token`. With `head`, the model is a sequence classifier whose one
     score starts at N(0, 1/sqrt(D + 1)) (Stiennon et al. 2020, arXiv 2009.01325). With `load_in_4bit`, its linear layers
     are quantised and the head is not.
 
-    Raises what `check_model_folder`, `model_source` and `quantization` raise, and:
+    Raises what `check_model_folder`, `model_source`, `quantization` and `set_pad_token` raise, and:
         ValueError: a file of it is damaged; the tokenizer has no end-of-text token, or more tokens than the model; the
             architecture keeps its score head elsewhere than in `score`.
     """
@@ -67,8 +69,8 @@ def load_pretrained(
         raise ValueError(
             f"{name}: the tokenizer has no end-of-text token. Set eos_token in its tokenizer_config.json."
         )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    if pad_token is not None:
+        set_pad_token(tokenizer, pad_token, name)
 
     options = {"dtype": model.dtype, "attn_implementation": model.attn_implementation, "use_safetensors": True}
     if bits:  # left to itself transformers takes the first GPU, also under `use_cpu`
@@ -94,13 +96,34 @@ def load_pretrained(
                 f"(GPT-2, Llama, Qwen, Mistral ...)."
             )
         nn.init.normal_(base.score.weight, std=(base.score.in_features + 1) ** -0.5)
-    base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if pad_token is None:
+        choose_pad_token(tokenizer, _ends(base, name, model.model_revision))
+    _pad_with(base, tokenizer.pad_token_id)
     for layer in base.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             # Outside of training bitsandbytes would repack the weights for these CPUs, with scales rounded to bfloat16,
             # and a later training pass would run on them without gradients.
             layer.support_avx512bf16_for_cpu = False
     return fuse_gelu(base).requires_grad_(False), tokenizer
+
+
+def _ends(base: PreTrainedModel, name: str, revision: str | None) -> set[int]:
+    """Ids of the tokens that end a text or a turn, by the model's config and its generation config, if it has one."""
+    found = [base.config.get_text_config().eos_token_id]
+    try:  # a classifier is loaded without it
+        found.append(GenerationConfig.from_pretrained(name, revision=revision).eos_token_id)
+    except OSError:  # as transformers takes it: there is none
+        pass
+    return {end for ends in found if ends is not None for end in (ends if isinstance(ends, list) else [ends])}
+
+
+def _pad_with(base: PreTrainedModel, pad_token_id: int) -> None:
+    base.config.get_text_config().pad_token_id = pad_token_id
+    if getattr(base, "generation_config", None) is not None:
+        base.generation_config.pad_token_id = pad_token_id
+    embeddings = base.get_input_embeddings()
+    if getattr(embeddings, "padding_idx", None) is not None:  # an adapter of the embeddings gets no gradients for this token
+        embeddings.padding_idx = pad_token_id
 
 
 def quantization(model: ModelConfig) -> BitsAndBytesConfig | None:
@@ -200,8 +223,10 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def stamp(folder: str | Path, config: PreTrainedConfig, digest: str) -> None:
-    """Write beside an adapter which backbone it was trained on, from the backbone's config and its fingerprint."""
+    """Write beside an adapter which backbone it was trained on, and with which padding, from the backbone's config and
+    its fingerprint."""
     record = {"model_name_or_path": config._name_or_path, "precision": _precision(config), "fingerprint": digest}
+    record["pad_token_id"] = config.get_text_config().pad_token_id
     (Path(folder) / IDENTITY).write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -228,15 +253,17 @@ def read_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Adapter:
     """Read a standard peft adapter (a folder, a hub id or `owner/name@revision`; safetensors only) and check that it
-    fits: the `base`, and the `tokenizer` where one was saved beside the adapter.
+    fits: the `base`, the `tokenizer` where one was saved beside the adapter, and its pad token. An adapter that does not
+    say which it was trained with is checked where it has a head: nothing of a policy depends on padding.
 
     Raises what `check_adapter` raises, and:
-        ValueError: it was trained on another base, or with another tokenizer; its tensors are not finite.
+        ValueError: it was trained on another base, or with another tokenizer or pad token; its tensors are not finite.
     """
     folder = check_adapter(name, needs_head=needs_head)
     identity = folder / IDENTITY
+    made_for = read_json(identity) if identity.is_file() else {}
     if base is not None and identity.is_file():
-        made_for, ours = read_json(identity), fingerprint(base)
+        ours = fingerprint(base)
         theirs = str(made_for.get("fingerprint"))
         if theirs != ours:
             raise ValueError(
@@ -245,9 +272,10 @@ def read_adapter(
                 f"{base.config._name_or_path} ({_precision(base.config)}, {ours[:12]}). Train it on this base, or set "
                 f"model_name_or_path, load_in_4bit and bnb_4bit_quant_type to those of that one."
             )
+    beside = None
     if tokenizer is not None and (folder / "tokenizer.json").is_file():
-        vocabulary = AutoTokenizer.from_pretrained(folder, trust_remote_code=False).get_vocab()
-        ours = tokenizer.get_vocab()
+        beside = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        vocabulary, ours = beside.get_vocab(), tokenizer.get_vocab()
         if vocabulary != ours:
             odd = next(iter(sorted(vocabulary.items() ^ ours.items())))[0]
             raise ValueError(
@@ -260,4 +288,7 @@ def read_adapter(
             problem = "is not finite" if tensor.is_floating_point() else f"is of {tensor.dtype}, which no weight is"
             raise ValueError(f"{folder / WEIGHTS}: {key} {problem}. Train the adapter anew.")
     head = tensors.pop(HEAD, None)
+    stored = made_for.get("pad_token_id")
+    if tokenizer is not None and (stored is not None or (head is not None and (made_for or beside))):
+        check_pad_token(name, stored, beside, tokenizer)
     return Adapter(name, PeftConfig.from_pretrained(str(folder)), tensors, head)

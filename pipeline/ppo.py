@@ -69,7 +69,7 @@ def main(
     functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
     backbone, tokenizer = load_backbone(
-        model, roles.sft_adapter, reach=reach, trust_remote_code=args.trust_remote_code
+        model, roles.sft_adapter, reach=reach, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
     )
     identity, context = fingerprint(backbone.get_base_model()), context_length(backbone)
     check_prompt_lengths(prompts, tokenizer, context, args.max_completion_length, data.dataset_name)

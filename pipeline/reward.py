@@ -62,8 +62,11 @@ def normalization_of(
     pairs: RewardModelArguments, model: ModelConfig, args: RewardConfig, prompts: list
 ) -> Normalization:
     """Mean and deviation of the trained adapter's scores on completions of the SFT policy."""
-    backbone, tokenizer = load_backbone(model, pairs.sft_adapter, trust_remote_code=args.trust_remote_code)
-    backbone.add_role("reward", read_adapter(args.output_dir, needs_head=True, base=backbone.get_base_model()))
+    backbone, tokenizer = load_backbone(
+        model, pairs.sft_adapter, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
+    )
+    adapter = read_adapter(args.output_dir, needs_head=True, base=backbone.get_base_model(), tokenizer=tokenizer)
+    backbone.add_role("reward", adapter)
     backbone.to(args.device).eval()
     return measure(backbone, prompts, tokenizer, seed=args.seed, max_completion_length=pairs.max_completion_length)
 
@@ -89,7 +92,9 @@ def main(
     if not pairs.use_margin and "margin" in train.column_names:
         train = train.remove_columns("margin")
     torch.manual_seed(args.seed)  # the score head is drawn here
-    base, tokenizer = load_pretrained(model, head=True, trust_remote_code=args.trust_remote_code)
+    base, tokenizer = load_pretrained(
+        model, head=True, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
+    )
     check_max_length(args.max_length, context_length(base))
     check_chat_template(train, tokenizer, data.dataset_name)
     identity = fingerprint(base)

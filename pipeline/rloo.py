@@ -14,7 +14,7 @@ from data.prompts import check_prompt_lengths, load_prompts
 from pipeline.artifacts import completions_sampled, finish_stage
 from pipeline.backbone import backbone_copies, load_backbone
 from pipeline.checkpoints import Checkpointed, find_checkpoint
-from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, parse
+from pipeline.configs import DataArguments, LoraArguments, OnlineArguments, parse
 from pipeline.folders import check_folders
 from pipeline.launch import check_launch, check_wrapper
 from pipeline.loading import context_length, fingerprint
@@ -28,7 +28,7 @@ class RLOO(Checkpointed, RLOOTrainer):
 def train(
     trainer_class: type[RLOOTrainer] | type[GRPOTrainer],
     data: DataArguments,
-    start: PolicyArguments,
+    start: OnlineArguments,
     rewards: RewardArguments,
     model: ModelConfig,
     args: RLOOConfig | GRPOConfig,
@@ -53,7 +53,11 @@ def train(
     functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
     backbone, tokenizer = load_backbone(
-        model, start.sft_adapter, reach=LoraArguments(), trust_remote_code=args.trust_remote_code
+        model,
+        start.sft_adapter,
+        reach=LoraArguments(),
+        trust_remote_code=args.trust_remote_code,
+        pad_token=start.pad_token,
     )
     identity = fingerprint(backbone.get_base_model())
     check_prompt_lengths(prompts, tokenizer, context_length(backbone), args.max_completion_length, data.dataset_name)
@@ -78,10 +82,10 @@ def train(
 
 
 def main(
-    data: DataArguments, start: PolicyArguments, rewards: RewardArguments, model: ModelConfig, args: RLOOConfig
+    data: DataArguments, start: OnlineArguments, rewards: RewardArguments, model: ModelConfig, args: RLOOConfig
 ) -> None:
     train(RLOO, data, start, rewards, model, args)
 
 
 if __name__ == "__main__":
-    main(*parse(DataArguments, PolicyArguments, RewardArguments, ModelConfig, RLOOConfig))
+    main(*parse(DataArguments, OnlineArguments, RewardArguments, ModelConfig, RLOOConfig))

@@ -28,7 +28,7 @@ def main(data: DataArguments, reach: LoraArguments, model: ModelConfig, args: SF
     checkpoint = find_checkpoint(args)
     train = load_texts(data.dataset_name, data.dataset_train_split)
     held_out = load_texts(data.eval_source, data.dataset_eval_split) if data.eval_source else None
-    base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code)
+    base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token)
     check_max_length(args.max_length, context_length(base))
     check_chat_template(train, tokenizer, data.dataset_name)
     identity = fingerprint(base)

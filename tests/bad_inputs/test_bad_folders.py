@@ -234,6 +234,12 @@ OPTIONS = {
     "no such attention": ({"attn_implementation": "fast"}, r'`attn_implementation="fast"` is not supported'),
 }
 
+PAD_TOKENS = {
+    "unknown": ("[PAD]", r"^pad_token='\[PAD\]' is no token of \S+tiny0\. Name a special token: '<\|endoftext\|>', '<\|pad\|>'\.$"),
+    "misspelt": ("<|endoftxt|>", r"is no token of \S+tiny0\. Did you mean '<\|endoftext\|>'\? Name"),
+    "empty": ("", r"^pad_token='' is no token of"),
+    "a piece of text": ("!", r"^pad_token='!' is a piece of ordinary text in \S+tiny0, and decoding leaves out the pad"),
+}  # fmt: skip
 
 # Of the adapter that training goes on from: it has rank 4 and adapts all layers.
 OTHERWISE = {
@@ -308,6 +314,50 @@ def test_adapters_of_another_base(stage, refuses, world):
 @pytest.mark.parametrize(("options", "message"), OPTIONS.values(), ids=OPTIONS)
 def test_options_of_the_model(options, message, refuses):
     refuses("sft", message, loads=True, **options)
+
+
+# ------------------------------------------------------------------------------------ padding
+STAGES = ["sft", "reward", "ppo", "rloo", "grpo", "dpo", "evaluation", "best_of_n"]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_pad_token_that_is_not_there(stage, refuses):
+    """Before the model is loaded, in each stage."""
+    value, message = PAD_TOKENS["unknown"]
+    refuses(stage, message, pad_token=value)
+
+
+@pytest.mark.parametrize(("value", "message"), PAD_TOKENS.values(), ids=PAD_TOKENS)
+def test_pad_tokens(value, message, refuses):
+    refuses("ppo", message, recipe=f"pad_token: {value!r}\n")
+
+
+@pytest.mark.parametrize("stage", STAGES[1:])
+def test_an_adapter_of_another_pad_token(stage, refuses):
+    """Each stage that reads an adapter."""
+    message = (
+        r"\S+: the adapter was trained with '<\|pad\|>' as padding, and this run pads with '<\|endoftext\|>'; .*Set "
+    )
+    message += r"--pad_token '<\|pad\|>' in every stage, or train the adapter anew\.$"
+    refuses(stage, message, loads=True, pad_token="<|endoftext|>")
+
+
+@pytest.mark.parametrize("key", ["reward_adapter", "sft_adapter"])
+def test_the_adapter_of_another_pad_token_is_named(key, refuses):
+    """The second adapter that evaluation reads, and the third."""
+    name = "sft" if key == "sft_adapter" else "reward"
+    spoil = change("backbone.json", pad_token_id=0)
+    message = (
+        rf"copy-of-{name}0: the adapter was trained with '<\|endoftext\|>' as padding, and this run pads with '<\|pad"
+    )
+    refuses("evaluation", message, loads=True, **{key: spoiled(spoil, name)})
+
+
+@pytest.mark.parametrize("value", ["x", -1, 10**9, [0]])
+def test_a_pad_token_that_no_tokenizer_has(value, refuses):
+    spoil = change("backbone.json", pad_token_id=value)
+    message = r"trained with .* as padding, and this run pads with '<\|pad\|>'"
+    refuses("ppo", message, loads=True, sft_adapter=spoiled(spoil, "sft"))
 
 
 # ------------------------------------------------------------------------------------ outputs

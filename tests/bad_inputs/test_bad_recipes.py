@@ -46,6 +46,7 @@ TYPES = {
     "infinity for a whole number": ("lora_r: .inf\n", r"lora_r=inf must be a whole number\."),
     "no such dtype": ("dtype: float61\n", r"dtype='float61' is not one of auto, bfloat16, float16, float32\."),
     "no such schedule": ("lr_scheduler_type: linearr\n", r"lr_scheduler_type='linearr' is not one of linear, cosine"),
+    "a pad token without quotes": ("pad_token: [PAD]\n", r"pad_token=\['PAD'\] must be text or null\."),
     "no such optimizer": ("optim: adam\n", r"optim='adam' is not one of adamw_torch"),
 }
 RANGES = [
@@ -96,7 +97,6 @@ RANGES = [
 ]
 CONTRADICTIONS = {
     "an end of text of one stage": ("sft", {"eos_token": "!"}, r"^eos_token='!' would hold for this stage alone"),
-    "padding of one stage": ("reward", {"pad_token": "!"}, r"^pad_token='!' would hold for this stage alone"),
     "a chat template of one stage": ("sft", {"chat_template_path": "x"}, r"^chat_template_path='x' would hold for"),
     "thinking that the reward would not see": (
         "rloo",

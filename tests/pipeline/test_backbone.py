@@ -349,7 +349,8 @@ def test_the_identity_names_the_base(backbone, tiny, tmp_path):
     backbone.save_role("policy", tmp_path)
     record = json.loads((tmp_path / "backbone.json").read_text())
     made_for = {"model_name_or_path": tiny, "precision": "not quantised"}
-    assert record == {**made_for, "fingerprint": fingerprint(backbone.get_base_model())}
+    pad = backbone.get_base_model().config.pad_token_id
+    assert record == {**made_for, "fingerprint": fingerprint(backbone.get_base_model()), "pad_token_id": pad}
 
 
 # ------------------------------------------------------------------------------------------ padding and batches

@@ -11,7 +11,15 @@ from transformers import Trainer
 from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SFTConfig
 
 from pipeline import artifacts, best_of_n, dpo, evaluation, grpo, ppo, reward, rloo, sft, tables
-from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, PPOConfig, RewardModelArguments, parse
+from pipeline.configs import (
+    DataArguments,
+    LoraArguments,
+    OnlineArguments,
+    PolicyArguments,
+    PPOConfig,
+    RewardModelArguments,
+    parse,
+)
 from pipeline.loading import WEIGHTS, load_pretrained, read_adapter
 from reward_models.composite import RewardArguments
 
@@ -20,8 +28,8 @@ TYPES = {
     "sft": (DataArguments, LoraArguments, ModelConfig, SFTConfig),
     "reward": (DataArguments, RewardModelArguments, LoraArguments, ModelConfig, RewardConfig),
     "ppo": (DataArguments, ppo.RoleArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig),
-    "rloo": (DataArguments, PolicyArguments, RewardArguments, ModelConfig, RLOOConfig),
-    "grpo": (DataArguments, PolicyArguments, RewardArguments, ModelConfig, GRPOConfig),
+    "rloo": (DataArguments, OnlineArguments, RewardArguments, ModelConfig, RLOOConfig),
+    "grpo": (DataArguments, OnlineArguments, RewardArguments, ModelConfig, GRPOConfig),
     "dpo": (DataArguments, dpo.PairArguments, ModelConfig, DPOConfig),
     "best_of_n": (best_of_n.BestOfNArguments, PolicyArguments, RewardArguments, ModelConfig),
     "evaluation": (evaluation.EvaluationArguments, RewardArguments, ModelConfig),
