@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from trl import ModelConfig, RewardConfig, SFTConfig
+from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 from data.prompts import tokenize_prompts
 from pipeline import padding, ppo, reward, sft
@@ -56,12 +56,12 @@ def make_tokenizer(special: list[str], *, template: str | None = None, opens: bo
 
 
 def make_model(folder: Path, tokenizer, **config) -> str:
-    """A random two-layer Llama whose output head is not tied to its embeddings, as chat models are saved."""
+    """A random two-layer Llama in bfloat16, whose output head is not tied to its embeddings."""
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
     torch.manual_seed(0)
     options = {**shape, "max_position_embeddings": 128, "initializer_range": 0.2, **special, **config}
-    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **options)).save_pretrained(folder)
+    LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **options)).bfloat16().save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -120,6 +120,14 @@ def test_a_token_that_the_tokenizer_writes_does_not_pad():
     assert tokenizer.pad_token == "<unused1>"
 
 
+def test_an_added_token_that_is_not_special_does_not_pad():
+    """Such as Qwen's <|fim_pad|>, which has a use."""
+    tokenizer = make_tokenizer(["<e>", "<unused0>"], eos_token="<e>")
+    tokenizer.add_tokens(["<|fim_pad|>"])
+    choose_pad_token(tokenizer, set())
+    assert tokenizer.pad_token == "<unused0>"
+
+
 @pytest.mark.parametrize("head", [False, True])
 def test_the_model_is_told(head, chat_model, tmp_path):
     """Model and classifier choose alike, by the generation config too, which a classifier is loaded without."""
@@ -133,6 +141,14 @@ def test_the_model_is_told(head, chat_model, tmp_path):
     assert tokenizer.pad_token == END and base.config.pad_token_id == 2
     base, tokenizer = load_pretrained(ModelConfig(str(folder)), head=head, pad_token="<repo_name>")
     assert tokenizer.pad_token == "<repo_name>" and base.config.pad_token_id == 3
+
+
+@pytest.mark.parametrize("config", [SFTConfig, RewardConfig, DPOConfig, PPOConfig])
+def test_one_spelling_for_all_stages(config, recwarn):
+    """TRL warns of its option, since one is to set the tokenizer's pad token: our stages do."""
+    args = ["--output_dir", "out", "--use_cpu", "true", "--bf16", "false", "--pad_token", END]
+    assert parse(config, args=args)[0].pad_token == END
+    assert not [warning for warning in recwarn if "pad_token" in str(warning.message)]
 
 
 def test_the_embedded_backbone_pads_as_ever(capsys):
@@ -387,6 +403,19 @@ def test_a_reward_model_of_another_pad_token_is_refused(forget, spoiled, chat_mo
         read_adapter(folder, needs_head=True, base=base, tokenizer=tokenizer)
     base, tokenizer = load_pretrained(ModelConfig(chat_model), pad_token=END)  # the message's remedy
     assert read_adapter(folder, needs_head=True, base=base, tokenizer=tokenizer).head is not None
+
+
+def test_the_tokenizer_beside_an_adapter_says_how_it_was_padded(spoiled, chat_model):
+    """Trained by TRL alone, say, with a pad token that the base's tokenizer does not name."""
+    folder = spoiled("identity")
+    base, tokenizer = load_pretrained(ModelConfig(chat_model), pad_token="<repo_name>")
+    tokenizer.save_pretrained(folder)
+    assert read_adapter(folder, needs_head=True, base=base, tokenizer=tokenizer).head is not None
+    base, tokenizer = load_pretrained(ModelConfig(chat_model), pad_token=END)
+    with pytest.raises(
+        ValueError, match=r"was trained with '<repo_name>' as padding, and this run pads with '<\|im_end"
+    ):
+        read_adapter(folder, needs_head=True, base=base, tokenizer=tokenizer)
 
 
 def test_of_an_adapter_that_says_nothing_nothing_is_asked(spoiled, chat_model):
