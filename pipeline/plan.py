@@ -11,8 +11,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -47,6 +49,11 @@ class PlanArguments:
 
     prompt_tokens: int = field(default=512, metadata={"help": "Length of the longest prompts, in tokens."})
     processes: int = field(default=8, metadata={"help": "GPUs that share what is sharded."})
+    device: str = field(default="cuda", metadata={"help": "What it runs on: cuda, or cpu."})
+
+    def __post_init__(self):
+        if self.device not in ("cuda", "cpu"):
+            raise ValueError(f"device={self.device!r} is not one of cuda, cpu.")
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,13 @@ def roles(rewards: RewardArguments, reach: LoraArguments, model: ModelConfig, ar
     source = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(model_source(model.model_name_or_path), **source)
     config.get_text_config().pad_token_id = 0  # of no consequence here; a classifier's head would want one
-    dtype = torch.float32 if model.dtype in (None, "auto") else getattr(torch, model.dtype)
+    options = {"dtype": torch.float32 if model.dtype in (None, "auto") else getattr(torch, model.dtype)}
+    if (
+        model.attn_implementation == "eager"
+    ):  # it keeps attention weights; what flash attention keeps is what sdpa does
+        options["attn_implementation"] = "eager"
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=args.trust_remote_code)
+        base = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code, **options)
         fuse_gelu(base).requires_grad_(False)
         adapter = lora_config(model, task_type="CAUSAL_LM", reach=reach, base=base)
         backbone = Backbone(base, adapter)
@@ -144,14 +155,30 @@ def _shapes_alone(model: nn.Module) -> None:
                     tensors[name] = fakes[tensor]
 
 
+def _layer_norm(norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
+    """A layer norm as CUDA's autocast runs it, in float32; a CPU's leaves it in bfloat16."""
+    weight, bias = (x if x is None else x.float() for x in (norm.weight, norm.bias))
+    return F.layer_norm(hidden.float(), norm.normalized_shape, weight, bias, norm.eps)
+
+
 def activations(
-    backbone: Backbone, rows: int, prompt: int, completion: int, *, bf16: bool, checkpointing: bool = False
+    backbone: Backbone,
+    rows: int,
+    prompt: int,
+    completion: int,
+    *,
+    bf16: bool,
+    checkpointing: bool = False,
+    device: str = "cuda",
 ) -> int:
     """Bytes that one training pass keeps for its backward pass, logits apart; with gradient checkpointing the input of
     each layer, and a layer's share of all that is computed again. `backbone` is fit for nothing else after it."""
     tokens = (rows, prompt + completion)
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         _shapes_alone(backbone)
+        for module in backbone.modules():
+            if isinstance(module, nn.LayerNorm) and bf16 and device == "cuda":
+                module.forward = partial(_layer_norm, module)
         ids, mask = torch.ones(tokens, dtype=torch.long), torch.ones(tokens, dtype=torch.bool)
         trunk = backbone.trunk(ids, mask) if backbone.trunk_depth else None
         with _kept() as sizes:
@@ -165,7 +192,7 @@ def activations(
     return kept + states
 
 
-def phases(backbone: Backbone, args: PPOConfig, prompt: int) -> Iterator[Item]:
+def phases(backbone: Backbone, args: PPOConfig, prompt: int, device: str = "cuda") -> Iterator[Item]:
     """What a rollout leaves, and what sampling and training take beside it. Logits are in pieces but while sampling."""
     base = backbone.get_base_model()
     config, completion = base.config.get_text_config(), args.max_completion_length
@@ -182,7 +209,7 @@ def phases(backbone: Backbone, args: PPOConfig, prompt: int) -> Iterator[Item]:
     positions = args.per_device_train_batch_size * completion
     yield Item("training", "logits", 4 * 4 * min(LOGITS, positions * config.vocab_size))
     size = args.per_device_train_batch_size
-    options = {"bf16": args.bf16, "checkpointing": args.gradient_checkpointing}
+    options = {"bf16": args.bf16, "checkpointing": args.gradient_checkpointing, "device": device}
     yield Item("training", "activations", activations(backbone, size, prompt, completion, **options))
 
 
@@ -217,7 +244,7 @@ def plan(
         saved, largest = in_4_bits(backbone, nested=model.use_bnb_nested_quant)
         standing = [Item(i.who, i.kind, i.bytes - saved * (i.who == "backbone")) for i in standing]
         dequantised = [Item(phase, "dequantised weight", largest) for phase in ("sampling", "training")]
-    passing = [*phases(backbone, args, asked.prompt_tokens), *dequantised]
+    passing = [*phases(backbone, args, asked.prompt_tokens, asked.device), *dequantised]
     result = {}
     for layout in layouts:
         share = {kind: asked.processes for kind in SHARDED[layout]}

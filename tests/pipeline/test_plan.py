@@ -58,11 +58,12 @@ def test_a_fresh_policy_and_a_critic_that_is_a_head(tiny):
 
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("top", [None, 1])
-def test_activations_are_what_autograd_keeps(tiny, top, bf16):
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_activations_are_what_autograd_keeps(tiny, top, bf16, attention):
     """Planned without weights, measured on the model itself."""
-    args, reach = config(), LoraArguments(lora_top_layers=top)
-    planned = roles(REWARDS, reach, model(tiny), args, policy="runs/sft")
-    real, _ = load_backbone(model(tiny), None, reach=reach)
+    args, reach, of_recipe = config(), LoraArguments(lora_top_layers=top), model(tiny, attn_implementation=attention)
+    planned = roles(REWARDS, reach, of_recipe, args, policy="runs/sft")
+    real, _ = load_backbone(of_recipe, None, reach=reach)
     real.add_value(init="policy")
     real.train_only("policy", "value")
     real.share_trunk()
@@ -75,6 +76,21 @@ def test_activations_are_what_autograd_keeps(tiny, top, bf16):
             passes = [real.hidden_states(role, ids, mask, trunk) for role in ("policy", "value")]
     measured = sum(sizes.values()) + sum(hidden.nbytes for hidden in passes)
     assert activations(planned, 3, 10, 6, bf16=bf16) == pytest.approx(measured, rel=0.01)
+
+
+def test_layer_norms_keep_float32_under_autocast_on_a_gpu(tiny):
+    """A norm's input in float32 instead of bfloat16, in two layers with two norms, the last norm's and its output: 6 times 2
+    bytes more for each of 32 units, of 48 tokens and 2 roles."""
+
+    def planned(device: str) -> int:
+        backbone = roles(REWARDS, LoraArguments(), model(tiny, dtype="bfloat16"), config(), policy=None)
+        return activations(backbone, 3, 10, 6, bf16=True, device=device)
+
+    assert planned("cuda") - planned("cpu") == pytest.approx(
+        6 * 2 * 32 * 48 * 2, rel=0.15
+    )  # and statistics of each row
+    with pytest.raises(ValueError, match="device='tpu' is not one of cuda, cpu"):
+        PlanArguments(device="tpu")
 
 
 def test_the_cache_is_what_sampling_fills(tiny):
