@@ -52,7 +52,8 @@ class _Chunked(torch.autograd.Function):
                 if differentiate:
                     gradients += torch.autograd.grad(logprob.sum(), piece)
             every = every.detach()
-            entropies.append(-torch.linalg.vecdot(every.exp(), every))
+            with torch.autocast(every.device.type, enabled=False):  # it would round the dot product to bfloat16
+                entropies.append(-torch.linalg.vecdot(every.exp(), every))
             logprobs.append(logprob.detach())
         if differentiate:
             ctx.save_for_backward(torch.cat(gradients))

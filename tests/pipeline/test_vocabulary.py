@@ -35,6 +35,16 @@ def test_pieces_give_what_the_whole_gives(case, monkeypatch, logits):
     torch.testing.assert_close(gradient, plain.grad, atol=1e-5, rtol=1e-5)
 
 
+def test_autocast_rounds_the_logits_and_not_the_entropy(case):
+    head, hidden, tokens = case
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, entropy, _ = run(head, hidden, tokens)
+        logits = head(hidden).float() / 0.7
+    expected = torch.distributions.Categorical(logits=logits)
+    torch.testing.assert_close(logprobs, expected.log_prob(tokens), atol=1e-6, rtol=0)
+    torch.testing.assert_close(entropy, expected.entropy(), atol=1e-6, rtol=0)
+
+
 def test_a_trained_head_and_a_rewarded_entropy_get_their_gradients(case):
     head, hidden, tokens = case
     logprobs, _, gradient = run(head, hidden, tokens)
