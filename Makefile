@@ -18,7 +18,7 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 # These commands run on CPUs; DeepSpeed, which the tests bring, would warn that it looked for a GPU.
 export DS_ACCELERATOR = cpu
 
-.PHONY: demo baselines seeds ablations reward-long backbone bench bench-scaling soak test
+.PHONY: demo baselines seeds ablations reward-long backbone bench bench-scaling gpu soak test
 
 # SFT, reward model, PPO and evaluation on the embedded default; leaves $(OUT)/report.md and report.json.
 demo: .venv/installed
@@ -89,6 +89,11 @@ bench: .venv/installed .venv-trl112/installed
 # Seconds of an update against its sizes, measured and predicted, about 10 minutes; leaves runs/bench/scaling.png.
 bench-scaling: .venv/installed
 	.venv/bin/python -m tests.benchmarks.scaling
+
+# Preflight, PPO, the plan and seconds on this machine's GPUs, one or two, at most 10 minutes; leaves runs/gpu/report.json.
+# Beside TRL 1.12 where `make .venv-trl112/installed` was run.
+gpu: .venv/tests
+	.venv/bin/python -m tests.benchmarks.gpu
 
 # PPO for $(MINUTES) minutes: its memory watched, then killed and resumed again and again; prints a table.
 soak: .venv/installed

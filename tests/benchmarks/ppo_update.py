@@ -33,11 +33,11 @@ class Contender:
         RuntimeError: it ended by itself; the message has the end of what it printed.
     """
 
-    def __init__(self, row: str, dtype: str, work: Work, python: str):
+    def __init__(self, row: str, dtype: str, work: Work, python: str, device: str = "cpu"):
         self.row, self.dtype = row, dtype
         self.folder = tempfile.TemporaryDirectory()
         self.log = Path(self.folder.name) / "log"
-        options = {"row": row, "dtype": dtype, "folder": self.folder.name}
+        options = {"row": row, "dtype": dtype, "folder": self.folder.name, "device": device}
         options["top"] = work.top if row == "spine_top4" else None
         options["microbatch"] = min(MICROBATCH[row] * work.batch // 8, work.batch // work.minibatches)
         module = f"tests.benchmarks.{row.partition('_')[0]}_contender"

@@ -33,8 +33,8 @@ def reward_adapter(work: Work, top: int | None) -> Adapter:
 
 def make_trainer(work: Work, options: dict, **kwargs) -> PPOTrainer:
     torch.manual_seed(0)
-    bf16, top = options["dtype"] == "bf16", options["top"]
-    base = GPT2LMHeadModel(work.config(options["dtype"])).to(torch.bfloat16 if bf16 else torch.float32)
+    bf16, top, device = options["dtype"] == "bf16", options["top"], options.get("device", "cpu")
+    base = GPT2LMHeadModel(work.config(options["dtype"], device)).to(torch.bfloat16 if bf16 else torch.float32)
     base = fuse_gelu(base).requires_grad_(False)  # as `load_pretrained` does
     backbone = Backbone(base, LoraConfig(task_type="CAUSAL_LM", **work.lora(top)))
     backbone.add_role("reward", reward_adapter(work, top))
@@ -50,7 +50,7 @@ def make_trainer(work: Work, options: dict, **kwargs) -> PPOTrainer:
         max_steps=10_000 * work.epochs * work.minibatches,
         learning_rate=1e-6,
         bf16=bf16,
-        use_cpu=True,
+        use_cpu=device == "cpu",
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,

@@ -21,10 +21,13 @@ def main() -> None:
         os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"  # its Accelerator does not read args.bf16
     # Trained weights stay in float32 under autocast; what is frozen can be in bfloat16.
     frozen = torch.bfloat16 if options["dtype"] == "bf16" else torch.float32
-    config = work.config(options["dtype"])
+    device = options["device"]
+    config = work.config(options["dtype"], device)
     lora = options["row"] == "trl_lora"
     policy = GPT2LMHeadModel(config).to(frozen if lora else torch.float32)
-    value, reward = (GPT2ForSequenceClassification(work.config(options["dtype"], num_labels=1)) for _ in range(2))
+    value, reward = (
+        GPT2ForSequenceClassification(work.config(options["dtype"], device, num_labels=1)) for _ in range(2)
+    )
     reference = None
     if not lora:
         reference = GPT2LMHeadModel(config)
@@ -45,7 +48,7 @@ def main() -> None:
         gradient_checkpointing=False,
         learning_rate=1e-6,
         bf16=options["dtype"] == "bf16",
-        use_cpu=True,
+        use_cpu=device == "cpu",
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,

@@ -38,11 +38,11 @@ class Work:
     top: int = 4  # layers that `spine_top4` adapts
     rank: int = 16
 
-    def config(self, dtype: str, **options) -> GPT2Config:
+    def config(self, dtype: str, device: str = "cpu", **options) -> GPT2Config:
         return GPT2Config(
             **options,
             # On a CPU torch's fused attention in bfloat16 is slower than the product of matrices: NOTES.md.
-            attn_implementation="eager" if dtype == "bf16" else "sdpa",
+            attn_implementation="eager" if dtype == "bf16" and device == "cpu" else "sdpa",
             n_layer=self.layers,
             n_embd=self.hidden,
             n_head=self.heads,
@@ -79,25 +79,32 @@ class Work:
         }
 
 
+def now() -> float:
+    """Seconds, once a GPU has done all that it was told to."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 class Clock:
     """Seconds of one update: generation, scoring and training."""
 
     def restart(self) -> None:
-        self.began, self.generation, self.training_began = time.perf_counter(), 0.0, None
+        self.began, self.generation, self.training_began = now(), 0.0, None
 
     @contextmanager
     def generating(self) -> Iterator[None]:
-        began = time.perf_counter()
+        began = now()
         yield
-        self.generation += time.perf_counter() - began
+        self.generation += now() - began
 
     def training_begins(self) -> None:
-        self.training_began = self.training_began or time.perf_counter()
+        self.training_began = self.training_began or now()
 
     def read(self) -> dict[str, float]:
-        now = time.perf_counter()
-        training = now - self.training_began
-        seconds = now - self.began
+        ended = now()
+        training = ended - self.training_began
+        seconds = ended - self.began
         return {
             "seconds": seconds,
             "generation": self.generation,
@@ -118,6 +125,8 @@ class Turns(TrainerCallback):
         self.state_bytes: Callable[[], int] | None = None
 
     def on_train_begin(self, args, state, control, **kwargs):
+        if (args.device.type == "cpu") != args.use_cpu:
+            raise RuntimeError(f"this process is on {args.device}: torch {torch.__version__} finds no GPU.")
         self._wait()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -128,7 +137,10 @@ class Turns(TrainerCallback):
         if self.completion_tokens != expected:
             raise RuntimeError(f"{self.completion_tokens} completion tokens were sampled instead of {expected}.")
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # KiB on Linux
-        self._tell({**measured, "peak_rss_gb": peak / 1e9, "state_bytes": self.state_bytes()})
+        measured |= {"peak_rss_gb": peak / 1e9, "state_bytes": self.state_bytes()}
+        if torch.cuda.is_initialized():
+            measured["peak_gpu_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        self._tell(measured)
         self._wait()
 
     def _tell(self, answer: dict) -> None:
