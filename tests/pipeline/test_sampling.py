@@ -9,6 +9,7 @@ from conftest import make_likely
 from pipeline import sampling
 from pipeline.configs import PPOConfig
 from pipeline.sampling import gathered, sample, sampling_options
+from tests.benchmarks.gpu import Live
 
 
 ROWS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
@@ -189,3 +190,11 @@ def test_frequencies_are_the_softmax_at_the_temperature(backbone, tokenizer):
     assert likeliest.values[-1] > 0.005
     error = (likeliest.values * (1 - likeliest.values) / draws).sqrt()
     assert ((shares[likeliest.indices] - likeliest.values).abs() < 4 * error).all()
+
+
+def test_logprobs_are_kept_without_a_copy_of_all_logits(backbone, tokenizer):
+    """Of 3 rows, 32 tokens and the vocabulary, in float32; what else lives at once is a few tokens' worth."""
+    with Live(backbone) as live:
+        samples(backbone, tokenizer, rows=ROWS[:3], max_completion_length=32, keep_logprobs=True)
+    logits = 4 * 3 * 32 * backbone.get_base_model().config.vocab_size
+    assert logits < live.peak - live.standing < 1.5 * logits
