@@ -16,7 +16,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object, send_to_device
 from datasets import Dataset
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import PreTrainedTokenizerBase
 from trl import RLOOTrainer
 from trl.models import unwrap_model_for_generation
@@ -109,6 +109,10 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
             vllm.generation_kwargs = {"stop_token_ids": self.eos_token_ids, **vllm.generation_kwargs}
             vllm.logprobs = 0  # of the sampled tokens alone; RLOO asks for none
         self.sharded = self._dist.is_fsdp or self._dist.is_zero3
+        if self._dist.is_fsdp:
+            # accelerate's policy for bf16 would round logprobs and values to bfloat16 as they leave the model, and gather the
+            # heads in it. The passes run under autocast, as without FSDP.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
         args.ds3_gather_for_generation = False  # `whole` gathers, for all that a rollout does
         if backbone.policy_is_bare:
             backbone.delete_adapter(

@@ -214,8 +214,8 @@ def planted(words: list[str], out: Path) -> list[list]:
     return added
 
 
-def launch(config: str, processes: int, stages: list, folder: Path) -> tuple[list[dict], str]:
-    """What each process saw, and what all of them printed."""
+def launch(config: str, processes: int, stages: list, folder: Path, *words: str) -> tuple[list[dict], str]:
+    """What each process saw, and what all of them printed. `words` are options of accelerate's."""
     folder.mkdir(exist_ok=True)
     (folder / "plan.json").write_text(json.dumps(stages))
     command = [
@@ -225,7 +225,7 @@ def launch(config: str, processes: int, stages: list, folder: Path) -> tuple[lis
         "--config_file",
         f"accelerate_configs/{config}.yaml",
     ]
-    command += ["--num_processes", str(processes), "--main_process_port", "0", "tests/distributed_worker.py"]
+    command += ["--num_processes", str(processes), "--main_process_port", "0", *words, "tests/distributed_worker.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     printed = folder / "printed.txt"
     with printed.open("w") as file:
@@ -292,6 +292,25 @@ def test_processes_run_as_launched_and_end_alike(two):
         assert first["wrapper"] == second["wrapper"] == KINDS[config]
         assert first["processes"] == second["processes"] == 2
         assert first["digest"] == second["digest"]
+
+
+@pytest.mark.slow
+def test_sharded_in_bfloat16_nothing_is_rounded_that_is_not_without(inputs, one, tmp_path):
+    """FSDP2 could round logprobs, values and heads to bfloat16, where autocast alone leaves them in float32: the ratio would
+    not start at 1. With a learning rate of 0 it stays there."""
+    found = {}
+    for config in ("cpu_ddp", "fsdp2"):
+        stages = plan(inputs, tmp_path / config, one[0], 2, use_cpu=config != "fsdp2")
+        ppo = next(stage for stage in stages if stage[0] == "ppo")
+        ppo[2] += ["--dtype", "bfloat16", "--learning_rate", "0", "--max_steps", "2", "--eval_strategy", "no"]
+        (saw, _), _ = launch(config, 2, [ppo], tmp_path / config, "--mixed_precision", "bf16")
+        assert saw["ppo"]["wrapper"] == KINDS[config]
+        found[config] = [row for row in saw["ppo"]["history"] if "approxkl" in row]
+    assert len(found["fsdp2"]) == 2
+    for ours, theirs in zip(found["fsdp2"], found["cpu_ddp"], strict=True):
+        assert ours["approxkl"] == 0
+        for name in ("entropy", "loss/policy", "loss/value", "grad_norm"):
+            assert_close(ours[name], theirs[name], name)
 
 
 @pytest.mark.slow
