@@ -193,8 +193,8 @@ def test_frequencies_are_the_softmax_at_the_temperature(backbone, tokenizer):
 
 
 def test_logprobs_are_kept_without_a_copy_of_all_logits(backbone, tokenizer):
-    """Of 3 rows, 32 tokens and the vocabulary, in float32; what else lives at once is a few tokens' worth."""
+    """Beside the model live a few steps' logits, not those of all 32."""
     with Live(backbone) as live:
         samples(backbone, tokenizer, rows=ROWS[:3], max_completion_length=32, keep_logprobs=True)
     logits = 4 * 3 * 32 * backbone.get_base_model().config.vocab_size
-    assert logits < live.peak - live.standing < 1.5 * logits
+    assert live.peak - live.standing < 0.3 * logits
