@@ -1,18 +1,23 @@
 """Rows from a file, a folder or the hub, and the words in which an error names a cell of them.
 
 Datasets come from anywhere, so nothing about them is assumed: a row that cannot be used is an error that says where it
-is, before any model is loaded. No row is dropped, repaired or filled in.
+is, before any model is loaded. No row is repaired or filled in, and none is dropped unless a user asks for it
+(`drop_bad_rows`); then the number of rows dropped is said, and why.
 """
 
 import difflib
 import glob
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
 from datasets import Dataset
 from datasets.exceptions import DatasetsError
 
+
+logger = logging.getLogger(__name__)
 
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 # pandas would read the answers "007" and "None" of a CSV file as 7 and as a missing cell.
@@ -169,9 +174,53 @@ def row_name(name: str, number: int) -> str:
     return f"{name} row {number} (counting from 1)"
 
 
-def cell_error(where: str, field: str, value: object, problem: str) -> ValueError:
+class CellError(ValueError):
+    """A cell that cannot be used. `problem` says what it must be, without the row and the value."""
+
+    def __init__(self, message: str, problem: str):
+        super().__init__(message)
+        self.problem = problem
+
+
+def cell_error(where: str, field: str, value: object, problem: str) -> CellError:
     """The error for one cell, where `where` is a `row_name`."""
-    return ValueError(f"{where}: {field!r} {problem}, but is {shorten(value)}. Correct or delete the row.")
+    problem = f"{field!r} {problem}"
+    return CellError(f"{where}: {problem}, but is {shorten(value)}. Correct or delete the row.", problem)
+
+
+def check_rows(
+    rows: Dataset,
+    columns: list[str],
+    name: str,
+    check: Callable[[str, dict, str | None], str | None],
+    *,
+    drop: bool = False,
+) -> Dataset:
+    """Check the cells of `columns` in each row and return the rows; with `drop`, return those that pass.
+
+    `check` gets the row's name, its cells and the kind of cell that the rows before it hold (None before the first), and
+    returns that kind. With `drop`, a warning says how many rows are left out, of what kind, and which is the first.
+
+    Raises what `check` raises, and with `drop`:
+        ValueError: no row passes.
+    """
+    kind, kept, problems = None, [], {}
+    for number, row in enumerate(rows.select_columns(columns), 1):
+        try:
+            kind = check(row_name(name, number), row, kind)
+        except CellError as error:
+            if not drop:
+                raise
+            problems.setdefault(error.problem, []).append(number)
+        else:
+            kept.append(number - 1)
+    if not problems:
+        return rows
+    dropped = "; ".join(f"{len(found)} where {problem} (first: row {found[0]})" for problem, found in problems.items())
+    if not kept:
+        raise ValueError(f"{name}: drop_bad_rows=True leaves none of {len(rows)} rows: {dropped}. Name other data.")
+    logger.warning(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows are left out: {dropped}.")
+    return rows.select(kept)
 
 
 def require_columns(rows: Dataset, needed: tuple[str, ...], name: str) -> None:

@@ -9,20 +9,21 @@ import math
 from datasets import Dataset
 
 from data import human_ratings
-from data.files import cell_error, check_cell, load_rows, require_columns, row_name
+from data.files import cell_error, check_cell, check_rows, load_rows, require_columns
 
 
 COLUMNS = ("prompt", "chosen", "rejected", "margin", "agreement")
 
 
-def load_preferences(name: str, split: str) -> Dataset:
-    """Checked preference pairs of the embedded default (`human_ratings`), or of whatever `load_rows` can read."""
+def load_preferences(name: str, split: str, *, drop: bool = False) -> Dataset:
+    """Checked preference pairs of the embedded default (`human_ratings`), or of whatever `load_rows` can read; with
+    `drop`, without the rows that cannot be used."""
     if name == "human_ratings":
         return human_ratings.ranked_pairs(split) if split == "train" else human_ratings.preference_pairs(split)
-    return check_preferences(load_rows(name, split), name)
+    return check_preferences(load_rows(name, split), name, drop=drop)
 
 
-def check_preferences(rows: Dataset, name: str) -> Dataset:
+def check_preferences(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
     """The `rows` with only those of the columns prompt, chosen, rejected, margin and agreement that they have.
 
     Raises:
@@ -31,11 +32,8 @@ def check_preferences(rows: Dataset, name: str) -> Dataset:
             not a finite number; or `agreement` is not a share from 0 to 1.
     """
     require_columns(rows, ("chosen", "rejected"), name)
-    rows = rows.select_columns([column for column in COLUMNS if column in rows.column_names])
-    kind = None
-    for number, row in enumerate(rows, 1):
-        kind = _check_row(row_name(name, number), row, kind)
-    return rows
+    columns = [column for column in COLUMNS if column in rows.column_names]
+    return check_rows(rows.select_columns(columns), columns, name, _check_row, drop=drop)
 
 
 def _check_row(where: str, row: dict, kind: str | None) -> str:

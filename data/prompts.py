@@ -3,17 +3,18 @@
 from datasets import Dataset
 
 from data import human_ratings
-from data.files import check_cell, check_chat_template, load_rows, require_columns, row_name, shorten
+from data.files import check_cell, check_chat_template, check_rows, load_rows, require_columns, row_name, shorten
 
 
-def load_prompts(name: str, split: str) -> Dataset:
-    """Checked prompts of the embedded default (`human_ratings`), or of whatever `load_rows` can read."""
+def load_prompts(name: str, split: str, *, drop: bool = False) -> Dataset:
+    """Checked prompts of the embedded default (`human_ratings`), or of whatever `load_rows` can read; with `drop`,
+    without the rows that cannot be used."""
     if name == "human_ratings":
         return human_ratings.prompts(split)
-    return check_prompts(load_rows(name, split), name)
+    return check_prompts(load_rows(name, split), name, drop=drop)
 
 
-def check_prompts(rows: Dataset, name: str) -> Dataset:
+def check_prompts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
     """The `rows` themselves, with all their columns, since TRL hands those to the reward functions.
 
     Raises:
@@ -21,10 +22,11 @@ def check_prompts(rows: Dataset, name: str) -> Dataset:
             the kind that the first row has.
     """
     require_columns(rows, ("prompt",), name)
-    kind = None
-    for number, row in enumerate(rows.select_columns(["prompt"]), 1):
-        kind = check_cell(row_name(name, number), "prompt", row["prompt"], kind, filled=True)
-    return rows
+
+    def check(where: str, row: dict, kind: str | None) -> str:
+        return check_cell(where, "prompt", row["prompt"], kind, filled=True)
+
+    return check_rows(rows, ["prompt"], name, check, drop=drop)
 
 
 def check_prompt_lengths(rows: Dataset, tokenizer, context: int, max_completion_length: int, name: str) -> None:

@@ -3,21 +3,22 @@
 from datasets import Dataset
 
 from data import human_ratings
-from data.files import check_cell, load_rows, row_name
+from data.files import check_cell, check_rows, load_rows
 
 
 # TRL's formats: the columns of each, and the kind of cell they hold (None: text or conversations).
 FORMATS = {("text",): "text", ("messages",): "conversation", ("prompt", "completion"): None}
 
 
-def load_texts(name: str, split: str) -> Dataset:
-    """Checked texts of the embedded default (`human_ratings`), or of whatever `load_rows` can read."""
+def load_texts(name: str, split: str, *, drop: bool = False) -> Dataset:
+    """Checked texts of the embedded default (`human_ratings`), or of whatever `load_rows` can read; with `drop`, without
+    the rows that cannot be used."""
     if name == "human_ratings":
         return human_ratings.texts(split)
-    return check_texts(load_rows(name, split), name)
+    return check_texts(load_rows(name, split), name, drop=drop)
 
 
-def check_texts(rows: Dataset, name: str) -> Dataset:
+def check_texts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
     """The `rows` with only the columns of the one format they are in: text, messages, or prompt and completion.
 
     Raises:
@@ -25,11 +26,15 @@ def check_texts(rows: Dataset, name: str) -> Dataset:
             is empty, or a cell is not what its format needs.
     """
     columns = _format_of(rows, name)
-    rows, kind = rows.select_columns(list(columns)), FORMATS[columns]
-    for number, row in enumerate(rows, 1):
+    rows = rows.select_columns(list(columns))
+
+    def check(where: str, row: dict, kind: str | None) -> str:
+        kind = kind or FORMATS[columns]
         for field in columns:
-            kind = check_cell(row_name(name, number), field, row[field], kind, filled=field != "prompt")
-    return rows
+            kind = check_cell(where, field, row[field], kind, filled=field != "prompt")
+        return kind
+
+    return check_rows(rows, list(columns), name, check, drop=drop)
 
 
 def tokenize_texts(rows: Dataset, tokenizer, max_length: int) -> list[list[int]]:

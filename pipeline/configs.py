@@ -38,6 +38,9 @@ class DataArguments:
     dataset_eval_split: str = field(
         default="test", metadata={"help": "Split to evaluate on (a single file has none)."}
     )
+    drop_bad_rows: bool = field(
+        default=False, metadata={"help": "Leave rows that cannot be used out, and say so, instead of refusing them."}
+    )
 
     @property
     def eval_source(self) -> str | None:
@@ -77,6 +80,7 @@ class CompletionArguments:
     output_dir: str = field(metadata={"help": "Where the figures go."})
     dataset_name: str = field(default="human_ratings", metadata={"help": "Prompts: hub id, folder or file."})
     dataset_eval_split: str = field(default="test", metadata={"help": "Split to take prompts from."})
+    drop_bad_rows: bool = field(default=False, metadata={"help": "Leave prompts that cannot be used out, and say so."})
     max_prompts: int = field(default=512, metadata={"help": "The first so many prompts."})
     max_completion_length: int = field(default=24, metadata={"help": "Tokens sampled at most."})
     temperature: float = field(default=1.0, metadata={"help": "Sampling temperature, as in PPO."})
@@ -91,7 +95,7 @@ class CompletionArguments:
 
     def prompts(self) -> Dataset:
         """Raises what `load_prompts` raises, and a ValueError if there are fewer than two: no interval can be given."""
-        prompts = load_prompts(self.dataset_name, self.dataset_eval_split)
+        prompts = load_prompts(self.dataset_name, self.dataset_eval_split, drop=self.drop_bad_rows)
         prompts = prompts.select(range(min(self.max_prompts, len(prompts))))
         if len(prompts) < 2:
             raise ValueError(

@@ -38,7 +38,7 @@ def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DP
     check_launch(args)
     check_folders(args.output_dir, model.model_name_or_path, policies=(start.sft_adapter,), leaves_reward=False)
     checkpoint = find_checkpoint(args)
-    pairs = load_preferences(data.dataset_name, data.dataset_train_split)
+    pairs = load_preferences(data.dataset_name, data.dataset_train_split, drop=data.drop_bad_rows)
     if start.max_pairs:  # pairs of one ranking follow each other
         pairs = pairs.shuffle(seed=args.seed).select(range(min(start.max_pairs, len(pairs))))
     pairs = pairs.select_columns([name for name in ("prompt", "chosen", "rejected") if name in pairs.column_names])

@@ -65,7 +65,7 @@ def main(
     )
     rewards.check_weights(args.reward_weights)
     checkpoint = find_checkpoint(args)
-    prompts = load_prompts(data.dataset_name, data.dataset_train_split)
+    prompts = load_prompts(data.dataset_name, data.dataset_train_split, drop=data.drop_bad_rows)
     functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
     backbone, tokenizer = load_backbone(
@@ -80,7 +80,7 @@ def main(
                 f"eval_strategy={args.eval_strategy.value!r}: {data.dataset_name} has no held-out prompts; name some in "
                 f"eval_dataset_name."
             )
-        held_out = load_prompts(data.eval_source, data.dataset_eval_split)
+        held_out = load_prompts(data.eval_source, data.dataset_eval_split, drop=data.drop_bad_rows)
         held_out = held_out.select(range(min(args.eval_prompts, len(held_out))))
         check_prompt_lengths(held_out, tokenizer, context, args.max_completion_length, data.eval_source)
     texts = None

@@ -82,8 +82,10 @@ def main(
         )
     check_folders(args.output_dir, model.model_name_or_path, policies=(pairs.sft_adapter,), leaves_reward=True)
     checkpoint = find_checkpoint(args)
-    train = load_preferences(data.dataset_name, data.dataset_train_split)
-    held_out = load_preferences(data.eval_source, data.dataset_eval_split) if data.eval_source else None
+    train = load_preferences(data.dataset_name, data.dataset_train_split, drop=data.drop_bad_rows)
+    held_out = None
+    if data.eval_source:
+        held_out = load_preferences(data.eval_source, data.dataset_eval_split, drop=data.drop_bad_rows)
     if pairs.sft_adapter and "prompt" not in train.column_names:
         raise ValueError(
             f"{data.dataset_name}: sft_adapter={pairs.sft_adapter!r} needs prompts to complete; give the pairs a "

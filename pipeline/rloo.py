@@ -49,7 +49,7 @@ def train(
     )
     rewards.check_weights(args.reward_weights)
     checkpoint = find_checkpoint(args)
-    prompts = load_prompts(data.dataset_name, data.dataset_train_split)
+    prompts = load_prompts(data.dataset_name, data.dataset_train_split, drop=data.drop_bad_rows)
     functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
     backbone, tokenizer = load_backbone(

@@ -26,8 +26,10 @@ def main(data: DataArguments, reach: LoraArguments, model: ModelConfig, args: SF
     check_launch(args)
     check_folders(args.output_dir, model.model_name_or_path, leaves_reward=False)
     checkpoint = find_checkpoint(args)
-    train = load_texts(data.dataset_name, data.dataset_train_split)
-    held_out = load_texts(data.eval_source, data.dataset_eval_split) if data.eval_source else None
+    train = load_texts(data.dataset_name, data.dataset_train_split, drop=data.drop_bad_rows)
+    held_out = None
+    if data.eval_source:
+        held_out = load_texts(data.eval_source, data.dataset_eval_split, drop=data.drop_bad_rows)
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token)
     check_max_length(args.max_length, context_length(base))
     check_chat_template(train, tokenizer, data.dataset_name)

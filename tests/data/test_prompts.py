@@ -83,3 +83,9 @@ def test_conversation_needs_a_chat_template(monkeypatch):
     check_prompt_lengths(Dataset.from_dict({"prompt": ["a"]}), WordTokenizer(), 12, 10, "p")
     with pytest.raises(ValueError, match=r"^p row 1 .*'prompt' is a conversation .* tokenizer has no chat template"):
         check_prompt_lengths(Dataset.from_dict({"prompt": [CHAT]}), WordTokenizer(), 99, 10, "p")
+
+
+def test_bad_prompts_are_left_out_with_all_their_columns(caplog):
+    rows = Dataset.from_list([{"prompt": text, "answer": number} for number, text in enumerate(["a", " ", "b"])])
+    assert check_prompts(rows, "p", drop=True)["answer"][:] == [0, 2]
+    assert "1 of 3 rows are left out: 1 where 'prompt' must not be empty (first: row 2)" in caplog.text

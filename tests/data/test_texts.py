@@ -110,3 +110,8 @@ def test_texts_are_cut(tokenizer):
     long, short = tokenize_texts(rows, tokenizer, 4)
     assert long == tokenizer("One of the best, and the funniest, of the year")["input_ids"][:4]
     assert short == [*tokenizer("A")["input_ids"], tokenizer.eos_token_id]
+
+
+def test_bad_texts_are_left_out(tmp_path):
+    path = _save(tmp_path, {"messages": MESSAGES}, {"messages": NONE})
+    assert list(load_texts(path, "train", drop=True)) == [{"messages": MESSAGES}]
