@@ -111,7 +111,8 @@ def test_recipe(path, monkeypatch):
     cpu = ["--use_cpu", "true"] if any(issubclass(kind, TrainingArguments) for kind in hints.values()) else []
     for part in parse(*hints.values(), args=["--config", recipe, *cpu]):
         name = getattr(part, "dataset_name", None) or "human_ratings"
-        assert name == "human_ratings" or Path(name).is_file()
+        # Those of the hub have stand-ins in test_recipes.py, and a converter writes those in runs.
+        assert name == "human_ratings" or Path(name).is_file() or re.fullmatch(r"[\w-]+/[\w.-]+|runs/.+\.jsonl", name)
         for function in getattr(part, "reward_funcs", None) or []:
             load_function(function)
 

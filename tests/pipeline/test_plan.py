@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, GPT2Config, LlamaConfig
+from transformers import AutoConfig, GPT2Config, LlamaConfig, Qwen2Config
 from trl import ModelConfig
 
 from pipeline.backbone import load_backbone
@@ -127,7 +127,18 @@ LLAMA_8B = LlamaConfig(
     max_position_embeddings=131_072,
     tie_word_embeddings=False,
 )
+QWEN_HALF_B = Qwen2Config(
+    vocab_size=151_936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    max_position_embeddings=32_768,
+    tie_word_embeddings=True,
+)
 PUBLISHED = {"gpt2": GPT2Config(), "gpt2-xl": GPT2Config(n_embd=1600, n_layer=48, n_head=25), "llama-8b": LLAMA_8B}
+PUBLISHED["qwen2.5-0.5b-chat"] = QWEN_HALF_B
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -139,7 +150,7 @@ def test_a_recipe_says_what_it_takes(name, tmp_path):
     given = ["--config", str(recipe), "--model_name_or_path", str(tmp_path), "--use_cpu", "true"]
     text = recipe.read_text()
     stripped = tmp_path / "ppo.yaml"  # the dataset's arguments have no part in the plan
-    stripped.write_text("\n".join(line for line in text.splitlines() if not line.startswith("dataset_")))
+    stripped.write_text("\n".join(line for line in text.splitlines() if not line.startswith(("dataset_", "drop_"))))
     given[1] = str(stripped)
     planned = plan(*parse(*kinds, args=given))
     (said,) = re.findall(r"^# 8 GPUs, ([\d.]+) GB each under DDP with prompts of 512 tokens", text, re.MULTILINE)

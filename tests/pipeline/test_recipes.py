@@ -1,0 +1,191 @@
+"""Recipes for real models, whole: the first step of each stage on a random model of the architecture, in bfloat16.
+
+The hub is out of the tests' reach. In its place stand datasets with the splits and columns that the hub's have, and
+models with as many layers as the published ones, a few units wide.
+"""
+
+import json
+from importlib import import_module
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from data import files
+from pipeline.configs import parse
+
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ROOT / "pipeline" / "recipes"
+POST = "SUBREDDIT: r/films\n\nTITLE: A film\n\nPOST: I saw the film number {}. It was long.\n\nTL;DR:"
+
+
+def turns(*texts: str) -> list[dict]:
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+
+
+def splits(row, *names: str) -> dict[str, list[dict]]:
+    return {name: [row(number) for number in range(8)] for name in names}
+
+
+# Columns and splits as the datasets' cards and the scripts that made them (huggingface/trl, examples/datasets) have them.
+HUB = {
+    "trl-lib/tldr": splits(
+        lambda number: {"prompt": POST.format(number), "completion": f" A film of {number} hours."},
+        *("train", "validation", "test"),
+    ),
+    "trl-lib/tldr-preference": splits(
+        lambda number: {
+            "prompt": POST.format(number),
+            "chosen": f" A film of {number} hours.",
+            "rejected": f" Film {number}.",
+        },
+        *("train", "validation"),
+    ),
+    "trl-lib/Capybara": splits(
+        lambda number: {
+            "source": "Know-Logic",
+            "messages": turns("Which film?", f"Number {number}.", "Why?", "It is short."),
+            "num_turns": 2,
+        },
+        *("train", "test"),
+    ),
+    "trl-lib/hh-rlhf-helpful-base": splits(
+        lambda number: {
+            # Some pairs are the same twice, and some replies are empty.
+            "chosen": turns("", "" if number == 3 else f"See film {number}.")[1:],
+            "rejected": turns("", f"See film {number}." if number == 2 else "No.")[1:],
+            "prompt": turns("Which film?", "What do you like?", f"Films about {number}."),
+        },
+        *("train", "test"),
+    ),
+}
+CHAT = "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{{ turn['content'] }}<|im_end|>\n{% endfor %}"
+CHAT += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+NARROW = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+LLAMA = LlamaConfig(num_hidden_layers=32, max_position_embeddings=131_072, tie_word_embeddings=False, **NARROW)
+QWEN = Qwen2Config(num_hidden_layers=24, max_position_embeddings=32_768, tie_word_embeddings=True, **NARROW)
+# By recipe: the published model, and its architecture as deep, but narrow.
+MODELS = {
+    "gpt2": ("openai-community/gpt2", GPT2LMHeadModel, GPT2Config(n_layer=12, n_embd=16, n_head=2)),
+    "gpt2-xl": ("openai-community/gpt2-xl", GPT2LMHeadModel, GPT2Config(n_layer=48, n_embd=16, n_head=2)),
+    "llama-8b": ("meta-llama/Llama-3.1-8B", LlamaForCausalLM, LLAMA),
+    "qwen2.5-0.5b-chat": ("Qwen/Qwen2.5-0.5B-Instruct", Qwen2ForCausalLM, QWEN),
+}
+
+
+def narrow_model(name: str, folder: Path) -> str:
+    """Save a random model of a recipe's architecture, with the embedded tokenizer; a chat model's has a template, ends
+    turns with `<|im_end|>` and pads with `<|endoftext|>`, as Qwen's does."""
+    _, kind, config = MODELS[name]
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "backbone")
+    if name.endswith("chat"):
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>"], "eos_token": "<|im_end|>"})
+        tokenizer.pad_token, tokenizer.chat_template = "<|endoftext|>", CHAT
+    config.vocab_size = len(tokenizer)
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    torch.manual_seed(0)
+    kind(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Have the stand-ins loaded in place of the datasets of the hub."""
+
+    def load(name, source, split, **options):
+        return Dataset.from_list(HUB[source][split])
+
+    monkeypatch.setattr(files, "_load_split", load)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MODELS)
+def test_first_step_of_every_stage(name, hub, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)  # where the recipes' `runs` go
+    model, out = narrow_model(name, tmp_path / "model"), Path("runs") / name
+    training = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1}
+    training |= {"save_strategy": "no", "use_cpu": "true", "warmup_steps": 0}
+    short = {"max_completion_length": 4}
+    sizes = {
+        "sft": training,
+        "reward": training | short | {"sft_completions": 4},
+        # Of a reward model after one step nothing is asked.
+        "ppo": training | short | {"steps_per_generation": 2, "num_iterations": 1, "min_reward_accuracy": 0},
+        "evaluation": short | {"max_prompts": 4},
+    }
+    for stage, sizes_of_stage in sizes.items():
+        main = import_module(f"pipeline.{stage}").main
+        kinds = [kind for argument, kind in get_type_hints(main).items() if argument != "return"]
+        recipe = ["--config", str(RECIPES / name / f"{stage}.yaml")]
+        flags = [str(word) for key, value in sizes_of_stage.items() for word in (f"--{key}", value)]
+        main(*parse(*kinds, args=[*recipe, *flags, "--model_name_or_path", model]))
+
+    heads = {"sft": False, "reward": True, "ppo": False, "ppo/value": True}
+    for folder, has_head in heads.items():
+        weights = load_file(out / folder / "adapter_model.safetensors")
+        assert any(key.endswith("score.weight") for key in weights) == has_head
+        assert all(tensor.isfinite().all() for tensor in weights.values())
+        assert max(tensor.abs().max() for key, tensor in weights.items() if "lora_B" in key) > 0  # something trained
+    report = json.loads((out / "report.json").read_text())
+    assert report["prompts"] == 4 and 0 <= report["reward_model"]["accuracy"] <= 1
+    history = json.loads((out / "ppo" / "metrics.json").read_text())["history"]
+    assert history[0]["kl"] == pytest.approx(0, abs=1e-3)
+    dropped = [record.getMessage() for record in caplog.records if "rows are left out" in record.getMessage()]
+    if name == "qwen2.5-0.5b-chat":  # training and held-out pairs
+        message = (
+            "trl-lib/hh-rlhf-helpful-base: 2 of 8 rows are left out: 1 where 'rejected' must differ from 'chosen' (first: row "
+            "3); 1 where 'chosen' must not be empty (first: row 4)."
+        )
+        assert dropped == [message, message]
+    else:
+        assert not dropped
+
+
+def test_every_real_model_has_all_stages():
+    """A folder of recipes is whole or says nothing of a real model."""
+    for folder in RECIPES.iterdir():
+        if folder.name in MODELS:
+            stages = {path.stem for path in folder.glob("*.yaml")}
+            assert stages == {"sft", "reward", "ppo", "evaluation"}, folder.name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_stages_of_a_recipe_fit_each_other(name):
+    """One model, one reach of the adapters, one length and temperature from SFT to the report."""
+    options = {}
+    for stage in ("sft", "reward", "ppo", "evaluation"):
+        kinds = get_type_hints(import_module(f"pipeline.{stage}").main)
+        cpu = [] if stage == "evaluation" else ["--use_cpu", "true"]
+        given = ["--config", str(RECIPES / name / f"{stage}.yaml"), *cpu]
+        parts = parse(*[kind for argument, kind in kinds.items() if argument != "return"], args=given)
+        options[stage] = {key: value for part in parts for key, value in vars(part).items()}
+    sft, reward, ppo, evaluation = options.values()
+    assert sft["model_name_or_path"] == MODELS[name][0] and sft["dtype"] == "bfloat16"
+    for key in ("model_name_or_path", "dtype", "attn_implementation"):
+        assert len({str(stage[key]) for stage in options.values()}) == 1, key
+    for key in ("lora_r", "lora_alpha", "lora_top_layers"):
+        assert sft[key] == reward[key] == ppo[key], key
+    assert ppo["bf16"] and reward["bf16"] and sft["bf16"]
+    assert sft["output_dir"] == reward["sft_adapter"] == ppo["sft_adapter"] == evaluation["sft_adapter"]
+    assert [reward["output_dir"]] == ppo["reward_adapter"] == evaluation["reward_adapter"]
+    assert ppo["output_dir"] == evaluation["policy_adapter"]
+    assert ppo["normalize_scores"] and evaluation["normalize_scores"]
+    assert reward["max_completion_length"] == ppo["max_completion_length"] == evaluation["max_completion_length"]
+    assert ppo["temperature"] == evaluation["temperature"]
+    assert ppo["dataset_name"] == evaluation["dataset_name"] in HUB
+    assert {sft["dataset_name"], reward["dataset_name"]} <= HUB.keys()
+    assert evaluation["dataset_eval_split"] != ppo["dataset_train_split"]
