@@ -25,13 +25,13 @@ TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text")
 CSV_OPTIONS = {"converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False, "na_values": [""]}
 
 
-def load_rows(name: str, split: str) -> Dataset:
+def load_rows(name: str, split: str, *, data_dir: str | None = None) -> Dataset:
     """The rows of a local file, of one split of a local folder, or of one split of a dataset on the hub.
 
     A file (.jsonl, .json, .csv, .parquet) and a folder that `Dataset.save_to_disk` wrote have no splits: all their
     rows are returned whatever `split` is, so training and evaluation rows belong in two of them.
 
-    On the hub, `owner/name@revision` is a branch, a tag or a commit.
+    On the hub, `owner/name@revision` is a branch, a tag or a commit, and `data_dir` a folder of the dataset.
 
     Raises:
         FileNotFoundError: there is no such file or folder, and the hub does not give such a dataset.
@@ -50,7 +50,8 @@ def load_rows(name: str, split: str) -> Dataset:
         )
     else:
         source, _, revision = name.partition("@")
-        rows = _load_split(name, source, split, **({"revision": revision} if revision else {}))
+        options = {"revision": revision, "data_dir": data_dir}
+        rows = _load_split(name, source, split, **{key: value for key, value in options.items() if value})
     if len(rows) == 0:
         raise _no_rows(name)
     return rows
@@ -97,12 +98,12 @@ def _check_json_lines(name: str, path: Path) -> None:
     """Raise for the first line that is not a JSON object; `datasets` would not tell the line. Blank lines may be."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            problem = _json_problem(line) if line.strip() else None
+            problem = json_problem(line) if line.strip() else None
             if problem:
                 raise ValueError(f"{name} line {number}: {problem}. Correct or delete the line.")
 
 
-def _json_problem(line: bytes) -> str | None:
+def json_problem(line: bytes) -> str | None:
     try:
         value = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
     except UnicodeDecodeError as error:

@@ -1,0 +1,71 @@
+"""Anthropic's HH preferences as files for every stage, in TRL's conversational format.
+
+    python -m pipeline.convert_hh Anthropic/hh-rlhf runs/hh --data_dir harmless-base
+    python -m pipeline.convert_hh test.jsonl.gz runs/hh --max_tokens 256 --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct
+
+Takes a hub id, or a .jsonl or .jsonl.gz file. Leaves `preferences_train.jsonl`, `sft_train.jsonl`, `prompts_train.jsonl`, and
+the same for `test`, whose dialogues begin otherwise than those of `train`. Says how many rows are left out, and why.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from data.hh import LONG, convert, read_rows, write_stages
+
+
+def arguments(args: list[str]) -> argparse.Namespace:
+    """Parse the command line; what makes no sense ends it with a message."""
+    parser = argparse.ArgumentParser("python -m pipeline.convert_hh", allow_abbrev=False)
+    parser.add_argument("source", help="Hub id, or .jsonl or .jsonl.gz file, with the columns chosen and rejected.")
+    parser.add_argument("folder", type=Path, help="Where the files go.")
+    parser.add_argument("--data_dir", help="Folder of a dataset on the hub, such as harmless-base; unset: all of it.")
+    parser.add_argument("--held_out", type=float, default=0.2, help="Share of the dialogues that are not trained on.")
+    parser.add_argument("--max_pairs", type=int, help="Keep the first so many sound pairs; unset: all.")
+    parser.add_argument("--max_tokens", type=int, help="Leave longer dialogues out; needs --tokenizer.")
+    parser.add_argument("--tokenizer", help="Model that is to read them: hub id or folder.")
+    found = parser.parse_args(args)
+    for name, least in (("max_pairs", 2), ("max_tokens", 1)):
+        value = getattr(found, name)
+        if value is not None and value < least:
+            parser.error(f"--{name} {value} must be {least} or more.")
+    if not 0 < found.held_out < 1:
+        parser.error(f"--held_out {found.held_out} must be a share between 0 and 1.")
+    if (found.max_tokens is None) != (found.tokenizer is None):
+        parser.error("--max_tokens and --tokenizer belong together: give both, or none.")
+    return found
+
+
+def load_chat_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer.
+
+    Raises:
+        ValueError: it has no chat template.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if tokenizer.chat_template is None:
+        raise ValueError(f"--tokenizer {name}: it has no chat template. Name the tokenizer of a chat model.")
+    return tokenizer
+
+
+def main(args: list[str]) -> None:
+    given = arguments(args)
+    rows = read_rows(given.source, given.data_dir)
+    tokenizer = load_chat_tokenizer(given.tokenizer) if given.tokenizer else None
+
+    def length(conversation: list[dict]) -> int:
+        return len(tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"])
+
+    pairs, dropped = convert(rows, length, given.max_tokens)
+    print(f"{given.source}: {len(rows):,} rows, {len(pairs):,} of them sound pairs.")
+    for kind, numbers in sorted(dropped.items(), key=lambda item: -len(item[1])):
+        longer = f" (over {given.max_tokens} tokens)" if kind == LONG else ""
+        print(f"  left out {len(numbers):,}: {kind}{longer}; the first is row {numbers[0]:,}")
+    counts = write_stages(pairs[: given.max_pairs], given.folder, given.held_out)
+    print(f"{given.folder}: {counts['train']:,} pairs to train on, {counts['test']:,} held out.")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
