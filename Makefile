@@ -5,6 +5,9 @@ MINUTES ?= 30
 OUT ?= runs/demo
 SEEDS ?= 0 1 2 3 4 5 6 7 8 9
 BASELINES ?= runs/baselines
+SMOLLM2 ?= smollm2
+HH ?= Anthropic/hh-rlhf
+CHAT ?= runs/smollm2-chat
 ABLATIONS ?= value_init=auto value_init=policy critic=head lora_top_layers=4 normalize_advantages=false \
 	whiten_rewards=true reward_clip_range=-1,1 adam_epsilon=1e-8
 
@@ -18,7 +21,7 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 # These commands run on CPUs; DeepSpeed, which the tests bring, would warn that it looked for a GPU.
 export DS_ACCELERATOR = cpu
 
-.PHONY: demo baselines seeds ablations reward-long backbone bench bench-scaling gpu soak test
+.PHONY: demo smollm2 smollm2-chat baselines seeds ablations reward-long backbone bench bench-scaling gpu soak test
 
 # SFT, reward model, PPO and evaluation on the embedded default; leaves $(OUT)/report.md and report.json.
 demo: .venv/installed
@@ -29,6 +32,23 @@ demo: .venv/installed
 		--sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward
 	$(LAUNCH) pipeline.evaluation --config $(RECIPES)/demo/evaluation.yaml --seed $(SEED) --output_dir $(OUT) \
 		--sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward --policy_adapter $(OUT)/ppo
+
+# The same four stages on conversations: from HH preferences ($(HH): hub id, or .jsonl or .jsonl.gz file) to a chat policy
+# of SmolLM2; leaves $(CHAT)/report.md.
+smollm2-chat: .venv/installed
+	.venv/bin/python -m pipeline.convert_hh $(HH) $(CHAT)/data --max_tokens 160 --tokenizer $(SMOLLM2) --held_out 0.25 \
+		--max_pairs 1500 $(if $(wildcard $(HH)),,--data_dir harmless-base)
+	$(LAUNCH) pipeline.sft --config $(RECIPES)/smollm2-chat/sft.yaml --model_name_or_path $(SMOLLM2) --seed $(SEED) \
+		--dataset_name $(CHAT)/data/sft_train.jsonl --eval_dataset_name $(CHAT)/data/sft_test.jsonl --output_dir $(CHAT)/sft
+	$(LAUNCH) pipeline.reward --config $(RECIPES)/smollm2-chat/reward.yaml --model_name_or_path $(SMOLLM2) --seed $(SEED) \
+		--dataset_name $(CHAT)/data/preferences_train.jsonl --eval_dataset_name $(CHAT)/data/preferences_test.jsonl \
+		--output_dir $(CHAT)/reward --sft_adapter $(CHAT)/sft
+	$(LAUNCH) pipeline.ppo --config $(RECIPES)/smollm2-chat/ppo.yaml --model_name_or_path $(SMOLLM2) --seed $(SEED) \
+		--dataset_name $(CHAT)/data/prompts_train.jsonl --eval_dataset_name $(CHAT)/data/prompts_test.jsonl \
+		--output_dir $(CHAT)/ppo --sft_adapter $(CHAT)/sft --reward_adapter $(CHAT)/reward
+	$(LAUNCH) pipeline.evaluation --config $(RECIPES)/smollm2-chat/evaluation.yaml --model_name_or_path $(SMOLLM2) \
+		--seed $(SEED) --dataset_name $(CHAT)/data/prompts_test.jsonl --output_dir $(CHAT) --sft_adapter $(CHAT)/sft \
+		--reward_adapter $(CHAT)/reward --policy_adapter $(CHAT)/ppo
 
 # Best-of-n, RLOO, GRPO and DPO from the demo's SFT and reward adapters; leaves $(BASELINES)/table.md and table.json.
 baselines: .venv/installed

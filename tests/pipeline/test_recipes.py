@@ -5,6 +5,7 @@ models with as many layers as the published ones, a few units wide.
 """
 
 import json
+import re
 from importlib import import_module
 from pathlib import Path
 from typing import get_type_hints
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from data import files
+from pipeline import convert_hh
 from pipeline.configs import parse
 
 
@@ -77,13 +79,28 @@ CHAT += "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 NARROW = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 LLAMA = LlamaConfig(num_hidden_layers=32, max_position_embeddings=131_072, tie_word_embeddings=False, **NARROW)
 QWEN = Qwen2Config(num_hidden_layers=24, max_position_embeddings=32_768, tie_word_embeddings=True, **NARROW)
+SMOLLM = LlamaConfig(num_hidden_layers=30, max_position_embeddings=8192, tie_word_embeddings=True, **NARROW)
 # By recipe: the published model, and its architecture as deep, but narrow.
 MODELS = {
     "gpt2": ("openai-community/gpt2", GPT2LMHeadModel, GPT2Config(n_layer=12, n_embd=16, n_head=2)),
     "gpt2-xl": ("openai-community/gpt2-xl", GPT2LMHeadModel, GPT2Config(n_layer=48, n_embd=16, n_head=2)),
     "llama-8b": ("meta-llama/Llama-3.1-8B", LlamaForCausalLM, LLAMA),
     "qwen2.5-0.5b-chat": ("Qwen/Qwen2.5-0.5B-Instruct", Qwen2ForCausalLM, QWEN),
+    "smollm2-chat": ("smollm2", LlamaForCausalLM, SMOLLM),
 }
+
+
+MAKEFILE = (ROOT / "Makefile").read_text()
+# How `make smollm2-chat` converts HH: the options, and the numbers among them.
+CONVERTED = re.search(
+    r"convert_hh \$\(HH\) \S+ --max_tokens (\d+) --tokenizer \S+ --held_out (\S+)", MAKEFILE
+).groups()
+CONVERTED = int(CONVERTED[0]), ["--max_tokens", CONVERTED[0], "--held_out", CONVERTED[1]]
+
+
+def hh_row(number: int) -> str:
+    asked = f"\n\nHuman: Which film is number {number}?\n\nAssistant: "
+    return json.dumps({"chosen": f"{asked}A film of {number} hours.", "rejected": f"{asked}I will not say."}) + "\n"
 
 
 def narrow_model(name: str, folder: Path) -> str:
@@ -117,6 +134,9 @@ def hub(monkeypatch):
 def test_first_step_of_every_stage(name, hub, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)  # where the recipes' `runs` go
     model, out = narrow_model(name, tmp_path / "model"), Path("runs") / name
+    if name == "smollm2-chat":  # its data is made by a command
+        Path("hh.jsonl").write_text("".join(map(hh_row, range(40))))
+        convert_hh.main(["hh.jsonl", str(out / "data"), *CONVERTED[1], "--tokenizer", model])
     training = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1}
     training |= {"save_strategy": "no", "use_cpu": "true", "warmup_steps": 0}
     short = {"max_completion_length": 4}
@@ -186,6 +206,13 @@ def test_stages_of_a_recipe_fit_each_other(name):
     assert ppo["normalize_scores"] and evaluation["normalize_scores"]
     assert reward["max_completion_length"] == ppo["max_completion_length"] == evaluation["max_completion_length"]
     assert ppo["temperature"] == evaluation["temperature"]
+    if name == "smollm2-chat":  # every dialogue fits, and what is evaluated on was not trained on
+        assert sft["max_length"] == reward["max_length"] == CONVERTED[0]
+        read = [path for stage in (sft, reward, ppo) for path in (stage["dataset_name"], stage["eval_dataset_name"])]
+        kinds = ("sft", "preferences", "prompts")
+        assert read == [f"runs/{name}/data/{kind}_{split}.jsonl" for kind in kinds for split in ("train", "test")]
+        assert evaluation["dataset_name"] == ppo["eval_dataset_name"]
+        return
     assert ppo["dataset_name"] == evaluation["dataset_name"] in HUB
     assert {sft["dataset_name"], reward["dataset_name"]} <= HUB.keys()
     assert evaluation["dataset_eval_split"] != ppo["dataset_train_split"]
