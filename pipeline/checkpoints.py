@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import send_to_device
+from accelerate.utils import compare_versions, send_to_device
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, TrainerState, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline.artifacts import seconds_running
@@ -55,8 +55,9 @@ LOOP = (
     "_tr_loss",
     "_total_loss_scalar",
     "_globalstep_last_logged",
-    "_initial_global_step",
     "_initial_num_input_tokens_seen",
+    # Until 5.19 Trainer divided the loss of a run by all its steps.
+    *(["_initial_global_step"] if compare_versions("transformers", ">=", "5.19.0") else []),
 )
 # What DeepSpeed's optimizers call their part of torch's optimizer state and of the weights in float32: ZeRO-2, ZeRO-3.
 ZERO = (
@@ -429,12 +430,13 @@ class Checkpointed:
         load(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self._shared_out:
-            super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is None:
             return
         if self._shared_out:
             self._load_shards(checkpoint)
+        else:  # Trainer's would do, but until transformers 5.17 several processes on CPUs cannot read with it
+            for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
+                part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
         state = load_state(Path(checkpoint) / f"state_{self.args.process_index}")
         if state["rows"] != self._rows():
             raise ValueError(
@@ -554,7 +556,7 @@ class Checkpointed:
 
     # -------------------------------------------------------------------------------------- the place in an epoch
     def _take_up_loop(self) -> None:
-        for name, value in self._resumed["loop"].items():
+        for name, value in self._resumed.pop("loop").items():
             setattr(self, name, send_to_device(value, self.args.device))
 
     def _rows(self) -> int | None:
@@ -612,6 +614,10 @@ class Checkpointed:
                 self.control.should_training_stop = self.control.should_save = True
         return super()._maybe_log_save_evaluate(*args, **kwargs)
 
+    def end(self) -> None:
+        """Finish the trackers and leave the process group; Trainer has this from transformers 5.18 on."""
+        self.accelerator.end_training()
+
     def _finalize_training(self, trial, num_train_samples, start_time):
         if self._stopped_by:
             self._finish_current_push()
@@ -625,6 +631,6 @@ class Checkpointed:
             raise SystemExit(128 + self._stopped_by)
         if self.args.should_save and self.state.best_model_checkpoint and self.args.save_total_limit == 1:
             self._make_room(1)
-        if self._resumed and self._initial_global_step:  # there was no epoch left
+        if self._resumed and "loop" in self._resumed:  # there was no epoch left
             self._take_up_loop()
         return super()._finalize_training(trial, num_train_samples, start_time - self._trained_before)
