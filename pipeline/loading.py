@@ -122,7 +122,9 @@ def _pad_with(base: PreTrainedModel, pad_token_id: int) -> None:
     if getattr(base, "generation_config", None) is not None:
         base.generation_config.pad_token_id = pad_token_id
     embeddings = base.get_input_embeddings()
-    if getattr(embeddings, "padding_idx", None) is not None:  # an adapter of the embeddings gets no gradients for this token
+    if (
+        getattr(embeddings, "padding_idx", None) is not None
+    ):  # an adapter of the embeddings gets no gradients for this token
         embeddings.padding_idx = pad_token_id
 
 

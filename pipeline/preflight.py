@@ -162,7 +162,10 @@ def _policy_checks(
     tokens = {name: torch.cat(parts).unsqueeze(0) for name, parts in found.items()}
     real = torch.ones_like(tokens["policy"], dtype=torch.bool)
     again, reference = ((tokens["policy"] - tokens[name]).abs().mean().item() for name in ("again", "reference"))
-    sampled = {name: x.item() for name, x in disagreement(tokens["policy"], tokens["sampled"], real).items()}
+    # In units of logits: a temperature below 1 magnifies rounding as it does everything else.
+    scale = min(1.0, args.temperature)
+    found = disagreement(tokens["policy"] * scale, tokens["sampled"] * scale, real)
+    sampled = {name: value.item() for name, value in found.items()}
     yield _held(
         "dropout is off",
         again,
@@ -177,16 +180,16 @@ def _policy_checks(
         sampled["difference"],
         1e-3 if exact else 0.1,
         "refused",
-        f"Mean difference (nats) of a token's logprob in generation and in the pass that PPO trains; the largest is "
-        f"{sampled['largest']:.3g}. {DISAGREE}",
+        f"Mean difference (nats, times a temperature below 1) of a token's logprob in generation and in the pass that PPO "
+        f"trains; the largest is {sampled['largest']:.3g}. {DISAGREE}",
     )
     yield _held(
         "importance ratios start near 1",
         sampled["outside"],
-        0.05,
+        0.1,
         "refused",
-        f"Share of tokens whose probability in generation and in the pass that PPO trains differs by a factor beyond "
-        f"1 ± {CLIP:g}, where PPO clips. {DISAGREE}",
+        f"Share of tokens whose probability (to the power of a temperature below 1) in generation and in the pass that PPO "
+        f"trains differs by a factor beyond 1 ± {CLIP:g}, where PPO clips. {DISAGREE}",
     )
     odd = {name for name, _ in sampling ^ scoring}
     yield _held(

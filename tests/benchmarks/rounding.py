@@ -158,7 +158,7 @@ def statistics(sampled: list[Sample], scored: list[tuple[Tensor, Tensor]]) -> li
             strict=True,
         )
     )
-    found = disagreement(ours, theirs, torch.ones_like(ours, dtype=torch.bool))
+    found = disagreement(ours * TEMPERATURE, theirs * TEMPERATURE, torch.ones_like(ours, dtype=torch.bool))
     drawn = surprise.sum().abs() / surprise.square().sum().sqrt()
     return [f"{found[name].item():.2g}" for name in ("difference", "largest", "ratio", "outside")] + [
         f"{drawn.item():.1f}"
