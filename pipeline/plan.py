@@ -156,7 +156,7 @@ def _shapes_alone(model: nn.Module) -> None:
 
 
 def _layer_norm(norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
-    """A layer norm as CUDA's autocast runs it, in float32; a CPU's leaves it in bfloat16."""
+    """Run a layer norm as CUDA's autocast does, in float32; a CPU's leaves it in bfloat16."""
     weight, bias = (x if x is None else x.float() for x in (norm.weight, norm.bias))
     return F.layer_norm(hidden.float(), norm.normalized_shape, weight, bias, norm.eps)
 

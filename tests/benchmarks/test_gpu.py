@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from tests.benchmarks import gpu
-from tests.benchmarks.gpu import SCALES, Live, Result, Row, environment, judge, main, run, run_updates, table
+from tests.benchmarks.gpu import SCALES, Live, Result, Row, environment, judge, main, run, run_updates, table, tail
 from tests.benchmarks.work import Clock, Turns
 
 
@@ -68,7 +68,7 @@ def test_a_contender_runs_where_it_is_told_to():
 
 
 def test_a_contender_that_should_be_on_a_gpu_and_is_not_ends():
-    """TRL 1.12 in an environment of its own may have a torch without CUDA; on the CPU its seconds would mean nothing."""
+    """TRL 1.12's environment may have a torch without CUDA; on the CPU its seconds would mean nothing."""
     on_cpu = SimpleNamespace(device=torch.device("cpu"), use_cpu=False)
     with pytest.raises(RuntimeError, match="this process is on cpu: torch .* finds no GPU"):
         Turns(SCALES["cuda"].work, Clock(), 1, None).on_train_begin(on_cpu, None, None)
@@ -89,7 +89,7 @@ def test_a_row_that_fails_hides_no_other(tmp_path, monkeypatch, capsys):
         planted("fine", tmp_path, WRITES),
     ]
     monkeypatch.setattr(gpu, "all_rows", lambda *args: rows)
-    monkeypatch.setattr(gpu, "LIMIT", 3)
+    monkeypatch.setitem(gpu.LIMITS, "cpu", 3)
     assert main(arguments(tmp_path)) == 1
     report = json.loads((tmp_path / "report.json").read_text())
     assert [row["status"] for row in report["rows"]] == ["fail", "fail", "skip", "pass"]
@@ -98,6 +98,27 @@ def test_a_row_that_fails_hides_no_other(tmp_path, monkeypatch, capsys):
     assert not [each for each in psutil.process_iter(["cmdline"]) if SECONDS in (each.info["cmdline"] or [])]
     monkeypatch.setattr(gpu, "all_rows", lambda *args: rows[2:])
     assert main(arguments(tmp_path)) == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "cause"),
+    [
+        (
+            ["torch.OutOfMemoryError: CUDA out of memory.", "torch.distributed.ChildFailedError:"],
+            "torch.OutOfMemoryError",
+        ),
+        (
+            ["[rank1]: ValueError: planted", "[rank0]:[W] destroy_process_group() was not called"],
+            "[rank1]: ValueError",
+        ),
+        (["Loading weights", "Killed"], "Killed"),
+        ([], "it printed nothing"),
+    ],
+)
+def test_the_cause_is_found_in_a_log(tmp_path, lines, cause):
+    log = tmp_path / "log"
+    log.write_text("\n".join(["Traceback (most recent call last):", *lines][bool(not lines) :]))
+    assert tail(log).startswith(cause)
 
 
 def test_no_row_begins_when_time_is_up(tmp_path):
