@@ -14,6 +14,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data.hh import LONG, convert, read_rows, write_stages
+from pipeline.gguf import model_source
 
 
 def arguments(args: list[str]) -> argparse.Namespace:
@@ -44,7 +45,7 @@ def load_chat_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         ValueError: it has no chat template.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name)
+    tokenizer = AutoTokenizer.from_pretrained(model_source(name))
     if tokenizer.chat_template is None:
         raise ValueError(f"--tokenizer {name}: it has no chat template. Name the tokenizer of a chat model.")
     return tokenizer

@@ -355,8 +355,8 @@ def test_preflight_compares_what_vllm_says_it_sampled(make_trainer, engine, toke
     trainer = make_trainer(**options, temperature=0.7)
     found = preflight(trainer.model, PROMPTS, tokenizer, trainer.args, vllm=trainer.vllm_generation)
     check = {check.name: check for check in found}["vLLM samples from the policy"]
-    assert check.result == result and check.bound == "at most 0.05"
-    assert check.measured < 1e-5 if result == "passed" else check.measured > 0.05
+    assert check.result == result and check.bound == "at most 0.1"
+    assert check.measured < 1e-5 if result == "passed" else check.measured > 0.1
     trainer.train()  # and the first rollout has its own sync
     assert engine.diary == ["sync", "generate"] * 3
 
