@@ -113,9 +113,9 @@ bench-scaling: .venv/installed
 	.venv/bin/python -m tests.benchmarks.scaling
 
 # Preflight, PPO, the plan and seconds on this machine's GPUs, one or two, at most 10 minutes; leaves runs/gpu/report.json.
-# Beside TRL 1.12 where `make .venv-trl112/installed` was run; SMOLLM2=<folder> instead of random weights of its shape.
+# Beside TRL 1.12 where `make .venv-trl112/installed` was run.
 gpu: .venv/tests
-	.venv/bin/python -m tests.benchmarks.gpu $(if $(SMOLLM2),--smollm2 $(SMOLLM2))
+	.venv/bin/python -m tests.benchmarks.gpu
 
 # PPO for $(MINUTES) minutes: its memory watched, then killed and resumed again and again; prints a table.
 soak: .venv/installed

