@@ -13,6 +13,7 @@ import sys
 import tarfile
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -307,7 +308,8 @@ def test_archives_are_read_in_memory(members, tmp_path, monkeypatch):
     """Even one of the right hash."""
     (tmp_path / "deep" / "down").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "deep" / "down")
-    monkeypatch.setattr(human_ratings, "fetch", lambda: archive_of(members))
+    fetched = SimpleNamespace(read_bytes=lambda: archive_of(members))
+    monkeypatch.setattr(human_ratings, "fetch", lambda release: fetched)
     with pytest.raises(ValueError, match=r"vaderSentiment-3\.3\.2\.tar\.gz: .*is not the published one"):
         human_ratings.load_snippets()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from trl import ModelConfig
+from trl.trainer.utils import pad
 
 from data.prompts import load_prompts, tokenize_prompts
 from pipeline import backbone as backbone_module
@@ -166,12 +167,13 @@ def statistics(sampled: list[Sample], scored: list[tuple[Tensor, Tensor]]) -> li
 
 
 def score_difference(backbone: Backbone, rows: list[list[int]], pad_token_id: int) -> float:
-    """Return the mean difference of scores alone and in a batch padded at the right, in deviations of the scores."""
-    options = {"pad_token_id": pad_token_id, "device": "cpu"}
-    together = np.array(score_rows(backbone.scores, rows, batch_size=len(rows), **options))
-    few = sorted(range(len(rows)), key=lambda i: len(rows[i]))[:: max(1, len(rows) // 8)]
-    alone = np.array(score_rows(backbone.scores, [rows[i] for i in few], batch_size=1, **options))
-    return float(np.abs(together[few] - alone).mean() / max(1.0, together.std()))
+    """Return the mean difference of scores alone and in a batch padded at the left, in deviations of the scores."""
+    few = sorted(rows, key=len)[:: max(1, len(rows) // 8)]
+    alone = np.array(score_rows(backbone.scores, few, pad_token_id=pad_token_id, batch_size=1, device="cpu"))
+    tensors = [torch.tensor(row) for row in few]
+    mask = pad([torch.ones_like(row) for row in tensors], padding_value=0, padding_side="left")
+    left = backbone.scores(pad(tensors, padding_value=pad_token_id, padding_side="left"), mask).numpy()
+    return float(np.abs(left - alone).mean() / max(1.0, alone.std()))
 
 
 @torch.no_grad()
@@ -179,13 +181,14 @@ def table(backbone: Backbone, tokenizer, prompts: list[str]) -> str:
     """Return the statistics of a sound backbone and under each fault, as a table."""
     ids = tokenize_prompts(prompts, tokenizer)
 
-    def drawn(temperature: float) -> list[Sample]:
-        options = {"max_completion_length": 24, "temperature": temperature, "batch_size": 32, "keep_logprobs": True}
+    def drawn(**options) -> list[Sample]:
+        """Return completions, with logprobs at `TEMPERATURE` whatever the options make `generate` draw from."""
+        given = {"max_completion_length": 24, "temperature": TEMPERATURE, "batch_size": 32, "keep_logprobs": True}
         torch.manual_seed(0)
         with precision(backbone):
-            return list(sample(backbone, "policy", ids, tokenizer, **options))
+            return list(sample(backbone, "policy", ids, tokenizer, **given, options=options))
 
-    batches = drawn(TEMPERATURE)
+    batches = drawn()
     completed = [prompt + row for prompt, row in zip(ids, (r for b in batches for r in b.rows()), strict=True)]
 
     def compared(
@@ -201,7 +204,7 @@ def table(backbone: Backbone, tokenizer, prompts: list[str]) -> str:
     for name, fault in faults(backbone).items():
         with fault(backbone):
             rows.append(compared(name, batches, with_scores=name.startswith("pads")))
-    rows.append(compared("temperature missing in sampling", drawn(1.0)))
+    rows.append(compared("temperature missing in sampling", drawn(temperature=1.0)))
     names = ("mean", "largest", "mean ratio", "outside 1 ± 0.2", "drawn, deviations", "scores")
     return markdown_table(["", *names], rows, numbers=range(1, 7))
 

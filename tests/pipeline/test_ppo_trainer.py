@@ -720,10 +720,10 @@ def test_saved_values_are_those_that_trained(make_trainer, tmp_path, critic):
 def test_a_pad_token_that_is_the_end_of_text(make_trainer, tokenizer):
     """As gpt2's: the first one in a completion is real, ends it, and spares it the penalty; the others are padding."""
     end = tokenizer.eos_token_id
-    tokenizer.pad_token = tokenizer.eos_token
     penalty = {"missing_eos_penalty": 3.0, "beta": 0.0, "gamma": 1.0, "lam": 1.0}
     # So short that about half of the completions end: all or none of eight in one rollout of a hundred.
     trainer = make_trainer(reward_funcs=[ones], learning_rate=1e-3, max_completion_length=3, **penalty)
+    tokenizer.pad_token = tokenizer.eos_token
     trainer.model.get_base_model().config.pad_token_id = end
     make_likely(trainer.model, end)
     trainer.train()
