@@ -68,7 +68,7 @@ class PolicyArguments:
 
 @dataclass
 class OnlineArguments(PolicyArguments):
-    """What RLOO and GRPO add to TRL's configs."""
+    """Add to TRL's configs what RLOO and GRPO need here."""
 
     pad_token: str | None = field(default=None, metadata=PAD_TOKEN)
 

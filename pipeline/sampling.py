@@ -104,8 +104,9 @@ def sample(
     keep_logprobs: bool = False,
     share_seed: tuple[int, ...] | None = None,
 ) -> Iterator[Sample]:
-    """One completion to each prompt, in batches, from the whole distribution at `temperature`, whatever the model's own
-    generation config would cut or penalise. A completion ends where TRL's trainers end it.
+    """Sample one completion to each prompt, in batches, from the whole distribution at `temperature`.
+
+    Nothing that the model's own generation config would cut or penalise is. A completion ends where TRL's trainers end it.
 
     `options` are fields of GenerationConfig that a user has set (`sampling_options`). With `share_seed`, processes take
     batches in turn, and each batch is drawn from a seed of its own: what is sampled does not depend on how many there are.
