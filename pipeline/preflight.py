@@ -33,6 +33,10 @@ from reward_models.learned import score_rows
 
 PROMPTS, BATCH = 64, 32
 ROWS = 8  # that are scored alone: a pass over a single row reads all weights
+DISAGREE = (
+    "Above the bound, the policy that samples is not the one that learns: look at positions, padding, attention and "
+    "temperature."
+)
 
 
 @dataclass(frozen=True)
@@ -210,9 +214,6 @@ def _policy_checks(
     )
 
 
-DISAGREE = "Above the bound, the policy that samples is not the one that learns: look at positions, padding, attention and temperature."
-
-
 def _first(names: set[str]) -> str:
     return f", such as {min(names)}" if names else ""
 
@@ -226,8 +227,8 @@ def _rescored(backbone: Backbone, role: str, batch: Sample, args: PPOConfig) -> 
 def _drawn_check(surprise: Tensor, args: PPOConfig) -> Check:
     """Check that tokens come as often as the policy says: the mean of logprob + entropy, (1, N), is 0 but for chance.
 
-    Given what stands before it, a token's logprob has the mean -entropy. So the sum over tokens is that of a martingale,
-    and over its standard deviation about normal.
+    Given the tokens before it, a token's logprob has the mean -entropy. So the sum of logprob + entropy over tokens is a
+    martingale, and that sum over its standard deviation is about normal.
     """
     deviations = surprise.sum().abs() / surprise.square().sum().sqrt()
     beyond = [name for name, neutral in WHOLE.items() if getattr(args, name) not in neutral]
@@ -352,9 +353,8 @@ def _score_checks(
     scores = np.array(score_rows(score, rows, batch_size=BATCH, **options))
     progress.update(-(-len(rows) // BATCH))
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    few = sorted(
-        {by_length[round(i)] for i in np.linspace(0, len(rows) - 1, ROWS)}
-    )  # from the shortest to the longest
+    # From the shortest to the longest.
+    few = sorted({by_length[round(i)] for i in np.linspace(0, len(rows) - 1, ROWS)})
     left = score(*_padded([torch.tensor(rows[i]) for i in few], pad_id, "left", device)).cpu().numpy()
     alone = score_rows(score, [rows[i] for i in few], batch_size=1, **options)
     spread = float(scores.std())

@@ -106,7 +106,8 @@ def sample(
 ) -> Iterator[Sample]:
     """Sample one completion to each prompt, in batches, from the whole distribution at `temperature`.
 
-    Nothing that the model's own generation config would cut or penalise is. A completion ends where TRL's trainers end it.
+    The model's own generation config has no say, but for the tokens that end a text: a completion ends where TRL's
+    trainers end it.
 
     `options` are fields of GenerationConfig that a user has set (`sampling_options`). With `share_seed`, processes take
     batches in turn, and each batch is drawn from a seed of its own: what is sampled does not depend on how many there are.
