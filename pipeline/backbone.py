@@ -273,28 +273,34 @@ class Backbone(PeftModelForCausalLM):
         completion_ids: Tensor,
         temperature: float = 1.0,
         trunk: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probability of each completion token and entropy at its position, in nats, both (B, T).
+    ) -> Tensor:
+        """Return the log-probability of each completion token, in nats, (B, T).
 
         `input_ids` (B, P + T) ends with `completion_ids` (B, T). The vocabulary projection runs on the T positions
         only. Logits are divided by `temperature`, as they are in sampling.
         """
         hidden = self.hidden_states(role, input_ids, attention_mask, trunk)[:, -completion_ids.shape[1] - 1 : -1]
-        return self._logprobs(role, hidden, completion_ids, temperature)
+        return self._token_logprobs(role, hidden, completion_ids, temperature, entropy=False)[0]
 
-    def _logprobs(
+    def logprobs_and_entropy(
         self,
         role: str | None,
-        hidden: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
         completion_ids: Tensor,
-        temperature: float,
-        entropy_requires_grad: bool = False,
+        temperature: float = 1.0,
+        trunk: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
+        """Return `logprobs` and the entropy at each position, in nats, both (B, T)."""
+        hidden = self.hidden_states(role, input_ids, attention_mask, trunk)[:, -completion_ids.shape[1] - 1 : -1]
+        return self._token_logprobs(role, hidden, completion_ids, temperature)
+
+    def _token_logprobs(
+        self, role: str | None, hidden: Tensor, completion_ids: Tensor, temperature: float, **options: bool
+    ) -> tuple[Tensor, Tensor | None]:
         head = self.get_base_model().get_output_embeddings()
         with self.role(role):  # an adapter may reach the head
-            return token_logprobs(
-                head, hidden, completion_ids, temperature, entropy_requires_grad=entropy_requires_grad
-            )
+            return token_logprobs(head, hidden, completion_ids, temperature, **options)
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, length: int, trunk: Tensor | None = None) -> Tensor:
         """Value of the state before each of the last `length` tokens, (B, P + T) -> (B, T)."""
@@ -345,14 +351,16 @@ class Backbone(PeftModelForCausalLM):
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         length = completion_ids.shape[1]
         hidden = self.hidden_states("policy", input_ids, attention_mask, trunk)[:, -length - 1 : -1]
-        logprobs, entropy = self._logprobs("policy", hidden, completion_ids, temperature, entropy_requires_grad)
+        logprobs, entropy = self._token_logprobs(
+            "policy", hidden, completion_ids, temperature, entropy_requires_grad=entropy_requires_grad
+        )
         if ADAPTERS["value"] in self.peft_config:
             values = self.values(input_ids, attention_mask, length, value_trunk if self.value_has_trunk else trunk)
         else:
             values = self._read("value", hidden)
         if texts is None:
             return logprobs, entropy, values
-        return logprobs, entropy, values, self.logprobs("policy", *texts, texts[0][:, 1:])[0]
+        return logprobs, entropy, values, self.logprobs("policy", *texts, texts[0][:, 1:])
 
     def save_pretrained(self, save_directory, selected_adapters: list[str] | None = None, **kwargs) -> None:
         """peft's, but of the policy alone unless adapters are named: what TRL's trainers trained, without the roles

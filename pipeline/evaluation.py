@@ -107,7 +107,7 @@ def complete(
     ):
         trunk = backbone.trunk(*batch[:2]) if backbone.trunk_depth else None
         nats = {
-            adapter: backbone.logprobs(adapter, *batch[:3], temperature, trunk if shares[adapter] else None)[0]
+            adapter: backbone.logprobs(adapter, *batch[:3], temperature, trunk if shares[adapter] else None)
             .masked_fill(~batch.mask, 0)
             .sum(dim=1)
             for adapter, temperature in temperatures.items()

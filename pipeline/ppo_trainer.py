@@ -390,7 +390,7 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
                 trunk = self.model.trunk(ids, attend) if self.model.trunk_depth else None
                 value_trunk = self.model.trunk(ids, attend, "value") if self.model.value_has_trunk else None
                 policy, reference = (
-                    self.model.logprobs(role, ids, attend, chosen, self.temperature, trunk)[0]
+                    self.model.logprobs(role, ids, attend, chosen, self.temperature, trunk)
                     for role in ("policy", "reference")
                 )
                 values = self.model.values(ids, attend, end, trunk if value_trunk is None else value_trunk)

@@ -221,7 +221,7 @@ def _first(names: set[str]) -> str:
 def _rescored(backbone: Backbone, role: str, batch: Sample, args: PPOConfig) -> tuple[Tensor, Tensor]:
     """Return logprobs and entropies (B, T) of a batch as PPO computes them: from the trunk where it has one."""
     trunk = backbone.trunk(*batch[:2]) if backbone.trunk_depth else None
-    return backbone.logprobs(role, *batch[:3], args.temperature, trunk)
+    return backbone.logprobs_and_entropy(role, *batch[:3], args.temperature, trunk)
 
 
 def _drawn_check(surprise: Tensor, args: PPOConfig) -> Check:
@@ -287,7 +287,7 @@ def _vllm_check(
         prompts, prompt_mask = _padded(asked, tokenizer.pad_token_id, "left", device)
         chosen, mask = _padded(chosen, tokenizer.pad_token_id, "right", device)
         inputs = torch.cat([prompts, chosen], dim=1), torch.cat([prompt_mask, mask], dim=1)
-        ours = backbone.logprobs("policy", *inputs, chosen, args.temperature)[0]
+        ours = backbone.logprobs("policy", *inputs, chosen, args.temperature)
         differences.append((ours.float() - pad(theirs, padding_value=0.0).to(device)).abs()[mask])
     return _held(
         "vLLM samples from the policy",

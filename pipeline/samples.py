@@ -96,7 +96,7 @@ class SampleTable(TrainerCallback):
                 batch_size=len(asked),
             )
         inputs = (*batch[:3], args.temperature)
-        policy, reference = (model.logprobs(role, *inputs)[0] for role in ("policy", "reference"))
+        policy, reference = (model.logprobs(role, *inputs) for role in ("policy", "reference"))
         kl = kl_per_token(policy, reference, batch.mask).sum(dim=1)
         texts = trainer.processing_class.batch_decode(batch.rows(), skip_special_tokens=True)
         completions = as_answers(texts, asked)

@@ -14,21 +14,27 @@ LOGITS = 2**23  # in memory at a time, 34 MB in float32
 
 
 def token_logprobs(
-    head: nn.Module, hidden: Tensor, tokens: Tensor, temperature: float, *, entropy_requires_grad: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each token and entropy at its position, in nats, both (B, T).
+    head: nn.Module,
+    hidden: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    *,
+    entropy: bool = True,
+    entropy_requires_grad: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Return the log-probability of each token and, if asked for, the entropy at its position, in nats, both (B, T).
 
     `head` maps hidden states (N, D) to logits (N, V), each row by itself; `hidden` is (B, T, D), `tokens` (B, T). Logits
     are divided by `temperature`. An entropy that requires a gradient, or a head that is trained, keeps the logits.
     """
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
     if entropy_requires_grad or any(parameter.requires_grad for parameter in head.parameters()):
-        logprobs, entropy = selective_log_softmax_and_entropy(
+        logprobs, entropies = selective_log_softmax_and_entropy(
             _logits(head, rows), flat, entropy_requires_grad=entropy_requires_grad, temperature=temperature
         )
     else:
-        logprobs, entropy = _Chunked.apply(rows, flat, head, temperature)
-    return logprobs.view(tokens.shape), entropy.view(tokens.shape)
+        logprobs, entropies = _Chunked.apply(rows, flat, head, temperature, entropy)
+    return logprobs.view(tokens.shape), entropies.view(tokens.shape) if entropy else None
 
 
 def _logits(head: nn.Module, rows: Tensor) -> Tensor:
@@ -40,7 +46,9 @@ class _Chunked(torch.autograd.Function):
     """Rows (N, D) and tokens (N,) -> logprobs and entropies (N,), the gradient worked out on the way."""
 
     @staticmethod
-    def forward(ctx, rows: Tensor, tokens: Tensor, head: nn.Module, temperature: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, rows: Tensor, tokens: Tensor, head: nn.Module, temperature: float, entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
         differentiate = ctx.needs_input_grad[0]
         pieces = -(-len(rows) * head.weight.shape[0] // LOGITS)  # of like size, so that products are of one shape
         logprobs, entropies, gradients = [], [], []
@@ -51,17 +59,20 @@ class _Chunked(torch.autograd.Function):
                 logprob = every.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
                 if differentiate:
                     gradients += torch.autograd.grad(logprob.sum(), piece)
-            every = every.detach()
-            with torch.autocast(every.device.type, enabled=False):  # it would round the dot product to bfloat16
-                entropies.append(-torch.linalg.vecdot(every.exp(), every))
             logprobs.append(logprob.detach())
+            if entropy:
+                every = every.detach()
+                with torch.autocast(every.device.type, enabled=False):  # it would round the dot product to bfloat16
+                    entropies.append(-torch.linalg.vecdot(every.exp(), every))
         if differentiate:
             ctx.save_for_backward(torch.cat(gradients))
-        entropy = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropy)
-        return torch.cat(logprobs), entropy
+        if not entropy:
+            return torch.cat(logprobs), None
+        entropies = torch.cat(entropies)
+        ctx.mark_non_differentiable(entropies)
+        return torch.cat(logprobs), entropies
 
     @staticmethod
-    def backward(ctx, of_logprobs: Tensor, of_entropy: Tensor) -> tuple:
+    def backward(ctx, of_logprobs: Tensor, of_entropy: Tensor | None) -> tuple:
         (gradient,) = ctx.saved_tensors
-        return (of_logprobs.unsqueeze(-1) * gradient).to(gradient.dtype), None, None, None
+        return (of_logprobs.unsqueeze(-1) * gradient).to(gradient.dtype), None, None, None, None

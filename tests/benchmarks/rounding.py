@@ -58,7 +58,7 @@ def load(name: str, dtype: str, attention: str, policy: str | None, reward: str 
 def rescored(backbone: Backbone, batch: Sample, temperature: float = TEMPERATURE) -> tuple[Tensor, Tensor]:
     """Return logprobs and entropies of a batch, in the precision of PPO on this backbone."""
     with precision(backbone):
-        return backbone.logprobs("policy", *batch[:3], temperature)
+        return backbone.logprobs_and_entropy("policy", *batch[:3], temperature)
 
 
 def precision(backbone: Backbone) -> torch.autocast:

@@ -32,7 +32,7 @@ def test_roles_give_what_plain_peft_gives(backbone, tokenizer, sft_adapter, rewa
     with torch.no_grad():
         expected = policy(input_ids=ids, attention_mask=mask).logits.log_softmax(-1)[:, :-1]
         expected = expected.gather(-1, ids[:, 1:, None]).squeeze(-1)
-        logprobs, _ = backbone.logprobs("policy", ids, mask, ids[:, 1:])
+        logprobs = backbone.logprobs("policy", ids, mask, ids[:, 1:])
         torch.testing.assert_close(logprobs[mask[:, 1:].bool()], expected[mask[:, 1:].bool()], atol=1e-5, rtol=0)
         scores = reward(input_ids=ids, attention_mask=mask).logits.squeeze(-1)
         assert scores.std() > 1e-3
@@ -91,7 +91,7 @@ def test_one_row_equals_the_same_row_in_a_batch(backbone, tokenizer):
 def test_temperature_divides_the_logits(backbone, tokenizer):
     ids, mask = padded(tokenizer, "right")
     with torch.no_grad():
-        cold, _ = backbone.logprobs("policy", ids, mask, ids[:, 1:], temperature=0.5)
+        cold = backbone.logprobs("policy", ids, mask, ids[:, 1:], temperature=0.5)
         hidden = backbone.hidden_states("policy", ids, mask)[:, :-1]
         logits = backbone.get_base_model().lm_head(hidden) * 2  # divided by 0.5
     torch.testing.assert_close(cold, logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).squeeze(-1))
@@ -119,7 +119,7 @@ def test_both_roles_of_one_forward_get_the_gradients_of_separate_passes(backbone
     (logprobs.sum() + 2 * values.sum()).backward()
     together = gradients(backbone)
     backbone.zero_grad()
-    backbone.logprobs("policy", ids, mask, completion)[0].sum().backward()
+    backbone.logprobs("policy", ids, mask, completion).sum().backward()
     (2 * backbone.values(ids, mask, 3).sum()).backward()
     apart = gradients(backbone)
     assert together.keys() == apart.keys()
@@ -379,7 +379,7 @@ def test_a_batch_of_one_equals_the_same_row_among_64(backbone, tokenizer):
     ids, mask = torch.cat([prompt_ids, completions], 1), torch.cat([mask, torch.ones_like(completions)], 1)
     with torch.no_grad():
         together = (
-            backbone.logprobs("policy", ids, mask, completions)[0],
+            backbone.logprobs("policy", ids, mask, completions),
             backbone.values(ids, mask, length),
             backbone.scores(ids, mask),
         )
@@ -387,7 +387,7 @@ def test_a_batch_of_one_equals_the_same_row_among_64(backbone, tokenizer):
             row, chosen = torch.cat([prompts[i], completions[i]])[None], completions[i][None]
             everything = torch.ones_like(row)
             alone = (
-                backbone.logprobs("policy", row, everything, chosen)[0],
+                backbone.logprobs("policy", row, everything, chosen),
                 backbone.values(row, everything, length),
                 backbone.scores(row, everything),
             )
@@ -419,12 +419,12 @@ def test_an_adapter_of_the_output_head_belongs_to_its_role(tmp_path, tokenizer):
     backbone = Backbone(base, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "lm_head"])).eval()
     backbone.add_value(init="policy")
     ids, mask = padded(tokenizer, "right")
-    before = backbone.logprobs("reference", ids, mask, ids[:, 1:])[0]
+    before = backbone.logprobs("reference", ids, mask, ids[:, 1:])
     for parameter in backbone.role_parameters("policy"):
         torch.nn.init.normal_(parameter)
     for role in ("reference", None):  # of no adapter: the bare backbone
-        assert torch.equal(backbone.logprobs(role, ids, mask, ids[:, 1:])[0], before)
-    policy = backbone.logprobs("policy", ids, mask, ids[:, 1:])[0]
+        assert torch.equal(backbone.logprobs(role, ids, mask, ids[:, 1:]), before)
+    policy = backbone.logprobs("policy", ids, mask, ids[:, 1:])
     assert (policy - before).abs().max() > 0.1
     with backbone.role("reference"):
         torch.testing.assert_close(backbone(ids, mask, completion_ids=ids[:, 1:])[0], policy)
@@ -564,7 +564,7 @@ def test_texts_in_the_training_pass(backbone, tokenizer):
     ids, mask = padded(tokenizer, "left")
     given = {"input_ids": ids, "attention_mask": mask, "completion_ids": ids[:, -3:], "temperature": 0.7}
     texts, real = texts_of(tokenizer)
-    *plain, (of_texts,) = *backbone(**given), backbone.logprobs("policy", texts, real, texts[:, 1:])[:1]
+    *plain, of_texts = *backbone(**given), backbone.logprobs("policy", texts, real, texts[:, 1:])
     *together, found = backbone(**given, texts=(texts, real))
     for a, b in zip(together, plain, strict=True):
         assert torch.equal(a, b)

@@ -82,8 +82,8 @@ def test_a_policy_is_what_plain_peft_has_on_the_same_base(folder, batch, tmp_pat
     positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
     with torch.no_grad():
         expected = plain(input_ids=ids, attention_mask=mask, position_ids=positions).logits.log_softmax(-1)
-        bare = backbone.logprobs(None, ids, mask, ids[:, 6:])[0]
-        ours = backbone.logprobs("policy", ids, mask, ids[:, 6:])[0]
+        bare = backbone.logprobs(None, ids, mask, ids[:, 6:])
+        ours = backbone.logprobs("policy", ids, mask, ids[:, 6:])
     expected = expected[:, 5:-1].gather(-1, ids[:, 6:, None]).squeeze(-1)
     torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
     assert (ours - bare).abs().max() > 1e-2
@@ -111,8 +111,8 @@ def test_a_pass_without_gradients_leaves_those_of_the_next(folder, batch):
     backbone, (ids, mask) = make(folder), batch
     before = {name: tensor.clone() for name, tensor in backbone.state_dict().items()}
     with torch.no_grad():
-        sampled = backbone.logprobs("policy", ids, mask, ids[:, 6:])[0]
-    logprobs = backbone.logprobs("policy", ids, mask, ids[:, 6:])[0]
+        sampled = backbone.logprobs("policy", ids, mask, ids[:, 6:])
+    logprobs = backbone.logprobs("policy", ids, mask, ids[:, 6:])
     torch.testing.assert_close(logprobs, sampled, atol=1e-5, rtol=0)
     logprobs.sum().backward()
     assert all(p.grad.abs().max() > 0 for p in backbone.role_parameters("policy"))

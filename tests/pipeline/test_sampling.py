@@ -78,7 +78,7 @@ def test_what_is_shared_does_not_depend_on_the_number_of_processes(backbone, tok
 def test_logprobs_are_those_of_the_role_that_scores(backbone, tokenizer, role, temperature):
     for batch in samples(backbone, tokenizer, role, temperature=temperature, keep_logprobs=True):
         with torch.no_grad():
-            expected, _ = backbone.logprobs(role, *batch[:3], temperature)
+            expected = backbone.logprobs(role, *batch[:3], temperature)
         torch.testing.assert_close(batch.logprobs[batch.mask], expected[batch.mask], atol=1e-4, rtol=0)
 
 
@@ -155,7 +155,7 @@ def test_logprobs_are_kept_without_the_logits_of_a_completion(backbone, tokenize
         (batch,) = samples(backbone, tokenizer, rows=ROWS * 2, batch_size=8, keep_logprobs=True)
     assert recorders[0].logits is None and all(x.shape == (8,) for x in recorders[0].kept)
     with torch.no_grad():
-        expected, _ = backbone.logprobs("policy", *batch[:3])
+        expected = backbone.logprobs("policy", *batch[:3])
     assert not batch.mask.all() and batch.logprobs.shape == batch.mask.shape
     torch.testing.assert_close(batch.logprobs[batch.mask], expected[batch.mask], atol=1e-5, rtol=0)
 

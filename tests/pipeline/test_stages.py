@@ -237,7 +237,7 @@ def test_trl_scores_the_tokens_at_the_positions_they_were_sampled_at(trainer_cla
         assert not rollout["prompt_mask"].all()
         with torch.no_grad():
             theirs = trainer._get_per_token_logps_and_entropies(trainer.model, ids, mask, chosen.shape[1])[0]
-            ours = trainer.model.logprobs("policy", ids, mask, chosen)[0]
+            ours = trainer.model.logprobs("policy", ids, mask, chosen)
         differences.append((theirs - ours)[real].abs().max())
         return rollout
 

@@ -63,7 +63,7 @@ def ours() -> dict[str, torch.Tensor]:
     attend = torch.cat([TRL["queries"] != PAD, MASK], dim=1)
     with torch.no_grad():
         logprobs, ref_logprobs = (
-            backbone.logprobs(role, ids, attend, TRL["responses"], SETTINGS["temperature"])[0]
+            backbone.logprobs(role, ids, attend, TRL["responses"], SETTINGS["temperature"])
             for role in ("policy", None)
         )
         values = backbone.values(ids, attend, MASK.shape[1])

@@ -81,7 +81,7 @@ def test_from_the_trunk_all_is_as_in_full(name, top, depth, critic):
     trunk = backbone.trunk(ids, mask)
     assert trunk.shape == (2, 8, 32) and not trunk.requires_grad
     for role in ("policy", "reference"):
-        full, short = (backbone.logprobs(role, ids, mask, completion, 0.7, t)[0] for t in (None, trunk))
+        full, short = (backbone.logprobs(role, ids, mask, completion, 0.7, t) for t in (None, trunk))
         torch.testing.assert_close(short[real], full[real], atol=1e-5, rtol=0)
     gradients = []
     for states in (None, trunk):
@@ -112,12 +112,12 @@ def test_a_model_is_whole_again_afterwards():
     backbone = make("llama", 2)
     backbone.share_trunk()
     ids, mask, completion, real = batch()
-    names, before = list(backbone.state_dict()), backbone.logprobs("policy", ids, mask, completion)[0]
+    names, before = list(backbone.state_dict()), backbone.logprobs("policy", ids, mask, completion)
     backbone.logprobs("policy", ids, mask, completion, trunk=backbone.trunk(ids, mask))
     with pytest.raises(RuntimeError):
         backbone.logprobs("policy", ids, mask, completion, trunk=torch.zeros(2, 8, 7))
     assert list(backbone.state_dict()) == names
-    assert torch.equal(backbone.logprobs("policy", ids, mask, completion)[0], before)
+    assert torch.equal(backbone.logprobs("policy", ids, mask, completion), before)
 
 
 def test_an_adapter_of_all_layers_leaves_no_trunk():

@@ -341,7 +341,7 @@ def test_a_wrong_sampler_is_corrected(make_trainer, engine, options, expected):
         found = []
         for prompt, row in zip(asked["prompts"], rows, strict=True):
             ids_ = torch.tensor([prompt + row])
-            ours = trainer.model.logprobs("policy", ids_, torch.ones_like(ids_), torch.tensor([row]))[0].squeeze(0)
+            ours = trainer.model.logprobs("policy", ids_, torch.ones_like(ids_), torch.tensor([row])).squeeze(0)
             found.append([[x] for x in (ours - torch.tensor([4.0, 1.0, 0.5]).log()).tolist()])
         return prompts, rows, found, ids
 

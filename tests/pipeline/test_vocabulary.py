@@ -73,3 +73,12 @@ def test_the_head_never_sees_a_slice(backbone, tokenizer):
     ids = torch.full((3, 4), 5)
     backbone.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=2)
     assert len(seen) == 2 and all(seen)
+
+
+def test_an_entropy_that_nobody_asks_for_is_left_out(case):
+    head, hidden, tokens = case
+    expected, _, gradient = run(head, hidden, tokens)
+    plain = hidden.clone().requires_grad_(True)
+    logprobs, entropy = token_logprobs(head, plain, tokens, 0.7, entropy=False)
+    (logprobs * torch.arange(1.0, 16).view(3, 5)).sum().backward()
+    assert entropy is None and torch.equal(logprobs, expected) and torch.equal(plain.grad, gradient)
