@@ -12,10 +12,18 @@ import torch
 from tests.benchmarks.work import Work
 
 
+def layer_weights(work: Work) -> int:
+    """Weights of a decoder layer's projections: 12 D^2 in GPT-2."""
+    if not work.key_heads:
+        return 12 * work.hidden**2
+    keys = work.hidden * work.key_heads // work.heads
+    return work.hidden * (2 * work.hidden + 2 * keys + 3 * work.inner)
+
+
 def layer_flops(work: Work, tokens: int) -> float:
-    """One decoder layer on the batch's first `tokens` tokens: 24 D^2 in its four projections and 4 T D in attention, a
+    """One decoder layer on the batch's first `tokens` tokens: 2 for each of its weights, and 4 T D in attention, a
     token."""
-    return work.batch * tokens * (24 * work.hidden**2 + 4 * tokens * work.hidden)
+    return work.batch * tokens * (2 * layer_weights(work) + 4 * tokens * work.hidden)
 
 
 def head_flops(work: Work) -> float:
@@ -39,7 +47,7 @@ def update_flops(work: Work, row: str) -> float:
         return (3 + 6 * epochs) * work.layers * layer + (1 + 3 * epochs) * head
     if row == "trl_lora":  # the policy's weights are frozen, the value model's are trained
         return (3 + 5 * epochs) * work.layers * layer + (1 + 2 * epochs) * head
-    adapted = work.top if row == "spine_top4" else work.layers
+    adapted = work.top if row == "spine_top" else work.layers
     below = work.layers - adapted
     return ((3 + 4 * epochs) * adapted + below) * layer + (1 + 2 * epochs) * head
 
@@ -48,16 +56,17 @@ def update_flops(work: Work, row: str) -> float:
 def rate(rows: int, work: Work, dtype: torch.dtype) -> float:
     """Operations a second of the MLP's first projection on so many rows: the best of several, each over as many weights
     as the model has, so that they come from memory as they do in decoding."""
+    inner = work.inner or 4 * work.hidden
     inputs = torch.randn(rows, work.hidden).to(dtype)
-    weights = [torch.randn(work.hidden, 4 * work.hidden).to(dtype) for _ in range(2 * work.layers)]
-    bias = torch.zeros(4 * work.hidden, dtype=dtype)
+    weights = [torch.randn(work.hidden, inner).to(dtype) for _ in range(2 * work.layers)]
+    bias = torch.zeros(inner, dtype=dtype)
     best = float("inf")
     for _ in range(4):
         began = time.perf_counter()
         for weight in weights:
             torch.addmm(bias, inputs, weight)
         best = min(best, time.perf_counter() - began)
-    return 2 * rows * work.hidden * 4 * work.hidden * len(weights) / best
+    return 2 * rows * work.hidden * inner * len(weights) / best
 
 
 class Floor:

@@ -13,17 +13,33 @@ import tempfile
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.benchmarks.cost import Floor, rate
 from tests.benchmarks.work import Work, command
 
 
 ROOT = Path(__file__).parents[2]
-ROWS = ("trl_full", "trl_lora", "spine_all", "spine_top4")
+ROWS = ("trl_full", "trl_lora", "spine_all", "spine_top")
 PHASES = ("generation", "scoring", "training")
 # Sequences in a forward pass that trains: what was fastest for each, by NOTES.md.
-MICROBATCH = {"trl_full": 4, "trl_lora": 4, "spine_all": 8, "spine_top4": 8}
+MICROBATCH = {"trl_full": 4, "trl_lora": 4, "spine_all": 8, "spine_top": 8}
+
+# SmolLM2-135M at the sizes of `make smollm2`; a prompt is the first words of a snippet.
+SMOLLM2 = Work(
+    layers=30,
+    hidden=576,
+    heads=9,
+    key_heads=3,
+    inner=1536,
+    vocabulary=49_152,
+    batch=64,
+    prompt=8,
+    completion=24,
+    epochs=2,
+    minibatches=2,
+    top=10,
+)
 
 
 class Contender:
@@ -38,7 +54,7 @@ class Contender:
         self.folder = tempfile.TemporaryDirectory()
         self.log = Path(self.folder.name) / "log"
         options = {"row": row, "dtype": dtype, "folder": self.folder.name, "device": device}
-        options["top"] = work.top if row == "spine_top4" else None
+        options["top"] = work.top if row == "spine_top" else None
         options["microbatch"] = min(MICROBATCH[row] * work.batch // 8, work.batch // work.minibatches)
         module = f"tests.benchmarks.{row.partition('_')[0]}_contender"
         with self.log.open("w") as log:
@@ -120,17 +136,17 @@ def measure(work: Work, rounds: int, trl_python: str, rows: tuple[str, ...] = RO
             "dtype": contender.dtype,
         }
     result = {"rows": table}
-    if {"trl_full", "spine_top4"} <= table.keys():
-        ours, theirs = table["spine_top4"], table["trl_full"]
+    if {"trl_full", "spine_top"} <= table.keys():
+        ours, theirs = table["spine_top"], table["trl_full"]
         result["speedup"] = theirs["seconds"] / ours["seconds"]
         result["memory_ratio"] = ours["peak_rss_gb"] / theirs["peak_rss_gb"]
-        result["floor_seconds"] = Floor(work, ours["dtype"]).seconds(work, "spine_top4")
+        result["floor_seconds"] = Floor(work, ours["dtype"]).seconds(work, "spine_top")
     return result
 
 
 def _meta(work: Work) -> torch.nn.Module:
     with torch.device("meta"):
-        return GPT2LMHeadModel(work.config("fp32"))
+        return AutoModelForCausalLM.from_config(work.config("fp32"))
 
 
 def markdown(result: dict) -> str:
@@ -144,7 +160,7 @@ def markdown(result: dict) -> str:
         lines.append(f"| {row} | {cells['dtype']} | {numbers} |")
     lines.append("")
     lines.append(
-        f"spine_top4 takes 1/{result['speedup']:.2f} of the seconds and {result['memory_ratio']:.2f} of the peak memory "
+        f"spine_top takes 1/{result['speedup']:.2f} of the seconds and {result['memory_ratio']:.2f} of the peak memory "
         f"of trl_full. Its floor, by the operations it must do at this machine's rate, is "
         f"{result['floor_seconds']:.2f} s."
     )
@@ -165,7 +181,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="updates that count, of each contender")
     parser.add_argument("--output_dir", default="runs/bench")
     args = parser.parse_args()
-    works = {"ppo_update": (Work(), args.rounds), "ppo_update_demo": (demo_work("data/backbone"), 2 * args.rounds)}
+    works = {
+        "ppo_update": (Work(), args.rounds),
+        "ppo_update_demo": (demo_work("data/backbone"), 2 * args.rounds),
+        "ppo_update_smollm2": (SMOLLM2, args.rounds),
+    }
     for name, (work, rounds) in works.items():
         print(f"{name}: {work}", flush=True)
         result = measure(work, rounds, args.trl_python)

@@ -35,10 +35,10 @@ def measure(base: Work, axes: dict[str, tuple[str, tuple[int, ...]]], dtype: str
 
     def seconds(work: Work) -> tuple[float, float]:
         if work not in known:
-            with Contender("spine_top4", dtype, work, sys.executable) as contender:
+            with Contender("spine_top", dtype, work, sys.executable) as contender:
                 contender.update()
                 measured = statistics.median(contender.update()["seconds"] for _ in range(rounds))
-            known[work] = measured, Floor(work, dtype).seconds(work, "spine_top4")
+            known[work] = measured, Floor(work, dtype).seconds(work, "spine_top")
         return known[work]
 
     result = {}

@@ -5,8 +5,8 @@ learned: an adapter and a head, on the same layers, from which the value starts.
 """
 
 import torch
-from peft import LoraConfig
-from transformers import GPT2LMHeadModel
+from peft import LoraConfig, get_peft_model_state_dict
+from transformers import AutoModelForCausalLM
 
 from pipeline.backbone import Backbone
 from pipeline.configs import PPOConfig
@@ -16,17 +16,10 @@ from reward_models.learned import LearnedReward
 from tests.benchmarks.work import Clock, Turns, Work, arguments, state_bytes
 
 
-def reward_adapter(work: Work, top: int | None) -> Adapter:
+def reward_adapter(work: Work, backbone: Backbone, top: int | None) -> Adapter:
     """A reward adapter with random weights, as if it had been read from a folder."""
-    shape = {"c_attn": (work.hidden, 3 * work.hidden), "c_proj": (work.hidden, work.hidden)}
-    shape |= {"c_fc": (work.hidden, 4 * work.hidden), "mlp.c_proj": (4 * work.hidden, work.hidden)}
-    weights = {}
-    for layer in range(work.layers)[-top if top else 0 :]:
-        for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
-            inside, outside = shape.get(part) or shape[part.split(".")[1]]
-            name = f"base_model.model.transformer.h.{layer}.{part}"
-            weights[f"{name}.lora_A.weight"] = torch.randn(work.rank, inside) * 0.02
-            weights[f"{name}.lora_B.weight"] = torch.randn(outside, work.rank) * 0.02
+    shapes = get_peft_model_state_dict(backbone)  # of the policy's, on the same layers
+    weights = {name: torch.randn_like(tensor) * 0.02 for name, tensor in shapes.items()}
     config = LoraConfig(task_type="SEQ_CLS", **work.lora(top))
     return Adapter("reward", config, weights, torch.randn(1, work.hidden) * 0.02)
 
@@ -34,10 +27,11 @@ def reward_adapter(work: Work, top: int | None) -> Adapter:
 def make_trainer(work: Work, options: dict, **kwargs) -> PPOTrainer:
     torch.manual_seed(0)
     bf16, top, device = options["dtype"] == "bf16", options["top"], options.get("device", "cpu")
-    base = GPT2LMHeadModel(work.config(options["dtype"], device)).to(torch.bfloat16 if bf16 else torch.float32)
+    base = AutoModelForCausalLM.from_config(work.config(options["dtype"], device))
+    base = base.to(torch.bfloat16 if bf16 else torch.float32)
     base = fuse_gelu(base).requires_grad_(False)  # as `load_pretrained` does
     backbone = Backbone(base, LoraConfig(task_type="CAUSAL_LM", **work.lora(top)))
-    backbone.add_role("reward", reward_adapter(work, top))
+    backbone.add_role("reward", reward_adapter(work, backbone, top))
     tokenizer, micro = work.tokenizer(), options["microbatch"]
     args = PPOConfig(
         output_dir=options["folder"],

@@ -6,30 +6,42 @@ from dataclasses import replace
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from tests.benchmarks import scaling
-from tests.benchmarks.cost import decoding_flops, update_flops
-from tests.benchmarks.ppo_update import Contender, markdown, measure
+from tests.benchmarks.cost import decoding_flops, layer_weights, update_flops
+from tests.benchmarks.ppo_update import SMOLLM2, Contender, markdown, measure
 from tests.benchmarks.spine_contender import make_trainer
 from tests.benchmarks.work import Work, state_bytes
 
 
 TINY = Work(layers=3, hidden=32, heads=2, vocabulary=97, batch=4, prompt=6, completion=5, epochs=2, top=1, rank=4)
+TINY_LLAMA = replace(TINY, heads=4, key_heads=2, inner=48)
 
 
 def test_the_operations_are_those_of_the_papers():
     """GPT-2 124M, 64 + 64 tokens, 4 epochs, 4 of 12 layers: 668, 469 and 201 GFLOP a sequence, and 27 to sample it."""
     a_sequence = Work(batch=1)
-    gflop = {row: update_flops(a_sequence, row) / 1e9 for row in ("trl_full", "spine_all", "spine_top4")}
-    assert gflop == pytest.approx({"trl_full": 668, "spine_all": 469, "spine_top4": 201}, abs=1)
+    gflop = {row: update_flops(a_sequence, row) / 1e9 for row in ("trl_full", "spine_all", "spine_top")}
+    assert gflop == pytest.approx({"trl_full": 668, "spine_all": 469, "spine_top": 201}, abs=1)
     assert decoding_flops(a_sequence) / 1e9 == pytest.approx(27, abs=0.5)
-    assert update_flops(Work(), "spine_top4") == pytest.approx(8 * update_flops(a_sequence, "spine_top4"))
+    assert update_flops(Work(), "spine_top") == pytest.approx(8 * update_flops(a_sequence, "spine_top"))
+
+
+@pytest.mark.parametrize("work", [TINY, TINY_LLAMA, Work(), SMOLLM2])
+def test_weights_are_counted_as_the_model_has_them(work):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(work.config("fp32"))
+    counted = sum(p.numel() for name, p in model.named_parameters() if ".0." in name and p.ndim == 2)
+    assert layer_weights(work) == counted
+    assert model.get_output_embeddings().weight.shape == (work.vocabulary, work.hidden)
 
 
 @pytest.mark.slow
-def test_ours_runs_by_turns_and_is_written_down():
-    result = measure(TINY, 2, "no python is needed", rows=("spine_top4",))
-    row = result["rows"]["spine_top4"]
+@pytest.mark.parametrize("work", [TINY, TINY_LLAMA])
+def test_ours_runs_by_turns_and_is_written_down(work):
+    result = measure(work, 2, "no python is needed", rows=("spine_top",))
+    row = result["rows"]["spine_top"]
     assert set(row) == {
         *("seconds", "generation", "scoring", "training"),
         *("peak_rss_gb", "state_backbones", "dtype"),
@@ -37,7 +49,7 @@ def test_ours_runs_by_turns_and_is_written_down():
     assert min(row[name] for name in ("generation", "scoring", "training")) > 0
     assert row["generation"] + row["scoring"] + row["training"] == pytest.approx(row["seconds"], rel=0.3)
     result |= {"speedup": 3.0, "memory_ratio": 0.2, "floor_seconds": 1.0}
-    assert "| spine_top4 |" in markdown(result) and "1/3.00" in markdown(json.loads(json.dumps(result)))
+    assert "| spine_top |" in markdown(result) and "1/3.00" in markdown(json.loads(json.dumps(result)))
 
 
 @pytest.mark.slow
@@ -54,8 +66,8 @@ def test_scaling_is_measured_and_drawn(tmp_path):
 def test_a_contender_that_ends_says_why():
     broken = replace(TINY, heads=5)  # does not divide the hidden size
     with (
-        Contender("spine_top4", "fp32", broken, sys.executable) as contender,
-        pytest.raises(RuntimeError, match="spine_top4 in fp32 ended:(.|\n)*num_heads"),
+        Contender("spine_top", "fp32", broken, sys.executable) as contender,
+        pytest.raises(RuntimeError, match="spine_top in fp32 ended:(.|\n)*num_heads"),
     ):
         contender.update()
 

@@ -8,7 +8,7 @@ import os
 
 import torch
 from peft import LoraConfig
-from transformers import GPT2ForSequenceClassification, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
 from tests.benchmarks.work import Clock, Turns, arguments, state_bytes
@@ -24,13 +24,14 @@ def main() -> None:
     device = options["device"]
     config = work.config(options["dtype"], device)
     lora = options["row"] == "trl_lora"
-    policy = GPT2LMHeadModel(config).to(frozen if lora else torch.float32)
+    policy = AutoModelForCausalLM.from_config(config).to(frozen if lora else torch.float32)
     value, reward = (
-        GPT2ForSequenceClassification(work.config(options["dtype"], device, num_labels=1)) for _ in range(2)
+        AutoModelForSequenceClassification.from_config(work.config(options["dtype"], device, num_labels=1))
+        for _ in range(2)
     )
     reference = None
     if not lora:
-        reference = GPT2LMHeadModel(config)
+        reference = AutoModelForCausalLM.from_config(config)
         reference.load_state_dict(policy.state_dict())
         reference.to(frozen)
     micro = options["microbatch"]

@@ -15,42 +15,56 @@ import torch
 from datasets import Dataset
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import GPT2Config, PreTrainedTokenizerFast, TrainerCallback
+from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedTokenizerFast, TrainerCallback
 
 
 PAD, EOS = 0, 1
-TARGETS = ["c_attn", "c_proj", "c_fc"]  # attention and MLP
+TARGETS = {  # attention and MLP
+    "gpt2": ["c_attn", "c_proj", "c_fc"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
 
 
 @dataclass(frozen=True)
 class Work:
-    """One PPO update of a GPT-2 with random weights: its shape, and how many tokens go how often through it."""
+    """One PPO update of a model with random weights: its shape, and how many tokens go how often through it.
+
+    With `key_heads` the model is a Llama, whose keys and values have so many heads and whose MLP is `inner` wide; else it
+    is a GPT-2.
+    """
 
     layers: int = 12
     hidden: int = 768
     heads: int = 12
+    key_heads: int = 0
+    inner: int = 0
     vocabulary: int = 50_257
     batch: int = 8
     prompt: int = 64
     completion: int = 64
     epochs: int = 4
     minibatches: int = 1
-    top: int = 4  # layers that `spine_top4` adapts
+    top: int = 4  # layers that `spine_top` adapts
     rank: int = 16
 
-    def config(self, dtype: str, device: str = "cpu", **options) -> GPT2Config:
-        return GPT2Config(
+    def config(self, dtype: str, device: str = "cpu", **options) -> PreTrainedConfig:
+        options |= {"vocab_size": self.vocabulary, "pad_token_id": PAD, "bos_token_id": EOS, "eos_token_id": EOS}
+        # On a CPU torch's fused attention in bfloat16 is slower than the product of matrices: NOTES.md.
+        options["attn_implementation"] = "eager" if dtype == "bf16" and device == "cpu" else "sdpa"
+        positions = max(self.prompt + self.completion, 1024)
+        if not self.key_heads:
+            return GPT2Config(
+                n_layer=self.layers, n_embd=self.hidden, n_head=self.heads, n_positions=positions, **options
+            )
+        return LlamaConfig(
+            num_hidden_layers=self.layers,
+            hidden_size=self.hidden,
+            intermediate_size=self.inner,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.key_heads,
+            max_position_embeddings=positions,
+            tie_word_embeddings=True,
             **options,
-            # On a CPU torch's fused attention in bfloat16 is slower than the product of matrices: NOTES.md.
-            attn_implementation="eager" if dtype == "bf16" and device == "cpu" else "sdpa",
-            n_layer=self.layers,
-            n_embd=self.hidden,
-            n_head=self.heads,
-            vocab_size=self.vocabulary,
-            n_positions=max(self.prompt + self.completion, 1024),
-            pad_token_id=PAD,
-            bos_token_id=EOS,
-            eos_token_id=EOS,
         )
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -72,10 +86,10 @@ class Work:
         return {
             "r": self.rank,
             "lora_alpha": 2 * self.rank,
-            "target_modules": TARGETS,
-            "fan_in_fan_out": True,
+            "target_modules": TARGETS["llama" if self.key_heads else "gpt2"],
+            "fan_in_fan_out": not self.key_heads,  # GPT-2 keeps its weights transposed
             "layers_to_transform": layers,
-            "layers_pattern": "h" if top else None,
+            "layers_pattern": ("layers" if self.key_heads else "h") if top else None,
         }
 
 
