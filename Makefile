@@ -104,7 +104,8 @@ reward-long: .venv/installed
 backbone: .venv/installed
 	$(LAUNCH) pipeline.pretrain --config $(RECIPES)/backbone.yaml
 
-# One PPO update beside TRL 1.12's, the last release with PPO, about 12 minutes; leaves runs/bench/ppo_update.json.
+# One PPO update beside TRL 1.12's, the last release with PPO, about 25 minutes: of GPT-2 124M, of the demo and of SmolLM2;
+# leaves runs/bench/ppo_update*.json.
 bench: .venv/installed .venv-trl112/installed
 	.venv/bin/python -m tests.benchmarks.ppo_update --trl_python .venv-trl112/bin/python
 
