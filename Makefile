@@ -38,7 +38,7 @@ demo smollm2: .venv/installed
 # The same four stages on conversations: from HH preferences ($(HH): hub id, or .jsonl or .jsonl.gz file) to a chat policy
 # of SmolLM2; leaves $(CHAT)/report.md.
 smollm2-chat: .venv/installed
-	.venv/bin/python -m pipeline.convert_hh $(HH) $(CHAT)/data --max_tokens 160 --tokenizer $(SMOLLM2) --held_out 0.25 \
+	.venv/bin/python -m pipeline.convert_hh $(HH) $(CHAT)/data --max_tokens 256 --tokenizer $(SMOLLM2) --held_out 0.25 \
 		--max_pairs 1500 $(if $(wildcard $(HH)),,--data_dir harmless-base)
 	$(LAUNCH) pipeline.sft --config $(RECIPES)/smollm2-chat/sft.yaml --model_name_or_path $(SMOLLM2) --seed $(SEED) \
 		--dataset_name $(CHAT)/data/sft_train.jsonl --eval_dataset_name $(CHAT)/data/sft_test.jsonl --output_dir $(CHAT)/sft

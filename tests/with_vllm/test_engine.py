@@ -22,6 +22,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from pipeline import ppo
 from pipeline.configs import DataArguments, LoraArguments, PPOConfig, parse
+from pipeline.gguf import model_source
 from pipeline.ppo_trainer import PPOTrainer
 from reward_models.composite import RewardArguments
 
@@ -141,9 +142,7 @@ def run(engines, monkeypatch, tmp_path):
     """Runs the stage and returns the engine, the model's folder and the output folder."""
 
     def run(case: Case, name: str = "out", **options) -> tuple[Observed, Path, Path]:
-        model = case.model
-        if model == "smollm2":
-            model = pytest.importorskip("pipeline.gguf").model_source(model)
+        model = model_source(case.model)
         tokenizer = AutoTokenizer.from_pretrained(model)
         probes = tokenizer(PROMPTS)["input_ids"]
 
@@ -166,7 +165,6 @@ def run(engines, monkeypatch, tmp_path):
             "model_name_or_path": model,
             "dtype": case.dtype,
             "bf16": case.dtype == "bfloat16",
-            "attn_implementation": "eager",
             "dataset_name": prompts,
             "output_dir": tmp_path / name,
             **options,
@@ -205,9 +203,7 @@ def compare(case: Case, engine: Observed, completions: list, folder: Path) -> tu
 
 
 def logged_differences(folder: Path) -> list[float]:
-    """What PPO logged of each rollout about sampling and rescoring, where it does."""
-    if not hasattr(PPOConfig, "vllm_importance_sampling_correction"):
-        return []
+    """Return what PPO logged of each rollout about sampling and rescoring."""
     history = json.loads((folder / "metrics.json").read_text())["history"]
     found = [row[LOGGED] for row in history if LOGGED in row]
     assert len(found) == UPDATES
@@ -242,8 +238,8 @@ def test_a_missed_sync_would_be_seen(run, case, monkeypatch):
     for completions, step in zip(engine.seen[2:], (2, 4), strict=True):
         assert compare(case, engine, completions, base)[0] < case.difference
         assert compare(case, engine, completions, out / f"checkpoint-{step}")[0] > 2 * case.difference
-    if logged := logged_differences(out):
-        assert logged[0] < case.difference and min(logged[1:]) > 2 * case.difference
+    logged = logged_differences(out)
+    assert logged[0] < case.difference and min(logged[1:]) > 2 * case.difference
 
 
 @pytest.mark.parametrize("step", [2, 3], ids=["between updates", "within an update"])
