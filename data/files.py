@@ -6,30 +6,54 @@ is, before any model is loaded. No row is repaired or filled in, and none is dro
 """
 
 import difflib
-import glob
 import json
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import datasets
-from datasets import Dataset
+import numpy as np
+from datasets import Dataset, ReadInstruction
 from datasets.exceptions import DatasetsError
+
+from data.reading import dataset_of, format_of, read_file
+from data.rows import Rows, place, short_place
 
 
 logger = logging.getLogger(__name__)
 
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-# pandas would read the answers "007" and "None" of a CSV file as 7 and as a missing cell.
-TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "text")
-CSV_OPTIONS = {"converters": dict.fromkeys(TEXT_COLUMNS, str), "keep_default_na": False, "na_values": [""]}
+# Words in the name of a file or folder that tell its split, as on the hub.
+SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
+SHARD = re.compile(r"(?P<split>\w[\w.-]*)-\d{5}-of-\d{5}")
+# Roles that chat templates know, and names that other formats have for them.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+OTHER_ROLES = {
+    **dict.fromkeys(("human", "prompter", "question", "instruction"), "user"),
+    **dict.fromkeys(("gpt", "bot", "chatbot", "ai", "model", "answer", "response"), "assistant"),
+}
+# Files that stand beside data and hold none.
+BESIDE = (
+    "readme.md",
+    "dataset_infos.json",
+    "dataset_info.json",
+    "config.json",
+    "license",
+    "license.txt",
+    "license.md",
+)
 
 
-def load_rows(name: str, split: str, *, data_dir: str | None = None) -> Dataset:
+def load_rows(name: str, split: str, *, data_dir: str | None = None) -> Rows:
     """The rows of a local file, of one split of a local folder, or of one split of a dataset on the hub.
 
-    A file (.jsonl, .json, .csv, .parquet) and a folder that `Dataset.save_to_disk` wrote have no splits: all their
-    rows are returned whatever `split` is, so training and evaluation rows belong in two of them.
+    A file (.jsonl, .json, .csv, .tsv, .parquet, or one of them and .gz) and a folder that `Dataset.save_to_disk` wrote
+    have no splits: all their rows are returned whatever `split` is, so training and evaluation rows belong in two of them.
+    A folder's files are its shards: their names tell the split.
 
     On the hub, `owner/name@revision` is a branch, a tag or a commit, and `data_dir` a folder of the dataset.
 
@@ -41,8 +65,8 @@ def load_rows(name: str, split: str, *, data_dir: str | None = None) -> Dataset:
     if path.is_dir():
         rows = _load_folder(name, path, split)
     elif path.is_file():
-        rows = _load_file(name, path)
-    elif path.suffix.lower() in READERS or name.startswith((".", "/", "~")) or name.count("/") != 1:
+        rows = Rows.of_file(read_file(name, path), name)
+    elif format_of(path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         # A name without owner never goes to the hub: `datasets` takes `text` or `csv` for all files of this folder.
         raise FileNotFoundError(
             f"{name}: no such file or folder (looked for {path.absolute()}). Correct the path; a dataset on the hub "
@@ -52,6 +76,8 @@ def load_rows(name: str, split: str, *, data_dir: str | None = None) -> Dataset:
         source, _, revision = name.partition("@")
         options = {"revision": revision, "data_dir": data_dir}
         rows = _load_split(name, source, split, **{key: value for key, value in options.items() if value})
+    if not isinstance(rows, Rows):
+        rows = Rows.of_file(rows, name)
     if len(rows) == 0:
         raise _no_rows(name)
     return rows
@@ -64,53 +90,7 @@ def has_splits(name: str) -> bool:
         saved = datasets.config.DATASETDICT_JSON_FILENAME, datasets.config.DATASET_STATE_JSON_FILENAME
         of_splits, alone = ((path / file).exists() for file in saved)
         return of_splits or not alone
-    return path.suffix.lower() not in READERS
-
-
-def _load_file(name: str, path: Path) -> Dataset:
-    suffix = path.suffix.lower()
-    if suffix not in READERS:
-        raise ValueError(f"{name}: a file must end in one of {', '.join(READERS)}, not {suffix!r}. Convert the file.")
-    if suffix == ".jsonl":
-        _check_json_lines(name, path)
-    try:
-        # `data_files` is a glob pattern, and `[` may be part of a file's name.
-        rows = datasets.load_dataset(
-            READERS[suffix], data_files=glob.escape(str(path)), split="train", **_reader_options(path, suffix)
-        )
-    except (DatasetsError, ValueError, StopIteration) as error:
-        raise _unreadable(name, f"could not be read as {suffix}", error, "Correct the file.") from error
-    if suffix == ".csv" and "__index_level_0__" in rows.column_names:  # pandas has shifted the cells to the left
-        raise ValueError(f"{name}: the rows have more cells than the header. Quote the cells that hold a comma.")
-    return rows
-
-
-def _reader_options(path: Path, suffix: str) -> dict:
-    if suffix == ".parquet":
-        return {}
-    # One chunk. Else the first 10 MB of JSON or 10,000 rows of CSV set the columns' types, and `datasets` casts later
-    # rows to them: margins 1 and then 1.5 are an error, and a conversation among texts turns into a text.
-    chunk = {"chunksize": path.stat().st_size or 1}
-    return chunk | CSV_OPTIONS if suffix == ".csv" else chunk
-
-
-def _check_json_lines(name: str, path: Path) -> None:
-    """Raise for the first line that is not a JSON object; `datasets` would not tell the line. Blank lines may be."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            problem = json_problem(line) if line.strip() else None
-            if problem:
-                raise ValueError(f"{name} line {number}: {problem}. Correct or delete the line.")
-
-
-def json_problem(line: bytes) -> str | None:
-    try:
-        value = json.loads(line.decode("utf-8-sig").rstrip("\r\n"))
-    except UnicodeDecodeError as error:
-        return f"not UTF-8 text ({error.reason} at byte {error.start + 1})"
-    except json.JSONDecodeError as error:
-        return f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})"
-    return None if isinstance(value, dict) else f"not a JSON object ({shorten(value)})"
+    return format_of(path) is None
 
 
 def _load_folder(name: str, path: Path, split: str) -> Dataset:
@@ -122,8 +102,126 @@ def _load_folder(name: str, path: Path, split: str) -> Dataset:
         return _load_saved(name, path / split)
     if (path / datasets.config.DATASET_STATE_JSON_FILENAME).exists():
         return _load_saved(name, path)
-    # An absolute path: a folder called `csv` must not be taken for the reader of that name.
-    return _load_split(name, str(path.absolute()), split)
+    return _load_shards(name, path, split)
+
+
+def _data_files(name: str, folder: Path) -> dict[str, list[Path]]:
+    """Files with rows below a folder, by split. The names tell the split, as on the hub: of one in whose path no word
+    names any, all rows are of the split `train`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the files are of several formats, or not all of them would be read.
+    """
+    found = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
+    found = [path for path in found if not any(part.startswith((".", "_")) for part in path.parts)]
+    found = [path for path in found if path.name.lower() not in BESIDE]
+    files = [path for path in found if format_of(path)]
+    if not files:
+        raise FileNotFoundError(
+            f"{name}: no data found, neither here nor on the hub (none of the {len(found)} files in this folder ends in "
+            f".jsonl, .json, .csv, .tsv, .parquet, or one of them and .gz). Check the name."
+        )
+    formats = {format_of(path): path for path in reversed(files)}
+    if len(formats) > 1:
+        examples = ", ".join(str(path) for _, path in sorted(formats.items()))
+        raise ValueError(
+            f"{name}: files of several formats ({examples}), and which of them hold the rows is not told. Move all but "
+            f"those of one format elsewhere, or name one file."
+        )
+    for path in files:
+        if path.suffix.lower() == ".gz" and path.with_suffix("") in files:
+            raise ValueError(f"{name}: {path.with_suffix('')} and {path} would both be read. Remove one of them.")
+    others = [path for path in found if path not in files]
+    if others:
+        logger.warning(f"{name}: {len(others)} other files in this folder are not read (such as {others[0]}).")
+    splits = {}
+    for path in files:
+        splits.setdefault(_split_of(path), []).append(path)
+    unnamed = splits.pop(None, [])
+    if not splits:
+        return {"train": unnamed}
+    splits = {split: splits[split] for split in dict.fromkeys([*SPLITS, *splits]) if split in splits}
+    if unnamed:
+        raise ValueError(
+            f"{name}: {unnamed[0]} belongs to no split, and {next(iter(splits.values()))[0]} to one by its name. Name the "
+            f"split in the file's name too, or move it elsewhere."
+        )
+    return splits
+
+
+def _split_of(path: Path) -> str | None:
+    """Return the split that a file's name tells, or its folders', the nearest first; None: they tell none."""
+    if shard := SHARD.match(path.name):
+        return shard["split"]
+    for part in (path.name, *reversed(path.parts[:-1])):
+        words = re.split(r"[-._ 0-9]+", part.lower())
+        for split, names in SPLITS.items():
+            if not set(names).isdisjoint(words):
+                return split
+    return None
+
+
+def _load_shards(name: str, folder: Path, split: str) -> Rows:
+    """Read the files of a split, or of what an instruction such as `train[:100]` or `train+test` takes of several."""
+    of_split = _data_files(name, folder)
+    asked = [part.split("[")[0].strip() for part in split.split("+")]
+    unknown = [one for one in asked if one not in of_split]
+    if unknown:
+        raise ValueError(
+            f"{name}: split {unknown[0]!r} could not be loaded (the names of the files tell {list(of_split)}). Name a split "
+            f"that exists, or a file; eval_dataset_name='' leaves evaluation out."
+        )
+    read = {one: _concatenated(name, folder, of_split[one]) for one in dict.fromkeys(asked)}
+    if asked == [split]:
+        return read[split]
+    try:
+        parts = ReadInstruction.from_spec(split).to_absolute({one: len(rows) for one, rows in read.items()})
+    except (ValueError, AssertionError) as error:
+        raise ValueError(
+            f"{name}: split {split!r} is no instruction that can be read ({error}). Correct it."
+        ) from error
+    chosen = [
+        read[part.splitname].select(range(part.from_ or 0, _end(part.to, read[part.splitname]))) for part in parts
+    ]
+    return chosen[0] if len(chosen) == 1 else _joined(chosen)
+
+
+def _end(to: int | None, rows: Dataset) -> int:
+    return len(rows) if to is None else to
+
+
+def _concatenated(name: str, folder: Path, files: list[Path]) -> Rows:
+    parts = []
+    for path in files:
+        called = f"{name.rstrip('/')}/{path}"
+        parts.append(Rows.of_file(read_file(called, folder / path), called))
+        if len(parts[-1]) == 0:
+            logger.warning(f"{called}: it has no rows.")
+    parts = [part for part in parts if len(part)] or parts[:1]
+    first = parts[0]
+    for part in parts[1:]:
+        if set(part.column_names) != set(first.column_names):
+            raise ValueError(
+                f"{part.files[0]}: its columns {part.column_names} are not those of {first.files[0]}, {first.column_names}. "
+                f"Files of one split need the same; move the others elsewhere."
+            )
+    return first if len(parts) == 1 else _joined(parts)
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    """Put rows of several files together. The columns get a type that holds all of them, and no cell changes."""
+    names = parts[0].column_names
+    if all(part.features == parts[0].features for part in parts):
+        rows = datasets.concatenate_datasets([part.select_columns(names) for part in parts])
+    else:
+        rows = dataset_of(
+            {column: [cell for part in parts for cell in part[column]] for column in names}, parts[0].files[0]
+        )
+    files = [file for part in parts for file in part.files]
+    starts = np.cumsum([0, *(len(part.files) for part in parts[:-1])])
+    of = np.concatenate([part.of + start for part, start in zip(parts, starts, strict=True)])
+    return Rows(rows, tuple(files), of, np.concatenate([part.numbers for part in parts]))
 
 
 def _load_saved(name: str, path: Path) -> Dataset:
@@ -170,11 +268,6 @@ def shorten(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def row_name(name: str, number: int) -> str:
-    """How errors name a row. `number` counts from 1."""
-    return f"{name} row {number} (counting from 1)"
-
-
 class CellError(ValueError):
     """A cell that cannot be used. `problem` says what it must be, without the row and the value."""
 
@@ -183,10 +276,12 @@ class CellError(ValueError):
         self.problem = problem
 
 
-def cell_error(where: str, field: str, value: object, problem: str) -> CellError:
+def cell_error(
+    where: str, field: str, value: object, problem: str, remedy: str = "Correct or delete the row."
+) -> CellError:
     """The error for one cell, where `where` is a `row_name`."""
     problem = f"{field!r} {problem}"
-    return CellError(f"{where}: {problem}, but is {shorten(value)}. Correct or delete the row.", problem)
+    return CellError(f"{where}: {problem}, but is {shorten(value)}. {remedy}", problem)
 
 
 def check_rows(
@@ -208,7 +303,7 @@ def check_rows(
     kind, kept, problems = None, [], {}
     for number, row in enumerate(rows.select_columns(columns), 1):
         try:
-            kind = check(row_name(name, number), row, kind)
+            kind = check(place(rows, number - 1, name), row, kind)
         except CellError as error:
             if not drop:
                 raise
@@ -217,7 +312,10 @@ def check_rows(
             kept.append(number - 1)
     if not problems:
         return rows
-    dropped = "; ".join(f"{len(found)} where {problem} (first: row {found[0]})" for problem, found in problems.items())
+    dropped = "; ".join(
+        f"{len(found)} where {problem} (first: {short_place(rows, found[0] - 1)})"
+        for problem, found in problems.items()
+    )
     if not kept:
         raise ValueError(f"{name}: drop_bad_rows=True leaves none of {len(rows)} rows: {dropped}. Name other data.")
     logger.warning(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows are left out: {dropped}.")
@@ -231,8 +329,8 @@ def require_columns(rows: Dataset, needed: tuple[str, ...], name: str) -> None:
         if column not in found:
             near = difflib.get_close_matches(column, [other for other in found if other not in needed], n=1)
             remedy = f"Did you mean {near[0]!r}? Rename it." if near else "Rename the column that holds it."
-            if len(found) == 1 and any(mark in found[0] for mark in ";\t|"):
-                remedy = "Separate the cells by commas."
+            if len(found) == 1 and any(mark in found[0] for mark in ";,\t|"):
+                remedy = f"Separate the cells by {'tabs' if format_of(name) == '.tsv' else 'commas'}."
             raise ValueError(f"{name}: no column {column!r}; needed: {list(needed)}, found: {found}. {remedy}")
 
 
@@ -249,10 +347,22 @@ def check_cell(where: str, field: str, value: object, kind: str | None, *, fille
         raise cell_error(where, field, value, problem)
     if kind not in (None, found):
         raise cell_error(where, field, value, f"must be a {kind} (texts and conversations do not mix)")
+    if found == "conversation":
+        check_roles(where, field, value)
     last = value if found == "text" else value[-1]["content"]
     if filled and not last.strip():
         raise cell_error(where, field, value, "must not be empty")
     return found
+
+
+def check_roles(where: str, field: str, turns: list[dict]) -> None:
+    """Raise a CellError for a message of a role that chat templates do not know."""
+    for turn in turns:
+        if turn["role"] not in ROLES:
+            plain = turn["role"].strip().lower()
+            name = OTHER_ROLES.get(plain, plain)
+            remedy = f"Rename the role {turn['role']!r} to {name!r}." if name in ROLES else "Rename the role."
+            raise cell_error(where, field, turn["role"], f"must have roles of {', '.join(ROLES)}", remedy)
 
 
 def check_chat_template(rows: Dataset, tokenizer, name: str) -> None:
@@ -266,7 +376,7 @@ def check_chat_template(rows: Dataset, tokenizer, name: str) -> None:
     for field, value in rows[0].items():
         if _cell_kind(value) == "conversation":
             raise ValueError(
-                f"{row_name(name, 1)}: {field!r} is a conversation ({shorten(value)}), but the tokenizer has no chat "
+                f"{place(rows, 0, name)}: {field!r} is a conversation ({shorten(value)}), but the tokenizer has no chat "
                 f"template. Give text, or take a model whose tokenizer has one."
             )
 

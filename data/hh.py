@@ -8,7 +8,6 @@ A marker inside a turn, after other white space than two line breaks, is text; s
 no rule tells from a heading.
 """
 
-import gzip
 import hashlib
 import json
 import os
@@ -18,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from data.files import json_problem, load_rows
+from data.files import load_rows
 
 
 ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -135,43 +134,23 @@ def stage_rows(pairs: list[dict]) -> dict[str, list[dict]]:
 
 
 def read_rows(name: str, data_dir: str | None = None) -> Iterable[dict]:
-    """Read the rows of a .jsonl or .jsonl.gz file; or of the split `train` of a folder or of a dataset on the hub, of all of
-    it or of its folder `data_dir`.
+    """Read the rows of a file; or of the split `train` of a folder or of a dataset on the hub, of all of it or of its folder
+    `data_dir`.
 
     Raises what `load_rows` raises, and:
         ValueError: a line is not a JSON object, the archive is damaged, or a column is missing.
     """
-    path = Path(name).expanduser()
-    if path.is_file():
-        if data_dir:
-            raise ValueError(
-                f"data_dir={data_dir!r} is a folder of a dataset on the hub, and {name} is a file. Leave it out."
-            )
-        rows = _read_file(name, path)
-        columns = rows[0].keys() if rows else ()
-    else:
-        rows = load_rows(name, "train", data_dir=data_dir)
-        columns = rows.column_names
+    if data_dir and Path(name).expanduser().is_file():
+        raise ValueError(
+            f"data_dir={data_dir!r} is a folder of a dataset on the hub, and {name} is a file. Leave it out."
+        )
+    rows = load_rows(name, "train", data_dir=data_dir)
+    columns = rows.column_names
     missing = [column for column in ("chosen", "rejected") if column not in columns]
     if missing:
         raise ValueError(
             f"{name}: no column {missing[0]!r}; found: {list(columns)}. Rows of HH have chosen and rejected."
         )
-    return rows
-
-
-def _read_file(name: str, path: Path) -> list[dict]:
-    rows, opened = [], gzip.open if path.suffix == ".gz" else open
-    try:
-        with opened(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                if problem := json_problem(line):
-                    raise ValueError(f"{name} line {number}: {problem}. Correct or delete the line.")
-                rows.append(json.loads(line.decode("utf-8-sig")))
-    except (EOFError, gzip.BadGzipFile) as error:
-        raise ValueError(f"{name}: the archive is damaged ({error}). Fetch it anew.") from error
     return rows
 
 

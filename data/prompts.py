@@ -3,7 +3,8 @@
 from datasets import Dataset
 
 from data import human_ratings
-from data.files import check_cell, check_chat_template, check_rows, load_rows, require_columns, row_name, shorten
+from data.files import check_cell, check_chat_template, check_rows, load_rows, require_columns, shorten
+from data.rows import place
 
 
 def load_prompts(name: str, split: str, *, drop: bool = False) -> Dataset:
@@ -41,7 +42,7 @@ def check_prompt_lengths(rows: Dataset, tokenizer, context: int, max_completion_
     for number, (prompt, ids) in enumerate(zip(prompts, tokenize_prompts(prompts, tokenizer), strict=True), 1):
         if len(ids) + max_completion_length > context:
             raise ValueError(
-                f"{row_name(name, number)}: 'prompt' {shorten(prompt)} has {len(ids)} tokens, and with "
+                f"{place(rows, number - 1, name)}: 'prompt' {shorten(prompt)} has {len(ids)} tokens, and with "
                 f"max_completion_length={max_completion_length} that exceeds the model's context of {context}. "
                 f"Shorten the prompt, lower max_completion_length, or take a model with a longer context."
             )

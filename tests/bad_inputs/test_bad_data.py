@@ -21,8 +21,8 @@ FILES = {
     ),
     "a line cut short": ("reward", "rows.jsonl", json.dumps(PAIR) + '\n{"prompt": "A"', "line 2: not valid JSON"),
     "UTF-16": ("reward", "rows.jsonl", json.dumps(PAIR).encode("utf-16"), "line 1: not UTF-8 text"),
-    "UTF-16 as Excel saves": ("reward", "rows.csv", "chosen,rejected\na,b\n".encode("utf-16"), "'utf-8' codec can't"),
-    "Latin-1": ("reward", "rows.csv", "chosen,rejected\ncaf\xe9,b\n".encode("latin-1"), "'utf-8' codec can't decode"),
+    "UTF-16 as Excel saves": ("reward", "rows.csv", "chosen,rejected\na,b\n".encode("utf-16"), "line 1: not UTF-8.*UTF-16, save"),
+    "Latin-1": ("reward", "rows.csv", "chosen,rejected\ncaf\xe9,b\n".encode("latin-1"), "line 2: not UTF-8 text"),
     "semicolons": (
         "reward",
         "rows.csv",
@@ -39,7 +39,8 @@ FILES = {
     ),
     "a pickle": ("sft", "rows.pkl", b"\x80\x04.", r"must end in one of \.jsonl.*not '\.pkl'\. Convert the file"),
     "a text file": ("sft", "rows.txt", "A fine film.", r"not '\.txt'"),
-    "an archive": ("sft", "rows.jsonl.gz", b"\x1f\x8b", r"not '\.gz'"),
+    "an archive": ("sft", "rows.jsonl.gz", b"\x1f\x8b", r"rows\.jsonl\.gz: the archive is damaged"),
+    "a text file in an archive": ("sft", "rows.txt.gz", b"\x1f\x8b", r"not '\.gz'"),
 }
 ROWS = {
     "prompts called query": ("ppo", [{"query": "A"}], "no column 'prompt'.*found: \\['query'\\]"),

@@ -232,7 +232,7 @@ def test_code_in_a_models_folder_is_run_when_asked(kind, world, marker, own_modu
 @pytest.mark.parametrize("name", ["rows.pkl", "rows.pickle", "rows.pt", "rows.npy", "rows.py", "rows.bin"])
 def test_a_dataset_file_is_not_unpickled(name, tmp_path, marker):
     plant(tmp_path / name, marker)
-    with pytest.raises(ValueError, match=r"a file must end in one of \.jsonl, \.json, \.csv, \.parquet"):
+    with pytest.raises(ValueError, match=r"a file must end in one of \.jsonl, \.json, \.csv, \.tsv, \.parquet"):
         load_rows(str(tmp_path / name), "train")
     assert not marker.exists()
 

@@ -90,22 +90,25 @@ def test_bad_json_line(tmp_path, line, problem):
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("a.jsonl", '{"a": 1, "a": 2}\n', r"specified twice"),
-        ("a.json", '[{"a": 1}', r"at position"),
-        ("a.csv", "chosen,rejected\na,b\na,b,c,d\n", r"Expected 2 fields in line 3, saw 4"),
-        ("a.parquet", "text", r"4 bytes"),
+        ("a.jsonl", '{"a": 1, "a": 2}\n', r" line 1: not valid JSON \(the key 'a' is specified twice\)\. Correct or"),
+        ("a.json", '[{"a": 1}', r" line 1: not valid JSON \(Expecting ',' or '\]'\)\. Correct the file"),
+        (
+            "a.csv",
+            "chosen,rejected\na,b\na,b,c,d\n",
+            r" line 3: more cells than the header \(4, not 2\)\. Quote the cells",
+        ),
+        ("a.parquet", "text", r": could not be read as \.parquet \(.*4 bytes.*\)\. Correct the file"),
     ],
 )
 def test_unreadable_file_gives_the_readers_reason(tmp_path, name, content, reason):
     path = _file(tmp_path, name, content)
-    suffix = re.escape(name[1:])
-    with pytest.raises(ValueError, match=rf"{name}: could not be read as {suffix} \(.*{reason}.*\)\. Correct the"):
+    with pytest.raises(ValueError, match=name + reason):
         load_rows(path, "train")
 
 
 def test_csv_rows_longer_than_the_header(tmp_path):
     path = _file(tmp_path, "a.csv", "chosen,rejected\nWell, good,bad\n")
-    with pytest.raises(ValueError, match=r"a\.csv: the rows have more cells than the header\. Quote the cells"):
+    with pytest.raises(ValueError, match=r"a\.csv line 2: more cells than the header \(3, not 2\)\. Quote the cells"):
         load_rows(path, "train")
 
 
@@ -141,7 +144,9 @@ def test_missing_local_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, 
 
 def test_unknown_suffix(tmp_path):
     path = _file(tmp_path, "prefs.txt", "text")
-    with pytest.raises(ValueError, match=r"must end in one of \.jsonl, \.json, \.csv, \.parquet, not '\.txt'"):
+    with pytest.raises(
+        ValueError, match=r"must end in one of \.jsonl, .*\.parquet, or in one of them and \.gz, not '\.txt'"
+    ):
         load_rows(path, "train")
 
 

@@ -180,7 +180,7 @@ def test_a_damaged_archive(tmp_path):
     [
         ('{"chosen": "a", "rejected": "b"}\n{"chosen"', r"line 2: not valid JSON .*Correct or delete the line\.$"),
         ('{"chosen": "a", "answer": "b"}', r"no column 'rejected'; found: \['chosen', 'answer'\]\. Rows of HH"),
-        ("", r"no column 'chosen'; found: \[\]"),
+        ("", r"rows\.jsonl: it has no rows"),
     ],
 )
 def test_a_file_that_is_not_hh(content, message, tmp_path):
