@@ -1,16 +1,22 @@
 """Preference pairs for the reward model, checked row by row before any training.
 
 TRL's formats are accepted: cells of text or conversations, and the prompt either in a column of its own or as the
-common beginning of `chosen` and `rejected` (as in Anthropic's HH).
+common beginning of `chosen` and `rejected` (as in Anthropic's HH), or both (as in UltraFeedback).
 """
 
+import logging
 import math
 
 from datasets import Dataset
 
 from data import human_ratings
 from data.files import cell_error, check_cell, check_rows, load_rows, require_columns
+from data.reading import dataset_of
+from data.rows import Rows
+from data.turns import begins_with, check_answered, split_pair
 
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("prompt", "chosen", "rejected", "margin", "agreement")
 
@@ -24,24 +30,90 @@ def load_preferences(name: str, split: str, *, drop: bool = False) -> Dataset:
 
 
 def check_preferences(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
-    """The `rows` with only those of the columns prompt, chosen, rejected, margin and agreement that they have.
+    """The `rows` with only those of the columns prompt, chosen, rejected, margin and agreement that they have. Where sides
+    hold the prompt beside a column `prompt`, it is taken out of them.
 
     Raises:
         ValueError: `chosen` or `rejected` is missing; or in some row a cell is neither text nor a conversation, or is
-            not of the kind that the first row has; a completion is empty; both completions are the same; `margin` is
-            not a finite number; or `agreement` is not a share from 0 to 1.
+            not of the kind that the first row has; a completion is empty; both completions are the same, or answer
+            different prompts; a conversation does not end in an answer, or has a role that is not known; `margin` is not
+            a finite number; or `agreement` is not a share from 0 to 1.
     """
+    if "chosen" not in rows.column_names and {"completion", "label"} <= set(rows.column_names):
+        raise ValueError(
+            f"{name}: no column 'chosen': rows of completion and label are unpaired, and this stage learns from pairs. Pair "
+            f"a completion of label True with one of label False to the same prompt, as chosen and rejected."
+        )
     require_columns(rows, ("chosen", "rejected"), name)
     columns = [column for column in COLUMNS if column in rows.column_names]
-    return check_rows(rows.select_columns(columns), columns, name, _check_row, drop=drop)
+    unread = [column for column in rows.column_names if column not in columns]
+    if unread:
+        logger.info(f"{name}: columns that are not read: {', '.join(unread)}.")
+    rows = rows.select_columns(columns)
+    doubled = "prompt" in columns and all(map(_doubled, rows))
+
+    def check(where: str, row: dict, kind: str | None) -> str:
+        kind = _check_row(where, row, kind)
+        split_pair(where, row, doubled=doubled)
+        return kind
+
+    rows = check_rows(rows, columns, name, check, drop=drop)
+    whole = doubled or ("prompt" in columns and any(map(_whole, rows)))
+    return _apart(rows, name, doubled=doubled) if whole else rows
+
+
+def explicit_prompts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
+    """Checked pairs with the prompt in a column of its own.
+
+    Raises:
+        ValueError: a prompt is empty, or both sides of a pair begin with other words.
+    """
+
+    def check(where: str, row: dict, kind: str | None) -> None:
+        parts = split_pair(where, row)
+        if isinstance(parts.prompt, str) and not parts.prompt.strip():
+            if "prompt" in row:
+                raise cell_error(where, "prompt", row["prompt"], "must not be empty: there is nothing to complete")
+            problem = "must begin as 'chosen' does, with words that are the prompt"
+            raise cell_error(where, "rejected", row["rejected"], problem, "Give the pairs a column 'prompt'.")
+
+    sides = [column for column in ("prompt", "chosen", "rejected") if column in rows.column_names]
+    rows = check_rows(rows, sides, name, check, drop=drop)
+    return rows if "prompt" in sides else _apart(rows, name)
+
+
+def _apart(rows: Dataset, name: str, *, doubled: bool = False) -> Dataset:
+    """Checked pairs, of which the prompt is taken apart."""
+    parts = [split_pair(name, row, doubled=doubled) for row in rows]
+    columns = {field: [getattr(part, field) for part in parts] for field in ("prompt", "chosen", "rejected")}
+    others = [column for column in rows.column_names if column not in columns]
+    made = dataset_of(columns | {column: rows[column][:] for column in others}, name)
+    return Rows(made, rows.files, rows.of, rows.numbers) if isinstance(rows, Rows) else made
+
+
+def _doubled(row: dict) -> bool:
+    """Tell whether both texts begin with the prompt beside them."""
+    cells = [row[field] for field in ("prompt", "chosen", "rejected")]
+    return all(isinstance(cell, str) for cell in cells) and all(begins_with(cells[0], side) for side in cells[1:])
+
+
+def _whole(row: dict) -> bool:
+    """Tell whether both sides are conversations that hold the prompt beside them."""
+    return isinstance(row["chosen"], list) and row["chosen"][0]["role"] != "assistant"
 
 
 def _check_row(where: str, row: dict, kind: str | None) -> str:
-    for field in ("prompt", "chosen", "rejected"):
-        if field in row:
-            kind = check_cell(where, field, row[field], kind, filled=field != "prompt")
+    for field in ("chosen", "rejected"):
+        kind = check_cell(where, field, row[field], kind, filled=True)
+    if "prompt" in row and not (isinstance(row["prompt"], str) and kind == "conversation"):
+        check_cell(where, "prompt", row["prompt"], kind, filled=False)
+    elif "prompt" in row and row["chosen"][0]["role"] == "assistant":
+        raise cell_error(where, "chosen", row["chosen"], "must be a text (texts and conversations do not mix)")
     if row["chosen"] == row["rejected"]:
         raise cell_error(where, "rejected", row["rejected"], "must differ from 'chosen'")
+    if kind == "conversation":
+        for field in ("chosen", "rejected"):
+            check_answered(where, field, row[field])
     if "margin" in row and not _is_finite(row["margin"]):
         raise cell_error(where, "margin", row["margin"], "must be a finite number")
     if "agreement" in row and not (_is_finite(row["agreement"]) and 0 <= row["agreement"] <= 1):

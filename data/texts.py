@@ -3,7 +3,8 @@
 from datasets import Dataset
 
 from data import human_ratings
-from data.files import check_cell, check_rows, load_rows
+from data.files import cell_error, check_cell, check_rows, load_rows
+from data.turns import begins_with, check_answered
 
 
 # TRL's formats: the columns of each, and the kind of cell they hold (None: text or conversations).
@@ -23,18 +24,43 @@ def check_texts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
 
     Raises:
         ValueError: the columns are those of no format or of several; or in some row a text, completion or last message
-            is empty, or a cell is not what its format needs.
+            is empty, a conversation does not end in an answer, `label` is False, every completion begins with its prompt, or
+            a cell is not what its format needs.
     """
     columns = _format_of(rows, name)
-    rows = rows.select_columns(list(columns))
+    read = list(columns)
+    if "completion" in columns and "label" in rows.column_names:
+        read.append("label")
+    rows = rows.select_columns(read)
+    doubled = "completion" in columns and all(_doubled(row) for row in rows)
 
     def check(where: str, row: dict, kind: str | None) -> str:
         kind = kind or FORMATS[columns]
         for field in columns:
             kind = check_cell(where, field, row[field], kind, filled=field != "prompt")
+        if kind == "conversation":
+            check_answered(where, columns[-1], row[columns[-1]])
+        if "completion" in row and (kind == "conversation" or doubled) and _doubled(row):
+            raise cell_error(where, "completion", row["completion"], "must not begin with the prompt", "Take it out.")
+        if row.get("label", True) in (False, "False", "false", "0"):
+            problem = "must be True: every completion is imitated"
+            raise cell_error(where, "label", row["label"], problem, "Keep the rows that are to be imitated.")
         return kind
 
-    return check_rows(rows, list(columns), name, check, drop=drop)
+    return check_rows(rows, read, name, check, drop=drop).select_columns(list(columns))
+
+
+def _doubled(row: dict) -> bool:
+    """Tell whether a completion begins with the prompt."""
+    prompt, completion = row["prompt"], row["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return begins_with(prompt, completion)
+    return (
+        isinstance(prompt, list)
+        and isinstance(completion, list)
+        and bool(prompt)
+        and completion[: len(prompt)] == prompt
+    )
 
 
 def tokenize_texts(rows: Dataset, tokenizer, max_length: int) -> list[list[int]]:
