@@ -70,10 +70,10 @@ def explicit_prompts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset
     """
 
     def check(where: str, row: dict, kind: str | None) -> None:
-        parts = split_pair(where, row)
-        if isinstance(parts.prompt, str) and not parts.prompt.strip():
+        prompt = row["prompt"] if "prompt" in row else split_pair(where, row).prompt
+        if isinstance(prompt, str) and not prompt.strip():
             if "prompt" in row:
-                raise cell_error(where, "prompt", row["prompt"], "must not be empty: there is nothing to complete")
+                raise cell_error(where, "prompt", prompt, "must not be empty: there is nothing to complete")
             problem = "must begin as 'chosen' does, with words that are the prompt"
             raise cell_error(where, "rejected", row["rejected"], problem, "Give the pairs a column 'prompt'.")
 

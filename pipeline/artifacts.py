@@ -5,9 +5,11 @@ import time
 from pathlib import Path
 
 import psutil
+from accelerate import PartialState
 from huggingface_hub import upload_folder
 from transformers import Trainer, TrainingArguments
 
+from data.tokens import Counts
 from pipeline.folders import adapter_folder, read_json
 from pipeline.loading import stamp
 
@@ -38,12 +40,40 @@ def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict, *, complete:
     trainer.save_model(_internal_call=True)  # else Trainer would push before the rest is there
     if trainer.is_world_process_zero():
         trainer.create_model_card(model_name=folder.name)
+        add_rows_to_card(folder, metrics.get("rows", {}))
         stamp(folder, trainer.model.config, fingerprint)
         metrics = {**metrics, "seconds": round(trainer.seconds_before + seconds_running(), 1)}
         (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
         if complete:
             push(trainer.args, trainer.hub_model_id)
     trainer.accelerator.wait_for_everyone()  # what is read next, by whichever process, is there
+
+
+def rows_report(counts: dict[str, tuple[str, Counts | None]]) -> dict[str, dict]:
+    """Say, before training, how many rows of each dataset are read, and return it for `metrics.json`.
+
+    Args:
+        counts: for `train`, `held_out` and so on, where the rows come from and how many there are (None: there are none).
+    """
+    found = {part: (source, of_part) for part, (source, of_part) in counts.items() if of_part is not None}
+    for part, (source, of_part) in found.items():
+        PartialState().print(f"{part} ({source}): {of_part}.")
+    return {part: {"source": source, **of_part._asdict()} for part, (source, of_part) in found.items()}
+
+
+def add_rows_to_card(folder: Path, rows: dict[str, dict]) -> None:
+    """Write into the model card how many rows were trained on."""
+    card = folder / "README.md"
+    if rows and card.is_file():
+        lines = [
+            "| rows | source | read | kept whole | cut | dropped | longest (tokens) |",
+            "|---|---|---:|---:|---:|---:|---:|",
+        ]
+        for part, of_part in rows.items():
+            figures = (f"{of_part[name]:,}" for name in ("rows", "kept", "cut", "dropped", "longest"))
+            lines.append(f"| {part} | {of_part['source']} | {' | '.join(figures)} |")
+        with card.open("a", encoding="utf-8") as file:
+            file.write("\n## Data\n" + "\n".join(lines) + "\n")
 
 
 def push(args: TrainingArguments, repository: str | None) -> None:

@@ -28,7 +28,9 @@ class DataArguments:
 
     dataset_name: str = field(
         default="human_ratings",
-        metadata={"help": "Hub id, folder or .jsonl/.json/.csv/.parquet file; human_ratings is the embedded default."},
+        metadata={
+            "help": "Hub id, folder or .jsonl/.json/.csv/.tsv/.parquet file (or .gz); human_ratings is the embedded default."
+        },
     )
     dataset_train_split: str = field(default="train", metadata={"help": "Split to train on (a single file has none)."})
     eval_dataset_name: str | None = field(
@@ -40,6 +42,10 @@ class DataArguments:
     )
     drop_bad_rows: bool = field(
         default=False, metadata={"help": "Leave rows that cannot be used out, and say so, instead of refusing them."}
+    )
+    min_kept: float = field(
+        default=0.5,
+        metadata={"help": "Refuse to train if max_length leaves fewer than this share of the rows whole (0 to 1)."},
     )
 
     @property

@@ -12,9 +12,9 @@ import torch
 from transformers import set_seed
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
-from data.files import check_chat_template
-from data.preferences import load_preferences
-from pipeline.artifacts import finish_stage
+from data.preferences import explicit_prompts, load_preferences
+from data.tokens import prepare_tokens
+from pipeline.artifacts import finish_stage, rows_report
 from pipeline.backbone import backbone_copies, load_backbone
 from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, check_max_length, parse
@@ -39,9 +39,10 @@ def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DP
     check_folders(args.output_dir, model.model_name_or_path, policies=(start.sft_adapter,), leaves_reward=False)
     checkpoint = find_checkpoint(args)
     pairs = load_preferences(data.dataset_name, data.dataset_train_split, drop=data.drop_bad_rows)
+    pairs = explicit_prompts(pairs, data.dataset_name, drop=data.drop_bad_rows)
     if start.max_pairs:  # pairs of one ranking follow each other
         pairs = pairs.shuffle(seed=args.seed).select(range(min(start.max_pairs, len(pairs))))
-    pairs = pairs.select_columns([name for name in ("prompt", "chosen", "rejected") if name in pairs.column_names])
+    pairs = pairs.select_columns(["prompt", "chosen", "rejected"])
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
     backbone, tokenizer = load_backbone(
         model,
@@ -51,7 +52,10 @@ def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DP
         pad_token=args.pad_token,
     )
     check_max_length(args.max_length, context_length(backbone))
-    check_chat_template(pairs, tokenizer, data.dataset_name)
+    pairs, lengths = prepare_tokens(pairs, tokenizer, data.dataset_name, drop=data.drop_bad_rows)
+    found = lengths.counts(args.max_length, needs_rest=args.truncation_mode == "keep_start")
+    rows = rows_report({"train": (data.dataset_name, found)})
+    found.check(data.dataset_name, args.max_length, data.min_kept, "pair")
     identity = fingerprint(backbone.get_base_model())
     trainer = DPO(
         model=backbone,  # TRL clones its policy adapter as the reference
@@ -66,7 +70,7 @@ def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DP
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     read = 2 * min(trainer.state.global_step * batch, len(trainer.train_dataset))
     summary = {"backbone_copies": backbone_copies(backbone), "completions": read}
-    finish_stage(trainer, identity, {**summary, "history": trainer.state.log_history})
+    finish_stage(trainer, identity, {**summary, "rows": rows, "history": trainer.state.log_history})
     trainer.end()
 
 

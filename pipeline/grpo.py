@@ -10,11 +10,11 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from pipeline.checkpoints import Checkpointed
 from pipeline.configs import DataArguments, OnlineArguments, parse
-from pipeline.rloo import train
+from pipeline.rloo import OwnPrompts, train
 from reward_models.composite import RewardArguments
 
 
-class GRPO(Checkpointed, GRPOTrainer):
+class GRPO(OwnPrompts, Checkpointed, GRPOTrainer):
     """TRL's, with our checkpoints."""
 
 

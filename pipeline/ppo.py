@@ -12,10 +12,10 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from trl import ModelConfig
 
-from data.files import check_chat_template
 from data.prompts import check_prompt_lengths, load_prompts
 from data.texts import load_texts, tokenize_texts
-from pipeline.artifacts import finish_stage
+from data.tokens import prepare_tokens
+from pipeline.artifacts import finish_stage, rows_report
 from pipeline.backbone import load_backbone
 from pipeline.checkpoints import find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, PPOConfig, parse
@@ -72,7 +72,9 @@ def main(
         model, roles.sft_adapter, reach=reach, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
     )
     identity, context = fingerprint(backbone.get_base_model()), context_length(backbone)
-    check_prompt_lengths(prompts, tokenizer, context, args.max_completion_length, data.dataset_name)
+    counts, fits, drop = {}, (tokenizer, context, args.max_completion_length), data.drop_bad_rows
+    prompts, found = check_prompt_lengths(prompts, *fits, data.dataset_name, drop=drop)
+    counts["train"] = data.dataset_name, found
     held_out = None
     if args.eval_strategy != "no":
         if data.eval_source is None:
@@ -82,12 +84,17 @@ def main(
             )
         held_out = load_prompts(data.eval_source, data.dataset_eval_split, drop=data.drop_bad_rows)
         held_out = held_out.select(range(min(args.eval_prompts, len(held_out))))
-        check_prompt_lengths(held_out, tokenizer, context, args.max_completion_length, data.eval_source)
+        held_out, found = check_prompt_lengths(held_out, *fits, data.eval_source, drop=drop)
+        counts["held_out"] = data.eval_source, found
     texts = None
     if roles.ptx_dataset_name:
         rows = load_texts(roles.ptx_dataset_name, roles.ptx_dataset_split)
-        check_chat_template(rows, tokenizer, roles.ptx_dataset_name)
-        texts = tokenize_texts(rows, tokenizer, min(roles.ptx_max_length, context))
+        rows, lengths = prepare_tokens(rows, tokenizer, roles.ptx_dataset_name)
+        most = min(roles.ptx_max_length, context)
+        counts["texts"] = roles.ptx_dataset_name, lengths.counts(most)
+        counts["texts"][1].check(roles.ptx_dataset_name, most, data.min_kept)
+        texts = tokenize_texts(rows, tokenizer, most)
+    report = rows_report(counts)
     if len(prompts) < args.generation_batch_size:  # TRL samples each prompt once a pass and drops a short last batch
         prompts = prompts.repeat(-(-args.generation_batch_size // len(prompts)))
 
@@ -115,7 +122,8 @@ def main(
     set_seed(args.seed, device_specific=True)  # processes draw different completions
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
-    finish_stage(trainer, identity, {"preflight": [asdict(check) for check in checks], **trainer.summary()})
+    summary = {"preflight": [asdict(check) for check in checks], **trainer.summary(), "rows": report}
+    finish_stage(trainer, identity, summary)
     trainer.end()
 
 

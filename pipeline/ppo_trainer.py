@@ -22,6 +22,7 @@ from trl import RLOOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad, split_tensor_dict
 
+from data.prompts import tokenize_prompts
 from pipeline.advantages import gae, token_rewards
 from pipeline.artifacts import completions_sampled
 from pipeline.backbone import ADAPTERS, Backbone, backbone_copies
@@ -312,6 +313,10 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         self._logs["advantages"].extend(gather_object(advantages.sum(dim=1).tolist()))
         measured = (prompt_ids, prompt_mask, completion_ids, mask, logprobs, values)
         return Rollout(*measured, advantages, returns, weights, trunk, value_trunk)._asdict()
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
+        """Override `_tokenize_prompts`: a prompt that ends in the assistant's turn is continued, not closed."""
+        return tokenize_prompts(prompts, self.processing_class), None, {}
 
     def _generate(self, prompts: list) -> tuple[list[list[int]], list[list[int]], list, list[list[float]]]:
         """Override `_generate`: return the logprobs of the sampled tokens too, as the sampler had them."""

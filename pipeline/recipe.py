@@ -32,7 +32,7 @@ RANGES = (
     (ABOVE_0.split(), "above 0", lambda x: x > 0),
     (FROM_0.split(), "0 or more", lambda x: x >= 0),
     (FROM_1.split(), "1 or more", lambda x: x >= 1),
-    (SHARE.split(), "from 0 to 1", lambda x: 0 <= x <= 1),
+    ([*SHARE.split(), "min_kept"], "from 0 to 1", lambda x: 0 <= x <= 1),
     (["ptx_max_length"], "2 or more", lambda x: x >= 2),  # of one token nothing is predicted
     (["seed"], "from 0 to 4294967295", lambda x: 0 <= x < 2**32),
     # Trainer would read 0 as unset, and train `num_train_epochs`.

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from trl import ModelConfig, RewardConfig
 
-from data.files import check_chat_template
-from data.preferences import load_preferences
+from data.preferences import explicit_prompts, load_preferences
 from data.prompts import check_prompt_lengths
-from pipeline.artifacts import finish_stage, push
+from data.tokens import prepare_tokens
+from pipeline.artifacts import finish_stage, push, rows_report
 from pipeline.backbone import load_backbone
 from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, RewardModelArguments, check_max_length, lora_config, parse
@@ -86,11 +86,8 @@ def main(
     held_out = None
     if data.eval_source:
         held_out = load_preferences(data.eval_source, data.dataset_eval_split, drop=data.drop_bad_rows)
-    if pairs.sft_adapter and "prompt" not in train.column_names:
-        raise ValueError(
-            f"{data.dataset_name}: sft_adapter={pairs.sft_adapter!r} needs prompts to complete; give the pairs a "
-            f"column `prompt`, or set sft_adapter to '' and leave scores as they are."
-        )
+    if pairs.sft_adapter:  # whose completions of the prompts are scored
+        train = explicit_prompts(train, data.dataset_name, drop=data.drop_bad_rows)
     if not pairs.use_margin and "margin" in train.column_names:
         train = train.remove_columns("margin")
     torch.manual_seed(args.seed)  # the score head is drawn here
@@ -98,15 +95,28 @@ def main(
         model, head=True, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
     )
     check_max_length(args.max_length, context_length(base))
-    check_chat_template(train, tokenizer, data.dataset_name)
+    counts = {}
+    train, lengths = prepare_tokens(train, tokenizer, data.dataset_name, drop=data.drop_bad_rows)
+    counts["train"] = data.dataset_name, lengths.counts(args.max_length, drops=True)
+    if held_out:
+        held_out, lengths = prepare_tokens(held_out, tokenizer, data.eval_source, drop=data.drop_bad_rows)
+        counts["held_out"] = data.eval_source, lengths.counts(args.max_length, drops=True)
+    rows = rows_report(counts)
+    for source, found in counts.values():
+        found.check(source, args.max_length, data.min_kept, "pair")
     identity = fingerprint(base)
     if pairs.sft_adapter:
         # One that does not fit is refused before training.
         read_adapter(pairs.sft_adapter, needs_head=False, base=base, tokenizer=tokenizer)
         # Drawn at random: pairs of one ranking follow each other.
         completed = train.shuffle(seed=args.seed).select(range(min(pairs.sft_completions, len(train))))
-        check_prompt_lengths(
-            completed, tokenizer, context_length(base), pairs.max_completion_length, data.dataset_name
+        completed, _ = check_prompt_lengths(
+            completed,
+            tokenizer,
+            context_length(base),
+            pairs.max_completion_length,
+            data.dataset_name,
+            drop=data.drop_bad_rows,
         )
     trainer = RewardModel(
         model=base,
@@ -118,14 +128,16 @@ def main(
     )
     if model.load_in_4bit:
         train_in_float32(trainer.model)
-    for rows, source in ((trainer.train_dataset, data.dataset_name), (trainer.eval_dataset, data.eval_source)):
-        if rows is not None and len(rows) == 0:  # TRL drops those that are too long
-            raise ValueError(f"{source}: every pair is longer than max_length={args.max_length} tokens. Shorten them.")
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = held_out_report(trainer) if held_out else {}
     (Path(args.output_dir) / FILE).unlink(missing_ok=True)  # an earlier run's scale is not that of these scores
-    finish_stage(trainer, identity, {**metrics, "history": trainer.state.log_history}, complete=not pairs.sft_adapter)
+    finish_stage(
+        trainer,
+        identity,
+        {**metrics, "rows": rows, "history": trainer.state.log_history},
+        complete=not pairs.sft_adapter,
+    )
     accelerator, repository = trainer.accelerator, trainer.hub_model_id
     if pairs.sft_adapter:
         accelerator.free_memory()

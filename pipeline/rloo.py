@@ -10,8 +10,8 @@ import torch
 from accelerate.utils import set_seed
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer
 
-from data.prompts import check_prompt_lengths, load_prompts
-from pipeline.artifacts import completions_sampled, finish_stage
+from data.prompts import check_prompt_lengths, load_prompts, tokenize_prompts
+from pipeline.artifacts import completions_sampled, finish_stage, rows_report
 from pipeline.backbone import backbone_copies, load_backbone
 from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, OnlineArguments, parse
@@ -21,7 +21,15 @@ from pipeline.loading import context_length, fingerprint
 from reward_models.composite import RewardArguments, learned_rewards, load_functions
 
 
-class RLOO(Checkpointed, RLOOTrainer):
+class OwnPrompts:
+    """Put before TRL's online trainers: tokenize prompts as all stages do."""
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
+        """Override `_tokenize_prompts`: a prompt that ends in the assistant's turn is continued, not closed."""
+        return tokenize_prompts(prompts, self.processing_class), None, {}
+
+
+class RLOO(OwnPrompts, Checkpointed, RLOOTrainer):
     """TRL's, with our checkpoints."""
 
 
@@ -60,7 +68,11 @@ def train(
         pad_token=start.pad_token,
     )
     identity = fingerprint(backbone.get_base_model())
-    check_prompt_lengths(prompts, tokenizer, context_length(backbone), args.max_completion_length, data.dataset_name)
+    context = context_length(backbone)
+    prompts, found = check_prompt_lengths(
+        prompts, tokenizer, context, args.max_completion_length, data.dataset_name, drop=data.drop_bad_rows
+    )
+    rows = rows_report({"train": (data.dataset_name, found)})
     asked = args.generation_batch_size // args.num_generations
     if len(prompts) < asked:  # TRL samples each prompt once a pass and drops a short last batch
         prompts = prompts.repeat(-(-asked // len(prompts)))
@@ -77,7 +89,7 @@ def train(
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     summary = {"backbone_copies": backbone_copies(backbone), "completions": completions_sampled(trainer)}
-    finish_stage(trainer, identity, {**summary, "history": trainer.state.log_history})
+    finish_stage(trainer, identity, {**summary, "rows": rows, "history": trainer.state.log_history})
     trainer.end()
 
 

@@ -8,9 +8,9 @@ Trains a LoRA adapter on the frozen backbone with TRL's SFTTrainer.
 import torch
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
-from data.files import check_chat_template
 from data.texts import load_texts
-from pipeline.artifacts import finish_stage
+from data.tokens import prepare_tokens
+from pipeline.artifacts import finish_stage, rows_report
 from pipeline.checkpoints import Checkpointed, find_checkpoint
 from pipeline.configs import DataArguments, LoraArguments, check_max_length, lora_config, parse
 from pipeline.folders import check_folders
@@ -32,7 +32,17 @@ def main(data: DataArguments, reach: LoraArguments, model: ModelConfig, args: SF
         held_out = load_texts(data.eval_source, data.dataset_eval_split, drop=data.drop_bad_rows)
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token)
     check_max_length(args.max_length, context_length(base))
-    check_chat_template(train, tokenizer, data.dataset_name)
+    counts = {}
+    train, lengths = prepare_tokens(train, tokenizer, data.dataset_name, drop=data.drop_bad_rows)
+    # A row whose completion is cut off whole is dropped by TRL.
+    needs_rest = args.completion_only_loss is not False and args.truncation_mode == "keep_start"
+    counts["train"] = data.dataset_name, lengths.counts(args.max_length, needs_rest=needs_rest)
+    if held_out:
+        held_out, lengths = prepare_tokens(held_out, tokenizer, data.eval_source, drop=data.drop_bad_rows)
+        counts["held_out"] = data.eval_source, lengths.counts(args.max_length, needs_rest=needs_rest)
+    rows = rows_report(counts)
+    for source, found in counts.values():
+        found.check(source, args.max_length, data.min_kept)
     identity = fingerprint(base)
     torch.manual_seed(args.seed)  # the adapter is drawn here
     trainer = SFT(
@@ -48,7 +58,7 @@ def main(data: DataArguments, reach: LoraArguments, model: ModelConfig, args: SF
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = trainer.evaluate() if held_out else {}
-    finish_stage(trainer, identity, {**metrics, "history": trainer.state.log_history})
+    finish_stage(trainer, identity, {**metrics, "rows": rows, "history": trainer.state.log_history})
     trainer.end()
 
 

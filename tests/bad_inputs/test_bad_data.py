@@ -21,7 +21,12 @@ FILES = {
     ),
     "a line cut short": ("reward", "rows.jsonl", json.dumps(PAIR) + '\n{"prompt": "A"', "line 2: not valid JSON"),
     "UTF-16": ("reward", "rows.jsonl", json.dumps(PAIR).encode("utf-16"), "line 1: not UTF-8 text"),
-    "UTF-16 as Excel saves": ("reward", "rows.csv", "chosen,rejected\na,b\n".encode("utf-16"), "line 1: not UTF-8.*UTF-16, save"),
+    "UTF-16 as Excel saves": (
+        "reward",
+        "rows.csv",
+        "chosen,rejected\na,b\n".encode("utf-16"),
+        "line 1: not UTF-8.*UTF-16, save",
+    ),
     "Latin-1": ("reward", "rows.csv", "chosen,rejected\ncaf\xe9,b\n".encode("latin-1"), "line 2: not UTF-8 text"),
     "semicolons": (
         "reward",
@@ -68,8 +73,18 @@ ROWS = {
     "a text and a conversation": ("dpo", [{"chosen": TURNS, "rejected": "b"}], "'rejected' must be a conversation"),
     "no prompts to measure scores on": (
         "reward",
-        [{"chosen": "A fine film.", "rejected": "A poor film."}],
-        "needs prompts to complete; give the pairs a column `prompt`",
+        [PAIR, {**PAIR, "prompt": ""}],
+        "row 2 .*'prompt' must not be empty: there is nothing to complete",
+    ),
+    "no prompt in common": (
+        "reward",
+        [{"chosen": "Fine film.", "rejected": "Poor film."}],
+        "row 1 .*'rejected' must begin as 'chosen' does.*Give the pairs a column 'prompt'",
+    ),
+    "no prompt for DPO": (
+        "dpo",
+        [{**PAIR, "prompt": " "}],
+        "'prompt' must not be empty: there is nothing to complete",
     ),
     "no prompt to judge": ("evaluation", [{"text": "A"}], "no column 'prompt'"),
     "no prompt to choose for": ("best_of_n", [{"prompt": ""}], "'prompt' must not be empty"),
@@ -90,6 +105,21 @@ TO_THE_MODEL = {
         "reward",
         [{**PAIR, "chosen": " fine" * 200}],
         "rows.jsonl: every pair is longer than max_length=128 tokens",
+    ),
+    "pairs that are mostly too long": (
+        "reward",
+        [PAIR, {**PAIR, "chosen": " fine" * 200}, {**PAIR, "rejected": " poor" * 300}],
+        r"max_length=128 leaves 1 of 3 rows kept, 2 dropped; the longest has \d+ tokens: 33% are whole, and min_kept=0\.5\. ",
+    ),
+    "pairs for DPO that are mostly cut": (
+        "dpo",
+        [PAIR, {**PAIR, "chosen": " fine" * 200}, {**PAIR, "prompt": "A" * 999}],
+        "max_length=128 leaves 1 of 3 rows kept, 1 cut, 1 dropped",
+    ),
+    "texts that are mostly cut": (
+        "sft",
+        [{"prompt": "A", "completion": " fine" * 200}, {"prompt": "fine " * 200, "completion": " A"}],
+        "max_length=128 leaves 0 of 2 rows kept, 1 cut, 1 dropped; the longest has .* tokens: 0% are whole",
     ),
 }
 
