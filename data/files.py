@@ -319,7 +319,15 @@ def check_rows(
     if not kept:
         raise ValueError(f"{name}: drop_bad_rows=True leaves none of {len(rows)} rows: {dropped}. Name other data.")
     logger.warning(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows are left out: {dropped}.")
-    return rows.select(kept)
+    return _typed_anew(rows.select(kept), columns, name)
+
+
+def _typed_anew(rows: Dataset, columns: list[str], name: str) -> Dataset:
+    """The rows, where columns of one type are no longer stored as JSON texts, since the rows of other types are gone."""
+    if not any(isinstance(rows.features[column], datasets.Json) for column in columns):
+        return rows
+    made = dataset_of({column: rows[column][:] for column in rows.column_names}, name)
+    return Rows(made, rows.files, rows.of, rows.numbers) if isinstance(rows, Rows) else made
 
 
 def require_columns(rows: Dataset, needed: tuple[str, ...], name: str) -> None:

@@ -44,7 +44,7 @@ FILES = {
     ),
     "a pickle": ("sft", "rows.pkl", b"\x80\x04.", r"must end in one of \.jsonl.*not '\.pkl'\. Convert the file"),
     "a text file": ("sft", "rows.txt", "A fine film.", r"not '\.txt'"),
-    "an archive": ("sft", "rows.jsonl.gz", b"\x1f\x8b", r"rows\.jsonl\.gz: the archive is damaged"),
+    "an archive": ("sft", "rows.jsonl.gz", b"\x1f\x8b", "the archive is damaged"),
     "a text file in an archive": ("sft", "rows.txt.gz", b"\x1f\x8b", r"not '\.gz'"),
 }
 ROWS = {
@@ -96,6 +96,11 @@ TO_THE_MODEL = {
         "grpo",
         [{"prompt": "word " * 150}],
         "row 1 .*context of 128.*lower max_completion_length",
+    ),
+    "a long prompt in a shuffled selection": (
+        "reward",
+        [*[PAIR] * 5, {**PAIR, "prompt": "A" + " film" * 70}, *[PAIR] * 6],
+        r"rows\.jsonl row 6 \(counting from 1\): 'prompt' .*context of 128",
     ),
     "chats without a template": ("sft", [{"messages": TURNS}], "'messages' is a conversation .* no chat template"),
     "pairs of chats": ("reward", [{"chosen": TURNS, "rejected": OTHER}], "'chosen' is a conversation .* no chat"),

@@ -233,3 +233,12 @@ def test_labels_of_classes_are_no_verdicts():
 def test_unpaired_rows_are_no_pairs():
     with pytest.raises(ValueError, match=r"^p: no column 'chosen': rows of completion and label are unpaired"):
         check_preferences(Dataset.from_list([{"prompt": "a", "completion": "b", "label": True}]), "p")
+
+
+def test_texts_that_stood_among_numbers_are_texts_once_those_are_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(EXPLICIT | {"chosen": cell}) + "\n" for cell in ("7", 7, "[8]")))
+    with pytest.raises(ValueError, match=r"rows\.jsonl row 2 .*'chosen' must be text.*but is 7"):
+        check_preferences(load_rows(str(path), "train"), "p")
+    rows = check_preferences(load_rows(str(path), "train"), "p", drop=True)
+    assert rows.map(lambda row: row)["chosen"][:] == ["7", "[8]"] and rows.numbers.tolist() == [1, 3]
