@@ -13,6 +13,7 @@ from data.rows import Rows, place
 
 logger = logging.getLogger(__name__)
 
+CHUNK = 1024  # rows whose tokens are in memory at a time
 # What a chat template raises for turns that it does not take.
 TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError)
 
@@ -90,17 +91,16 @@ def prepare_tokens(rows: Dataset, tokenizer, name: str, *, drop: bool = False) -
     sides = [column for column in columns if column != "prompt"]
     check_chat_template(rows.select_columns(sides), tokenizer, name)
     if isinstance(rows[0][sides[0]], str):
-        rows = _once_begun(rows, sides, tokenizer, name)
+        rows, options = _once_begun(rows, sides, tokenizer, name), {}
         end = tokenizer.eos_token
-        cells = {column: rows[column][:] for column in columns}
-        prompts = cells.get("prompt")
-        wholes = []
+        written = {column: rows[column][:] for column in columns}
         for side in sides:
-            texts = [a + b for a, b in zip(prompts, cells[side], strict=True)] if prompts else cells[side]
-            wholes.append(_ids([text if text.endswith(end) else text + end for text in texts], tokenizer))
-        asked = _ids(prompts, tokenizer) if prompts else None
+            texts = written[side]
+            if "prompt" in written:
+                texts = [a + b for a, b in zip(written["prompt"], texts, strict=True)]
+            written[side] = [text if text.endswith(end) else text + end for text in texts]
     else:
-        written = {"prompt": [], **{side: [] for side in sides}}
+        written, options = {column: [] for column in columns}, {"add_special_tokens": False}
 
         def check(where: str, row: dict, kind: str | None) -> None:
             texts = {side: write_turns(where, side, row.get("prompt", []) + row[side], tokenizer) for side in sides}
@@ -110,23 +110,26 @@ def prepare_tokens(rows: Dataset, tokenizer, name: str, *, drop: bool = False) -
                 written[column].append(text)
 
         rows = check_rows(rows, columns, name, check, drop=drop)
-        wholes = [_ids(written[side], tokenizer, add_special_tokens=False) for side in sides]
-        asked = _ids(written["prompt"], tokenizer, add_special_tokens=False) if "prompt" in columns else None
-        _check_one_beginning(rows, wholes[0], tokenizer, sides[0], name)
-    if asked:
-        parted = [n for n, ids in enumerate(asked) if any(whole[n][: len(ids)] != ids for whole in wholes)]
-        if parted:
-            logger.warning(
-                f"{name}: in {len(parted):,} of {len(rows):,} rows the tokens of the prompt are not those that the whole row "
-                f"begins with (first: {place(rows, parted[0], name)}); the completion is taken to start where they part. "
-                f"End prompts where a token ends: white space belongs to what follows it."
-            )
-    lengths = [max(map(len, ids)) for ids in zip(*wholes, strict=True)]
-    return rows, Lengths(lengths, list(map(len, asked)) if asked else [0] * len(lengths))
-
-
-def _ids(texts: list[str], tokenizer, **options) -> list[list[int]]:
-    return tokenizer(texts, **options)["input_ids"] if texts else []
+    found, parted = Lengths([], []), []
+    for start in range(0, len(rows), CHUNK):
+        texts = {column: cells[start : start + CHUNK] for column, cells in written.items()}
+        ids = {column: tokenizer(chunk, **options)["input_ids"] for column, chunk in texts.items()}
+        asked = ids.pop("prompt", None)
+        for number, wholes in enumerate(zip(*ids.values(), strict=True), start):
+            prompt = asked[number - start] if asked else []
+            if any(whole[: len(prompt)] != prompt for whole in wholes):
+                parted.append(number)
+            if options:
+                _check_one_beginning(rows, number, wholes[0], tokenizer, sides[0], name)
+            found.rows.append(max(map(len, wholes)))
+            found.prompts.append(len(prompt))
+    if parted:
+        logger.warning(
+            f"{name}: in {len(parted):,} of {len(rows):,} rows the tokens of the prompt are not those that the whole row begins "
+            f"with (first: {place(rows, parted[0], name)}); the completion is taken to start where they part. End prompts "
+            f"where a token ends: white space belongs to what follows it."
+        )
+    return rows, found
 
 
 def _once_begun(rows: Dataset, sides: list[str], tokenizer, name: str) -> Dataset:
@@ -171,13 +174,12 @@ def write_turns(where: str, field: str, turns: list[dict], tokenizer, *, ask: bo
         raise cell_error(where, field, turns, f"is refused by the chat template ({reason})", remedy) from error
 
 
-def _check_one_beginning(rows: Dataset, ids: list[list[int]], tokenizer, field: str, name: str) -> None:
+def _check_one_beginning(rows: Dataset, number: int, ids: list[int], tokenizer, field: str, name: str) -> None:
     begin = tokenizer.bos_token_id
-    for number, row in enumerate(ids):
-        if begin is not None and row[:2] == [begin, begin]:
-            problem = f"is written with {tokenizer.bos_token!r} twice at its beginning"
-            remedy = "Take it out of the message or of the chat template."
-            raise cell_error(place(rows, number, name), field, rows[number][field], problem, remedy)
+    if begin is not None and ids[:2] == [begin, begin]:
+        problem = f"is written with {tokenizer.bos_token!r} twice at its beginning"
+        remedy = "Take it out of the message or of the chat template."
+        raise cell_error(place(rows, number, name), field, rows[number][field], problem, remedy)
 
 
 def check_prompt_ids(where: str, prompt: str | list, ids: list[int], tokenizer) -> None:
