@@ -113,7 +113,7 @@ def prepare_tokens(rows: Dataset, tokenizer, name: str, *, drop: bool = False) -
     found, parted = Lengths([], []), []
     for start in range(0, len(rows), CHUNK):
         texts = {column: cells[start : start + CHUNK] for column, cells in written.items()}
-        ids = {column: tokenizer(chunk, **options)["input_ids"] for column, chunk in texts.items()}
+        ids = {column: _ids(chunk, tokenizer, options) for column, chunk in texts.items()}
         asked = ids.pop("prompt", None)
         for number, wholes in enumerate(zip(*ids.values(), strict=True), start):
             prompt = asked[number - start] if asked else []
@@ -130,6 +130,13 @@ def prepare_tokens(rows: Dataset, tokenizer, name: str, *, drop: bool = False) -
             f"where a token ends: white space belongs to what follows it."
         )
     return rows, found
+
+
+def _ids(texts: list[str], tokenizer, options: dict) -> list[list[int]]:
+    """Tokenize texts, each once however often it stands there: pairs of a ranking share theirs."""
+    once = list(dict.fromkeys(texts))
+    found = dict(zip(once, tokenizer(once, **options)["input_ids"], strict=True))
+    return [found[text] for text in texts]
 
 
 def _once_begun(rows: Dataset, sides: list[str], tokenizer, name: str) -> Dataset:
