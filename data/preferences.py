@@ -7,6 +7,7 @@ common beginning of `chosen` and `rejected` (as in Anthropic's HH), or both (as 
 import logging
 import math
 
+import torch
 from datasets import Dataset
 
 from data import human_ratings
@@ -18,6 +19,7 @@ from data.turns import begins_with, check_answered, split_pair
 
 logger = logging.getLogger(__name__)
 
+LARGEST = torch.finfo(torch.float32).max  # a margin enters the loss in float32
 COLUMNS = ("prompt", "chosen", "rejected", "margin", "agreement")
 
 
@@ -116,6 +118,8 @@ def _check_row(where: str, row: dict, kind: str | None) -> str:
             check_answered(where, field, row[field])
     if "margin" in row and not _is_finite(row["margin"]):
         raise cell_error(where, "margin", row["margin"], "must be a finite number")
+    if "margin" in row and abs(row["margin"]) > LARGEST:
+        raise cell_error(where, "margin", row["margin"], f"must be at most {LARGEST:.1e}, the largest of float32")
     if "agreement" in row and not (_is_finite(row["agreement"]) and 0 <= row["agreement"] <= 1):
         raise cell_error(where, "agreement", row["agreement"], "must be a share from 0 to 1")
     return kind

@@ -8,6 +8,7 @@ Where FSDP or DeepSpeed share out the optimizer, each process writes its part as
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from pipeline.artifacts import seconds_running
+from pipeline.divergence import all_finite, first_problem, learns_from, remedy
 from pipeline.launch import kind_of
 from pipeline.loading import WEIGHTS, digest
 
@@ -273,6 +275,9 @@ class Checkpointed:
     _sampler = None
     _signal = 0  # the last one that asked to stop, on this process
     _stopped_by = 0  # the one that this run stops for, on all processes
+    diverged: str | None = None  # what is not finite, once something is
+    _loss = 0.0  # of the optimizer step under way, where it is not finite
+    _left_out = False  # whether that step was not taken, and the weights before it are still to be saved
 
     # -------------------------------------------------------------------------------------- writing
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -348,7 +353,8 @@ class Checkpointed:
             os.rename(folder, staged.parent / "replaced")
         os.rename(staged, folder)
         _sync(folder.parent)
-        self._make_room(self.args.save_total_limit, folder.name)
+        # Where training has diverged, the older ones may be all that is left of a good run.
+        self._make_room(None if self.diverged else self.args.save_total_limit, folder.name)
 
     def _best(self) -> Path | None:
         best = self.state.best_model_checkpoint
@@ -403,6 +409,7 @@ class Checkpointed:
             if isinstance(config.target_modules, set):
                 config.target_modules = sorted(config.target_modules)
         self._signal = self._stopped_by = 0
+        self.diverged, self._loss, self._left_out = None, 0.0, False
         self._resumed, self._trained_before, self._began = None, 0.0, time.time()
         handlers = {}
         if threading.current_thread() is threading.main_thread():  # no other may set them
@@ -594,7 +601,96 @@ class Checkpointed:
         if sampler is not None:
             self._sampler.generator.set_state(sampler)
         self._epoch_start = self._order_state()
-        super()._run_epoch(**kwargs)
+        try:
+            super()._run_epoch(**kwargs)
+        except FloatingPointError as error:
+            if self.diverged:
+                raise
+            self.diverged = f"{error} after step {self.state.global_step}"
+            raise self.divergence() from error
+
+    # -------------------------------------------------------------------------------------- divergence
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """Override `training_step`: note a loss that is not finite. Trainer would log the mean of those before it."""
+        learns = learns_from(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if learns and not loss.isfinite():
+            self._loss = loss.item()
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Override `_get_grad_norm`, which Trainer calls just before the optimizer steps: where the loss or a gradient is
+        not finite on any process, that step is not taken and training ends.
+
+        DeepSpeed steps as one with the backward pass. With float16, a gradient that is not finite lowers the loss's scale,
+        and is no divergence until nothing is left of the scale.
+
+        Raises:
+            FloatingPointError: under DeepSpeed; elsewhere `_finalize_training` raises it, once a checkpoint is written.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaler = self.accelerator.scaler
+        ignored = norm is None or (scaler is not None and scaler.get_scale() >= 1)
+        step = torch.tensor([[self._loss, 0.0 if ignored else float(norm)]], device=self.args.device)
+        problems = [first_problem(*row) for row in self.accelerator.gather(step).tolist()]
+        problem = next(filter(None, problems), None)
+        if problem is None:
+            return norm
+        self.diverged = f"{problem} at step {self.state.global_step + 1}"
+        if self.is_deepspeed_enabled:
+            if not self.accelerator.optimizer_step_was_skipped:
+                self.diverged += ", which DeepSpeed has taken"
+            raise self.divergence()
+        model.zero_grad(set_to_none=True)  # so that the optimizer leaves weights and its own state as they are
+        self._tr_loss.nan_to_num_(0.0)  # it and the metrics since the last log go into the checkpoint
+        self._metrics["train"].clear()
+        self._left_out = self.control.should_training_stop = True
+        return 0.0
+
+    def _look_at_weights(self) -> None:
+        """Before Trainer saves or evaluates: refuse weights that are not finite. Where a step was left out, save the weights
+        before it, once, and log nothing of it."""
+        control = self.control
+        if not self.diverged and not (control.should_save or control.should_evaluate or control.should_training_stop):
+            return
+        mine = torch.tensor([int(all_finite(p for p in self.model.parameters() if p.requires_grad))])
+        finite = bool(self.accelerator.gather(mine.to(self.args.device)).all())
+        if not self.diverged and not finite:
+            self.diverged = f"A trained weight is not finite after step {self.state.global_step}"
+        if self.diverged:
+            control.should_training_stop = True
+            control.should_log = control.should_evaluate = False
+            control.should_save, self._left_out = self._left_out and finite, False
+
+    def _look_at_outputs(self) -> None:
+        """After the last step: refuse weights that are finite and give a token logits that are not."""
+        model, ids = self.model_wrapped, torch.ones(1, 1, dtype=torch.long, device=self.args.device)
+        training = model.training  # TRL's logs go by it
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(input_ids=ids, attention_mask=ids).logits
+        model.train(training)
+        if not self.accelerator.gather(logits.isfinite().all().int().view(1)).all():
+            self.diverged = f"An output of the model is not finite after step {self.state.global_step}"
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Override `evaluate`: raise a FloatingPointError where no batch has a finite loss."""
+        metrics = super().evaluate(*args, **kwargs)
+        losses = [value for name, value in metrics.items() if name.endswith("_loss") and not math.isfinite(value)]
+        if losses:
+            self.diverged = f"The loss on held-out rows is {losses[0]} after step {self.state.global_step}"
+            raise self.divergence()
+        return metrics
+
+    def divergence(self) -> FloatingPointError:
+        """Say what is not finite, what is left, and what to do."""
+        folder = Path(self.args.output_dir)
+        kept = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        left = f"{kept} has the weights before that step, and " if kept.is_dir() else ""
+        return FloatingPointError(
+            f"{self.diverged}: training has diverged and ends. {left}no adapter is saved, so that one of an earlier run in "
+            f"{folder} is as it was. {remedy(self.args)}"
+        )
 
     # -------------------------------------------------------------------------------------- stopping
     @property
@@ -612,6 +708,7 @@ class Checkpointed:
             self._stopped_by = int(self.accelerator.gather(asked).max())
             if self._stopped_by:
                 self.control.should_training_stop = self.control.should_save = True
+        self._look_at_weights()
         return super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def end(self) -> None:
@@ -619,6 +716,12 @@ class Checkpointed:
         self.accelerator.end_training()
 
     def _finalize_training(self, trial, num_train_samples, start_time):
+        if not self.diverged and not self._stopped_by:
+            self._look_at_outputs()
+        if self.diverged:
+            self._finish_current_push()
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            raise self.divergence()
         if self._stopped_by:
             self._finish_current_push()
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)

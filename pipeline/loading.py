@@ -29,6 +29,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
+from pipeline.divergence import check_finite
 from pipeline.folders import HEAD, WEIGHTS, check_adapter, check_model_folder, damaged, read_json
 from pipeline.gguf import model_source
 from pipeline.launch import kind_of
@@ -48,7 +49,7 @@ def load_pretrained(
     score starts at N(0, 1/sqrt(D + 1)) (Stiennon et al. 2020, arXiv 2009.01325). With `load_in_4bit`, its linear layers
     are quantised and the head is not.
 
-    Raises what `check_model_folder`, `model_source`, `quantization` and `set_pad_token` raise, and:
+    Raises what `check_model_folder`, `model_source`, `quantization`, `check_finite` and `set_pad_token` raise, and:
         ValueError: a file of it is damaged; the tokenizer has no end-of-text token, or more tokens than the model; the
             architecture keeps its score head elsewhere than in `score`.
     """
@@ -83,6 +84,7 @@ def load_pretrained(
                 base = AutoModelForCausalLM.from_pretrained(name, **source, **options)
     except SafetensorError as error:
         raise damaged(Path(name), error) from error
+    check_finite(base.base_model if head else base, name)
     rows = base.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise ValueError(

@@ -6,7 +6,7 @@ makes PPO of it is here: roles on one backbone, a reward for each token, general
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
 
@@ -163,10 +163,12 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
             for module in shards:
                 module.set_reshard_after_forward(False, recurse=False)
                 module.unshard()
-        with torch.no_grad(), unwrap_model_for_generation(self.model_wrapped, self.accelerator):
-            yield
-        for module in shards:
-            module.reshard()
+        try:
+            with torch.no_grad(), unwrap_model_for_generation(self.model_wrapped, self.accelerator):
+                yield
+        finally:  # a checkpoint is written after rewards have failed in here
+            for module in shards:
+                module.reshard()
 
     def _shards(self) -> list[FSDPModule]:
         if not self._dist.is_fsdp:
@@ -213,7 +215,7 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         return self._buffered_inputs[position % steps]
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """One forward and backward pass; none where this update has ended early or the loss is not finite.
+        """One forward and backward pass; none where this update has ended early.
 
         Without gradients the optimizer leaves weights and its own state as they are.
         """
@@ -235,27 +237,7 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         if warming_up:
             for parameter in self.model.role_parameters("policy"):
                 parameter.grad = None
-        if self.watch.stop:
-            self._stop(model)
         return loss
-
-    def _get_grad_norm(self, model, grad_norm=None):
-        """Trainer's, which it calls just before the optimizer steps: gradients that are not finite stop training.
-
-        DeepSpeed's has stepped by then, unless it saw that itself and left the step out.
-        """
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        taken = self.is_deepspeed_enabled and not self.accelerator.optimizer_step_was_skipped
-        self._warn(grad_norm=float(norm), taken=taken)
-        if not self.watch.stop:
-            return norm
-        self._stop(model)
-        return 0.0
-
-    def _stop(self, model) -> None:
-        """Leave the weights as they are, save them, and end training."""
-        model.zero_grad(set_to_none=True)
-        self.control.should_training_stop = self.control.should_save = True
 
     def _minibatches(self) -> list[dict[str, Tensor]]:
         """The rollout, in this epoch's order and cut, the pieces of a step by length. Each carries its share of the tokens of
@@ -417,7 +399,8 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
     def _end_of_rollout(self, kl: Tensor, scores: Tensor, lengths: Tensor) -> None:
         """Look at a rollout of all processes, each (all B,), and adapt the KL coefficient for the next one."""
         self._warn(kl=kl.tolist(), scores=scores.tolist(), length=lengths.mean().item())
-        if self.args.kl_target and not self.warming_up:  # then the policy cannot move, and its KL says nothing
+        # In the warm-up the policy cannot move, and its KL says nothing.
+        if self.args.kl_target and not self.warming_up and kl.isfinite().all():
             self.beta = adapted_kl_coef(
                 self.beta,
                 kl.mean().item(),
@@ -429,10 +412,6 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
     def _warn(self, **measured) -> None:
         for message in self.watch.observe(**measured):
             logger.warning(message, main_process_only=True)
-        if self.watch.stop and self.is_deepspeed_enabled:  # its engine steps as one with the backward pass
-            raise FloatingPointError(
-                f"{self.watch.stop} Training ends here, and nothing more is saved; go on from the last checkpoint."
-            )
 
     def _pad(self, rows: list[list[int]], *, side: str) -> tuple[Tensor, Tensor]:
         tensors = [torch.tensor(row) for row in rows]
@@ -508,7 +487,7 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
             if args.max_approx_kl is not None:
                 self._approx_kl += self._mean(approxkl * share) / args.gradient_accumulation_steps
                 self._far |= self._approx_kl > args.max_approx_kl
-            self._warn(entropy=self._last("entropy"), loss=self._mean(loss))
+            self._warn(entropy=self._last("entropy"))
         return loss
 
     def _next_texts(self) -> tuple[Tensor, Tensor]:
@@ -578,8 +557,9 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         super().load_training_state(state)
         for name, value in state["ppo"].items():
             setattr(self, name, value)
-        # What ended training is not taken up: one resumes it with a remedy.
-        self.watch = Watch(**{**state["watch"], "said": set(state["watch"]["said"]) - {"nan"}, "stop": None})
+        names = {field.name for field in fields(Watch)}  # checkpoints of before have more of them
+        self.watch = Watch(**{name: value for name, value in state["watch"].items() if name in names})
+        self.watch.said = set(self.watch.said) - {"nan"}
         if "rollout" in state:
             self._rollout, self._order = send_to_device(state["rollout"], self.args.device), state["rollout_order"]
             self._buffered_inputs = self._minibatches()
@@ -596,7 +576,6 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
         return {
             "backbone_copies": None if self.sharded else backbone_copies(self.model),
             "completions": completions_sampled(self),
-            "stopped": self.watch.stop,
             "warnings": sorted(self.watch.said),
             "history": self.state.log_history,
         }

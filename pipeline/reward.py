@@ -7,6 +7,7 @@ a batch and each text is scored once, and measures it on held-out pairs: accurac
 gap, and calibration.
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -54,6 +55,9 @@ def held_out_report(trainer: RewardModel) -> dict:
     )
     score_of = dict(zip(texts, scores, strict=True))
     margins = [score_of[c] - score_of[r] for c, r in zip(chosen, rejected, strict=True)]
+    if not all(map(math.isfinite, margins)):
+        trainer.diverged = "A score of a held-out text is not finite"
+        raise trainer.divergence()
     agreement, gaps = (rows[name] if name in rows.column_names else None for name in ("agreement", "margin"))
     return reward_model_report(margins, agreement=agreement, gaps=gaps)
 

@@ -71,6 +71,19 @@ class SampledLogprobs(LogitsProcessor):
         return torch.stack(self.kept, dim=1)
 
 
+class FiniteLogits(LogitsProcessor):
+    """Refuse to draw from logits (B, V) that make no distribution: torch would say "probability tensor contains inf", and on
+    a GPU lose the process."""
+
+    def __init__(self, role: str):
+        self.role = role
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not scores.amax(dim=-1).isfinite().all():  # NaN, +inf, or nothing but -inf
+            raise FloatingPointError(f"The {self.role} gives logits that are not finite, and cannot be sampled from")
+        return scores
+
+
 @contextmanager
 def _no_config_of_its_own(backbone: Backbone) -> Iterator[None]:
     """Hide the model's generation config: `generate` would take from it every field that ours leaves unset."""
@@ -112,6 +125,9 @@ def sample(
     `options` are fields of GenerationConfig that a user has set (`sampling_options`). With `share_seed`, processes take
     batches in turn, and each batch is drawn from a seed of its own: what is sampled does not depend on how many there are.
     `gathered` puts together what they find.
+
+    Raises:
+        FloatingPointError: the model's logits are not finite.
     """
     ends = end_tokens(backbone, tokenizer)
     device = backbone.get_base_model().device
@@ -134,14 +150,14 @@ def sample(
         rows = [torch.tensor(ids) for ids in prompt_ids[start : start + batch_size]]
         ids = pad(rows, padding_value=tokenizer.pad_token_id, padding_side="left").to(device)
         mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
-        recorder = SampledLogprobs(temperature)
+        recorder, check = SampledLogprobs(temperature), FiniteLogits(role)
         with backbone.role(role), _no_config_of_its_own(backbone):
             # Every process has all weights here, and need not wait for the longest completion of another.
             sequences = backbone.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=generation,
-                logits_processor=LogitsProcessorList([recorder] if keep_logprobs else []),
+                logits_processor=LogitsProcessorList([check, recorder] if keep_logprobs else [check]),
                 synced_gpus=False,
             )
         chosen = sequences[:, ids.shape[1] :]

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 class Watch:
     """Looks at each update's figures, remembers what it has said, and says everything once.
 
-    `observe` returns the messages that are new. `stop` is the reason to end training, once there is one.
+    `observe` returns the messages that are new. What is not finite ends training: `pipeline.divergence`.
     """
 
     said: set[str] = field(default_factory=set)
     first_entropy: float | None = None
     flat_rollouts: int = 0
-    stop: str | None = None
 
     def observe(
         self,
@@ -23,9 +22,6 @@ class Watch:
         scores: list[float] | None = None,
         length: float | None = None,
         entropy: float | None = None,
-        loss: float | None = None,
-        grad_norm: float | None = None,
-        taken: bool = False,
     ) -> list[str]:
         """New messages on what was measured.
 
@@ -34,19 +30,8 @@ class Watch:
             scores: score of each completion.
             length: mean tokens of a completion.
             entropy: mean of the policy, in nats a token.
-            loss: of one minibatch.
-            grad_norm: of the gradients of one step, over all parameters.
-            taken: whether that step has been taken already, as DeepSpeed may have with the backward pass.
         """
         found = {}
-        for name, value in (("loss", loss), ("gradient's norm", grad_norm)):
-            if value is None or math.isfinite(value):
-                continue
-            self.stop = found["nan"] = (
-                f"The {name} is {value}: the step was {'taken, so these weights are of no use,' if taken else 'not taken'} "
-                f"and training stops. The last checkpoint has finite weights. Lower learning_rate, set max_grad_norm, or "
-                f"train in float32 (bf16: false)."
-            )
         if kl:
             mean = sum(kl) / len(kl)
             error = math.sqrt(sum((x - mean) ** 2 for x in kl) / len(kl) / max(len(kl) - 1, 1))

@@ -328,7 +328,7 @@ class Meter(TrainerCallback):
         self.found["update_seconds"] = statistics.median(self.updates[1:])
         logged = self.trainer.state.log_history
         self.found["first_approxkl"] = next(row["approxkl"] for row in logged if "approxkl" in row)
-        self.found["stopped"] = self.trainer.watch.stop
+        self.found["stopped"] = self.trainer.diverged
 
 
 def run_ppo(task: dict) -> dict:
