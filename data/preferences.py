@@ -18,7 +18,6 @@ from data.turns import begins_with, check_answered, split_pair
 
 
 logger = logging.getLogger(__name__)
-
 LARGEST = torch.finfo(torch.float32).max  # a margin enters the loss in float32
 COLUMNS = ("prompt", "chosen", "rejected", "margin", "agreement")
 

@@ -35,6 +35,7 @@ from pipeline.artifacts import seconds_running
 from pipeline.divergence import all_finite, first_problem, learns_from, remedy
 from pipeline.launch import kind_of
 from pipeline.loading import WEIGHTS, digest
+from reward_models.composite import RewardError
 
 
 MANIFEST = "manifest.json"
@@ -277,6 +278,8 @@ class Checkpointed:
     _stopped_by = 0  # the one that this run stops for, on all processes
     diverged: str | None = None  # what is not finite, once something is
     _loss = 0.0  # of the optimizer step under way, where it is not finite
+    _within_step = False  # whether a part of an optimizer step is done
+    _written = 0  # the step of the last checkpoint that this run wrote
     _left_out = False  # whether that step was not taken, and the weights before it are still to be saved
 
     # -------------------------------------------------------------------------------------- writing
@@ -312,6 +315,7 @@ class Checkpointed:
             self.accelerator.wait_for_everyone()  # all files are there
             if self.args.should_save:
                 self._publish(staged, folder)
+            self._written = self.state.global_step
         except Exception as error:  # writers raise their own kinds, tokenizers a bare Exception
             self.state.best_model_checkpoint = best_before
             shutil.rmtree(staged.parent, ignore_errors=True)
@@ -410,6 +414,7 @@ class Checkpointed:
                 config.target_modules = sorted(config.target_modules)
         self._signal = self._stopped_by = 0
         self.diverged, self._loss, self._left_out = None, 0.0, False
+        self._within_step, self._written = False, 0
         self._resumed, self._trained_before, self._began = None, 0.0, time.time()
         handlers = {}
         if threading.current_thread() is threading.main_thread():  # no other may set them
@@ -603,17 +608,32 @@ class Checkpointed:
         self._epoch_start = self._order_state()
         try:
             super()._run_epoch(**kwargs)
+        except RewardError as error:
+            raise RewardError(f"{error} {self._keep(kwargs['model'], kwargs['trial'])}") from error
         except FloatingPointError as error:
             if self.diverged:
                 raise
             self.diverged = f"{error} after step {self.state.global_step}"
             raise self.divergence() from error
 
+    def _keep(self, model, trial) -> str:
+        """Save a checkpoint of the last whole step, where rewards failed on all processes, and say where it is."""
+        step = self.state.global_step
+        folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+        if step == 0:
+            return "Nothing has been trained yet."
+        if self._within_step:
+            return f"Training ends in the middle of step {step + 1}, and earlier checkpoints are as they were."
+        if step != self._written:
+            self._save_checkpoint(model, trial)
+        return f"Correct the function and go on from {folder}: --resume_from_checkpoint auto."
+
     # -------------------------------------------------------------------------------------- divergence
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """Override `training_step`: note a loss that is not finite. Trainer would log the mean of those before it."""
         learns = learns_from(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self._within_step = True
         if learns and not loss.isfinite():
             self._loss = loss.item()
         return loss
@@ -708,6 +728,7 @@ class Checkpointed:
             self._stopped_by = int(self.accelerator.gather(asked).max())
             if self._stopped_by:
                 self.control.should_training_stop = self.control.should_save = True
+        self._within_step = False
         self._look_at_weights()
         return super()._maybe_log_save_evaluate(*args, **kwargs)
 

@@ -8,14 +8,28 @@ less the mean of its prompt's group, over the group's deviation. The trainer is 
 
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
-from pipeline.checkpoints import Checkpointed
 from pipeline.configs import DataArguments, OnlineArguments, parse
-from pipeline.rloo import OwnPrompts, train
+from pipeline.rloo import Online, train
 from reward_models.composite import RewardArguments
 
 
-class GRPO(OwnPrompts, Checkpointed, GRPOTrainer):
-    """TRL's, with our checkpoints."""
+class GRPO(Online, GRPOTrainer):
+    """TRL's, with our checkpoints, sampling and rewards."""
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list[list[int]],
+        images,
+        multimodal_fields,
+        num_generations: int,
+        has_tool_images: bool = False,
+    ) -> tuple[list[list[int]], list | None]:
+        """Override `_generate_single_turn`: vLLM alone is left to TRL."""
+        if self.use_vllm:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        return self._sample(prompt_ids), None
 
 
 def main(

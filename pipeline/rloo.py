@@ -3,12 +3,16 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.rloo --config pipeline/recipes/baselines/rloo.yaml
 
 REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740): the baseline of a completion is the mean reward of
-the others to the same prompt. The trainer is TRL's own, with our checkpoints.
+the others to the same prompt. The trainer is TRL's own, with our checkpoints, sampling and checks of rewards.
 """
+
+from collections.abc import Callable
 
 import torch
 from accelerate.utils import set_seed
-from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer
+from torch import Tensor
+from trl import GRPOConfig, ModelConfig, RLOOConfig, RLOOTrainer
+from trl.models import unwrap_model_for_generation
 
 from data.prompts import check_prompt_lengths, load_prompts, tokenize_prompts
 from pipeline.artifacts import completions_sampled, finish_stage, rows_report
@@ -18,23 +22,58 @@ from pipeline.configs import DataArguments, LoraArguments, OnlineArguments, pars
 from pipeline.folders import check_folders
 from pipeline.launch import check_launch, check_wrapper
 from pipeline.loading import context_length, fingerprint
-from reward_models.composite import RewardArguments, learned_rewards, load_functions
+from pipeline.sampling import sample, sampling_options
+from reward_models.composite import HIDDEN, PICTURES, Composite, RewardArguments, learned_rewards, load_functions
 
 
-class OwnPrompts:
-    """Put before TRL's online trainers: tokenize prompts as all stages do."""
+class Online(Checkpointed):
+    """Put before TRL's RLOO or GRPO trainer of a `Backbone`: completions are sampled, and reward functions are called and
+    checked, as in PPO."""
+
+    def __init__(self, reward_funcs: list[Callable], args: RLOOConfig | GRPOConfig, **kwargs):
+        self.composite = Composite(reward_funcs, args.reward_weights)
+        super().__init__(reward_funcs=self.composite.functions, args=args, **kwargs)
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
         """Override `_tokenize_prompts`: a prompt that ends in the assistant's turn is continued, not closed."""
         return tokenize_prompts(prompts, self.processing_class), None, {}
 
+    def _sample(self, prompt_ids: list[list[int]]) -> list[list[int]]:
+        """Sample a completion to each prompt as all of Spine does. TRL's `generate` would take from the model's own
+        generation config every field that the trainer leaves unset."""
+        checkpointing = {"gradient_checkpointing_kwargs": self.args.gradient_checkpointing_kwargs}
+        with unwrap_model_for_generation(self.model_wrapped, self.accelerator, **checkpointing):
+            (batch,) = sample(
+                self.model,
+                "policy",
+                prompt_ids,
+                self._tokenizer,
+                max_completion_length=self.max_completion_length,
+                temperature=self.temperature,
+                batch_size=len(prompt_ids),
+                options=sampling_options(self.args),
+            )
+        return batch.rows()
 
-class RLOO(OwnPrompts, Checkpointed, RLOOTrainer):
-    """TRL's, with our checkpoints."""
+    def _calculate_rewards(self, inputs: list[dict], prompts: list, completions: list, completion_ids: list) -> Tensor:
+        """Override `_calculate_rewards`: raise on every process what a reward function did wrong on any."""
+        columns = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+        self.composite.total(columns, prompts, completions, all_scored=False)
+        return columns
+
+
+class RLOO(Online, RLOOTrainer):
+    """TRL's, with our checkpoints, sampling and rewards."""
+
+    def _generate_single_turn(self, prompt_ids: list[list[int]], images, multimodal_fields) -> list[list[int]]:
+        """Override `_generate_single_turn`: vLLM alone is left to TRL."""
+        if self.use_vllm:
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
+        return self._sample(prompt_ids)
 
 
 def train(
-    trainer_class: type[RLOOTrainer] | type[GRPOTrainer],
+    trainer_class: type[Online],
     data: DataArguments,
     start: OnlineArguments,
     rewards: RewardArguments,
@@ -48,6 +87,11 @@ def train(
             f"chat_template_kwargs={args.chat_template_kwargs!r} would not reach the reward model. Leave it unset, or write "
             f"it into the chat template of the model's tokenizer."
         )
+    if args.use_transformers_continuous_batching:
+        raise ValueError(
+            "use_transformers_continuous_batching=True is not supported: it samples by the model's own generation config, "
+            "and with bf16 TRL rounds the adapters to bfloat16 for good. Leave it unset."
+        )
     check_folders(
         args.output_dir,
         model.model_name_or_path,
@@ -59,6 +103,7 @@ def train(
     checkpoint = find_checkpoint(args)
     prompts = load_prompts(data.dataset_name, data.dataset_train_split, drop=data.drop_bad_rows)
     functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)
+    prompts = prompts.rename_columns({name: HIDDEN + name for name in PICTURES if name in prompts.column_names})
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
     backbone, tokenizer = load_backbone(
         model,

@@ -6,9 +6,10 @@ TRL's.
 
 import ast
 import asyncio
+import copy
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainerState
 from trl.trainer.utils import get_callable_name, is_async_callable
 
+from data.files import shorten
 from pipeline.backbone import Backbone
 from pipeline.loading import read_adapter
 from reward_models.learned import LearnedReward
@@ -28,6 +30,16 @@ from reward_models.normalization import read_normalization
 
 # What TRL's trainers give a reward function by name, beside the columns of the dataset.
 PROTOCOL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
+# Columns that TRL's trainers would take for pictures are given to them under another name, and to functions under their own.
+PICTURES = ("image", "images")
+HIDDEN = "column:"
+# What a function may raise and the run must end for with an error: `sys.exit(0)` among it, but for Ctrl-C.
+RAISED = (Exception, SystemExit, asyncio.CancelledError)
+LARGEST = torch.finfo(torch.float32).max  # rewards are kept in float32
+
+
+class RewardError(ValueError):
+    """A reward function failed, or what it gave is no reward. All processes raise it together."""
 
 
 # ------------------------------------------------------------------------------------ what a recipe names
@@ -88,11 +100,16 @@ def load_function(text: str) -> Callable:
         raise ValueError(
             f"reward_funcs: cannot import {path!r} ({error}). Write it as package.module.function."
         ) from error
+    except RAISED as error:
+        raise ValueError(
+            f"reward_funcs: cannot import {path!r}: the module {module} raises {type(error).__name__}: {error} as it is "
+            f"imported. Correct it there; what a script does belongs under `if __name__ == '__main__'`."
+        ) from error
     if bracket:
         given = _options(text, options)
         try:
             function = function(**given)
-        except Exception as error:
+        except RAISED as error:
             raise ValueError(
                 f"reward_funcs: {text!r} makes no reward function ({type(error).__name__}: {error}). Brackets are for "
                 f"functions that make one from these options."
@@ -120,9 +137,15 @@ def load_functions(texts: list[str], rows: Dataset, name: str) -> list[Callable]
     """`load_function` of each; all can be called with the columns of `rows`, a dataset called `name`.
 
     Raises:
-        ValueError: what `load_function` raises; or a function takes no such call, as where it needs a column that
-            `rows` lacks.
+        ValueError: what `load_function` raises; or a column has the name of an argument of every function, whose place it
+            would take; or a function takes no such call, as where it needs a column that `rows` lacks.
     """
+    for column in rows.column_names:
+        if column in PROTOCOL:
+            raise ValueError(
+                f"{name}: the column {column!r} has the name of what every reward function gets from the trainer "
+                f"({', '.join(PROTOCOL)}). Rename the column, or remove it."
+            )
     functions = [load_function(text) for text in texts]
     for text, function in zip(texts, functions, strict=True):
         try:
@@ -188,31 +211,34 @@ class Composite:
     def _guard(self, function: Callable, name: str) -> Callable:
         """The function, whose failures are kept, with zeros in their place until `total` raises them."""
 
-        def fail(problem: str, given: dict, cause: Exception | None = None) -> list[float]:
-            failure = ValueError(f"reward function {name!r} {problem}")
+        def fail(problem: str, given: dict, cause: BaseException | None = None) -> list[float]:
+            failure = RewardError(f"reward function {name!r} {problem}")
             failure.__cause__ = cause
             self._failures.append(failure)
             return [0.0] * len(given["prompts"])
 
-        def finish(output: list, given: dict) -> list[float | None]:
+        def finish(output: object, given: dict) -> list[float | None]:
+            if output is None or isinstance(output, (str, bytes, Mapping, Set)) or not hasattr(output, "__iter__"):
+                kind = "None" if output is None else f"a {type(output).__name__} ({shorten(output)})"
+                return fail(f"returned {kind}. Return a list with one number for each completion.", given)
             values = list(output)
             problem = _problem(values, given["prompts"], given["completions"])
             return fail(problem, given) if problem else [None if value is None else float(value) for value in values]
 
-        def raised(error: Exception, given: dict) -> list[float]:
+        def raised(error: BaseException, given: dict) -> list[float]:
             samples = _samples(given["prompts"], given["completions"])
             return fail(f"raised {type(error).__name__}: {error}; it was called with {samples}.", given, error)
 
         def call(**given):
             try:
-                return finish(function(**given), given)
-            except Exception as error:  # whatever it is, all processes must hear of it
+                return finish(function(**_own(given)), given)
+            except RAISED as error:  # whatever it is, all processes must hear of it
                 return raised(error, given)
 
         async def call_async(**given):
             try:
-                return finish(await function(**given), given)
-            except Exception as error:
+                return finish(await function(**_own(given)), given)
+            except RAISED as error:
                 return raised(error, given)
 
         guarded = call_async if is_async_callable(function) else call
@@ -223,28 +249,32 @@ class Composite:
         """The weighted sum, (B, functions) -> (B,). NaN, for None, adds nothing."""
         return (columns.masked_fill(columns.isnan(), 0) * self.weights.to(columns)).sum(dim=1)
 
-    def total(self, columns: Tensor, prompts: list, completions: list) -> Tensor:
+    def total(self, columns: Tensor, prompts: list, completions: list, *, all_scored: bool = True) -> Tensor:
         """`weigh` of what the functions gave, (all B, functions) -> (all B,), or an error.
 
         All processes call it together: `columns` are gathered, `prompts` and `completions` are those of this process.
+        Where not `all_scored`, a row to which every function gave None is no error, as in TRL's RLOO and GRPO, which leave
+        it out of their baselines.
 
         Raises:
-            ValueError: on every process, when on any a function raised, gave the wrong number of rewards or one that
+            RewardError: on every process, when on any a function raised, gave the wrong number of rewards or one that
                 is not finite, or no function gave a row a number.
         """
         failures, self._failures = self._failures, []
         messages = gather_object([str(failure) for failure in failures])
         if messages:
-            raise failures[0] if failures else ValueError(messages[0])
+            raise failures[0] if failures else RewardError(messages[0])
         scores = self.weigh(columns)
-        bad = columns.isnan().all(dim=1) | ~scores.isfinite()
+        bad = ~scores.isfinite()
+        if all_scored:
+            bad |= columns.isnan().all(dim=1)
         if bad.any():  # of gathered columns, and so the same on all processes
             row = int(bad.nonzero()[0])
             prompt, completion = gather_object(list(zip(prompts, completions, strict=True)))[row]
             gave = ", ".join(
                 f"{name} {value:g}" for name, value in zip(self.names, columns[row].tolist(), strict=True)
             )
-            raise ValueError(
+            raise RewardError(
                 f"reward functions make no finite score ({gave}; nan is None) for prompt {prompt!r}, completion "
                 f"{completion!r}. At least one must give each row a number."
             )
@@ -273,10 +303,34 @@ def _problem(values: list, prompts: list, completions: list) -> str | None:
 
 
 def _is_finite(value: object) -> bool:
-    try:
-        return math.isfinite(value)
-    except TypeError:
+    if isinstance(value, (str, bytes)):
         return False
+    try:
+        return abs(float(value)) <= LARGEST
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor of several numbers
+        return False
+
+
+def _own(given: dict) -> dict:
+    """Return what one function gets: copies, so that one which edits its lists changes nothing for the others, for what is
+    learned or for what is logged."""
+    own = {}
+    for name, value in given.items():
+        if isinstance(value, TrainerState):  # not its history's every figure: that grows with the run
+            value = copy.copy(value)
+            value.log_history = [dict(row) for row in value.log_history]
+        elif name not in ("log_extra", "log_metric"):
+            value = _copy(value)
+        own[name.removeprefix(HIDDEN)] = value
+    return own
+
+
+def _copy(value: object) -> object:
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_copy, value)) if type(value) in (list, tuple) else copy.deepcopy(value)
+    if type(value) is dict:
+        return {key: _copy(entry) for key, entry in value.items()}
+    return value if isinstance(value, (str, int, float, bytes, type(None))) else copy.deepcopy(value)
 
 
 def _samples(prompts: list, completions: list) -> str:

@@ -1,6 +1,8 @@
 """Rewards that do not exist, cannot be called, or give what is no number: the function, the sample and the remedy."""
 
+import asyncio
 import math
+import sys
 
 import pytest
 
@@ -75,6 +77,38 @@ def nothing(completions, **kwargs):
     return None
 
 
+def as_dict(completions, **kwargs):
+    return {number: 1.0 for number in range(len(completions))}
+
+
+def as_set(completions, **kwargs):
+    return set(map(float, range(len(completions))))
+
+
+def one(completions, **kwargs):
+    return 1.0
+
+
+def beyond(completions, **kwargs):
+    return [1e39] * len(completions)  # float32 has no such number
+
+
+def integer(completions, **kwargs):
+    return [10**400] * len(completions)
+
+
+def pairs(completions, **kwargs):
+    return [[1.0, 2.0]] * len(completions)
+
+
+def leaves(completions, **kwargs):
+    sys.exit(0)
+
+
+async def cancelled(completions, **kwargs):
+    raise asyncio.CancelledError
+
+
 def none_each(completions, **kwargs):
     return [None] * len(completions)
 
@@ -92,7 +126,15 @@ GIVEN = {
     infinite: r"reward function 'infinite' gave inf for prompt",
     text: r"reward function 'text' gave 'good' for prompt",
     short: r"reward function 'short' returned 1 rewards for 8 completions, the first for prompt .*Return one for each",
-    nothing: r"reward function 'nothing' raised TypeError: 'NoneType' object is not iterable; it was called with 8 compl",
+    nothing: r"reward function 'nothing' returned None\. Return a list with one number for each completion",
+    as_dict: r"reward function 'as_dict' returned a dict \(\{0: 1\.0.*Return a list",
+    as_set: r"reward function 'as_set' returned a set",
+    one: r"reward function 'one' returned a float \(1\.0\)",
+    beyond: r"reward function 'beyond' gave 1e\+39 for prompt",
+    integer: r"reward function 'integer' gave 1000",
+    pairs: r"reward function 'pairs' gave \[1\.0, 2\.0\] for prompt",
+    leaves: r"reward function 'leaves' raised SystemExit: 0; it was called with 8 completions",
+    cancelled: r"reward function 'cancelled' raised CancelledError",
     none_each: r"reward functions make no finite score \(none_each nan; nan is None\) for prompt",
     broken: r"reward function 'broken' raised KeyError: 'sentiment'; it was called with 8 completions",
     broken_service: r"reward function 'broken_service' raised ConnectionError: the judge does not answer",

@@ -1,7 +1,9 @@
 """`reward_models.composite`: what a recipe names becomes functions, and each mistake of theirs is one clear error."""
 
 import asyncio
+import math
 import re
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather
 from datasets import Dataset
+from transformers import TrainerState
 from trl import ModelConfig
 from trl.rewards import think_format_reward
 from trl.trainer.utils import is_async_callable
@@ -20,8 +23,10 @@ from pipeline.backbone import Backbone
 from pipeline.configs import parse
 from pipeline.loading import load_pretrained, read_adapter
 from reward_models.composite import (
+    PROTOCOL,
     Composite,
     RewardArguments,
+    RewardError,
     call_rewards,
     learned_rewards,
     load_function,
@@ -389,6 +394,91 @@ def test_async_functions_of_several_calls_share_an_event_loop():
         for _ in range(2):
             call_rewards([client], ROWS, ["a", "b"], [[1], [2]], runner)
         assert loops[0] is loops[1] and not loops[0].is_closed()
+
+
+def clears(completions, **kwargs):
+    values = [1.0] * len(completions)
+    completions.clear()
+    return values
+
+
+def edits_texts(prompts, completions, **kwargs):
+    prompts[:] = completions[:] = ["edited"] * len(prompts)
+    return [1.0] * len(prompts)
+
+
+def edits_turns(completions, **kwargs):
+    for turns in completions:
+        turns[0]["content"] = "edited"
+    return [1.0] * len(completions)
+
+
+def edits_tokens(completion_ids, **kwargs):
+    for row in completion_ids:
+        row.pop()
+    return [1.0] * len(completion_ids)
+
+
+def edits_columns(contains, **kwargs):
+    contains[0]["words"].append("edited")
+    return [1.0] * len(contains)
+
+
+def edits_state(completions, trainer_state, **kwargs):
+    trainer_state.log_history[0]["loss"] = 0.0
+    trainer_state.log_history.clear()
+    trainer_state.max_steps = 0
+    return [1.0] * len(completions)
+
+
+async def clears_later(completions, completion_ids, **kwargs):
+    completions.clear()
+    completion_ids[0].clear()
+    return [1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [clears, edits_texts, edits_turns, edits_tokens, edits_columns, edits_state, clears_later],
+    ids=lambda function: function.__name__,
+)
+def test_a_function_that_edits_what_it_gets_changes_nothing(function):
+    state = TrainerState(max_steps=8, log_history=[{"loss": 1.0}])
+    given = {"prompts": ["p", "q"], "completions": [[{"role": "assistant", "content": c}] for c in "ab"]}
+    given |= {"completion_ids": [[1], [2, 3]], "contains": [{"words": ["x"]}, {"words": []}], "trainer_state": state}
+    before = deepcopy(given)
+    (guarded,) = Composite([function]).functions
+    output = guarded(**given)
+    assert (asyncio.run(output) if asyncio.iscoroutine(output) else output) == [1.0, 1.0]
+    assert given == before
+
+
+def test_a_function_that_logs_reaches_the_trainer():
+    logged = []
+
+    def logs(completions, log_metric, **kwargs):
+        log_metric("name", 1.0)
+        return [1.0]
+
+    given = {"prompts": ["p"], "completions": ["a"], "log_metric": lambda *metric: logged.append(metric)}
+    Composite([logs]).functions[0](**given)
+    assert logged == [("name", 1.0)]
+
+
+def test_rows_that_no_function_scores_are_trls_to_leave_out():
+    composite, columns = Composite([words]), torch.tensor([[1.0], [math.nan]])
+    with pytest.raises(RewardError, match="no finite score"):
+        composite.total(columns, ["p", "q"], ["a", "b"])
+    assert composite.total(columns, ["p", "q"], ["a", "b"], all_scored=False).tolist() == [1.0, 0.0]
+    with pytest.raises(RewardError, match="no finite score"):
+        composite.total(torch.tensor([[math.inf], [1.0]]), ["p", "q"], ["a", "b"], all_scored=False)
+
+
+@pytest.mark.parametrize("column", PROTOCOL)
+def test_a_column_with_a_name_of_the_protocol(column):
+    rows = ROWS.add_column(column, ["taken", "taken"])
+    with pytest.raises(ValueError, match=f"^rows.jsonl: the column '{column}' has the name of .* Rename the column"):
+        load_functions([], rows, "rows.jsonl")
 
 
 # ------------------------------------------------------------------------------------ two processes
