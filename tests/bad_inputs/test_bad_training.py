@@ -1,13 +1,20 @@
 """Training that diverges: it ends in an error, what an earlier run left is kept, and the message has a remedy."""
 
+import math
 import re
 import shutil
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file, save_file
+from trl import ModelConfig
 
+from data.preferences import check_preferences
+from pipeline.divergence import learns_from
 from pipeline.folders import WEIGHTS
+from pipeline.loading import load_pretrained
 
 
 STAGES = ("sft", "reward", "dpo", "ppo", "rloo", "grpo")
@@ -33,7 +40,7 @@ def finite(folder: Path) -> bool:
 
 
 @pytest.fixture
-def diverges(world, caplog):
+def diverges(world):
     """Run a stage over the adapter of an earlier run, and assert that it ends with an error and keeps that adapter."""
 
     def run(stage: str, message: str, **options) -> Path:
@@ -57,3 +64,33 @@ def diverges(world, caplog):
 @pytest.mark.parametrize("rate", [1e18, 1e30])
 def test_a_learning_rate_that_is_far_too_high(stage, rate, diverges):
     diverges(stage, r"not finite|is (nan|inf)", learning_rate=rate, max_grad_norm=0)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+@pytest.mark.parametrize("key", ["transformer.wte.weight", "transformer.h.1.mlp.c_proj.bias"])
+def test_a_base_model_whose_weights_are_not_finite(number, key, world):
+    def spoil(folder: Path) -> None:
+        found = load_file(folder / "model.safetensors")
+        found[key].view(-1)[-1] = number
+        save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+    folder = world.copy(world.tiny, spoil)
+    for head in (False, True):
+        with pytest.raises(
+            ValueError, match=f"{re.escape(key.removeprefix('transformer.'))} holds values that are not"
+        ):
+            load_pretrained(ModelConfig(folder), head=head)
+
+
+@pytest.mark.parametrize("margin", [1e308, 3.5e38, -1e39])
+def test_a_margin_that_float32_does_not_hold(margin):
+    rows = Dataset.from_list([{"chosen": "a", "rejected": "b", "margin": margin}])
+    with pytest.raises(ValueError, match=r"^pairs row 1 .*'margin' must be at most 3\.4e\+38, the largest of float32"):
+        check_preferences(rows, "pairs")
+
+
+def test_a_text_that_lost_its_completion_is_no_divergence():
+    """Its loss is the mean over no tokens, NaN, and its gradients are 0."""
+    assert not learns_from({"labels": torch.full((2, 3), -100)})
+    assert learns_from({"labels": torch.tensor([[-100, -100, 5]])})
+    assert learns_from({"input_ids": torch.tensor([[1]])}) and learns_from([{"prompt": "A"}])
