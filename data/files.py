@@ -9,6 +9,7 @@ import difflib
 import json
 import logging
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,10 +94,28 @@ def has_splits(name: str) -> bool:
     return format_of(path) is None
 
 
+def _check_cache() -> None:
+    """Check that `datasets` can write where it keeps what it fetches from the hub.
+
+    Raises:
+        OSError: it cannot.
+    """
+    cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{cache}: nothing can be written in the cache of datasets ({error.strerror}). Set HF_DATASETS_CACHE, or HF_HOME, "
+            f"to a folder that can be written, or free some space."
+        ) from error
+
+
 def _load_folder(name: str, path: Path, split: str) -> Dataset:
     saved_splits = path / datasets.config.DATASETDICT_JSON_FILENAME
     if saved_splits.exists():
-        splits = json.loads(saved_splits.read_text())["splits"]
+        splits = json.loads(saved_splits.read_text(encoding="utf-8"))["splits"]
         if split not in splits:
             raise ValueError(f"{name}: no split {split!r}; it has {', '.join(splits)}. Name one of them.")
         return _load_saved(name, path / split)
@@ -232,6 +251,7 @@ def _load_saved(name: str, path: Path) -> Dataset:
 
 
 def _load_split(name: str, source: str, split: str, **options) -> Dataset:
+    _check_cache()
     try:
         return datasets.load_dataset(source, split=split, **options)
     except (FileNotFoundError, ConnectionError) as error:

@@ -38,15 +38,24 @@ def fetch(release: Release) -> Path:
     Raises:
         ValueError: the file's sha256 is not the pinned one.
         ConnectionError: pip could not fetch it.
+        OSError: nothing can be written in the cache.
     """
     cached = cache_dir() / release.file
     if cached.exists():
         _verify(cached, release, "delete the file and run again to fetch it anew.")
         return cached
-    cached.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cached.parent):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{cached.parent}: nothing can be written in this cache ({error.strerror}). Set SPINE_CACHE to a folder that can "
+            f"be written."
+        ) from error
     with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
         requirements = Path(folder) / "requirements.txt"
-        requirements.write_text(f"{release.requirement} --hash=sha256:{release.sha256}\n")
+        requirements.write_text(f"{release.requirement} --hash=sha256:{release.sha256}\n", encoding="utf-8")
         kind = "--only-binary" if release.file.endswith(".whl") else "--no-binary"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind, ":all:"]
         command += ["--require-hashes", "--requirement", str(requirements), "--dest", folder]

@@ -1,6 +1,5 @@
 """What every stage leaves behind beside its adapter: a model card, a metrics file, the backbone's identity."""
 
-import json
 import time
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from huggingface_hub import upload_folder
 from transformers import Trainer, TrainingArguments
 
 from data.tokens import Counts
-from pipeline.folders import adapter_folder, read_json
+from pipeline.folders import adapter_folder, open_to_umask, read_json, write_json
 from pipeline.loading import stamp
 
 
@@ -32,6 +31,14 @@ def completions_sampled(trainer: Trainer) -> int:
     return -(-passes // (args.steps_per_generation * args.num_iterations)) * args.generation_batch_size
 
 
+def complete_card(card: Path, base: str) -> None:
+    """Name the base model and the trained one in a model card, where TRL writes "None" of what is in a folder. Of the base's
+    path it gives the last name alone: the rest is of this machine."""
+    text = card.read_text(encoding="utf-8")
+    text = text.replace("[None](https://huggingface.co/None)", f"`{Path(base).name}`")
+    card.write_text(text.replace('model="None"', f'model="{card.parent.name}"'), encoding="utf-8")
+
+
 def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict, *, complete: bool = True) -> None:
     """Save the trained adapter with model card, backbone identity and `metrics.json`, and push them to the hub with
     `push_to_hub`, unless the folder is not `complete` yet. The stage calls `trainer.end` once nothing more needs the
@@ -43,7 +50,9 @@ def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict, *, complete:
         add_rows_to_card(folder, metrics.get("rows", {}))
         stamp(folder, trainer.model.config, fingerprint)
         metrics = {**metrics, "seconds": round(trainer.seconds_before + seconds_running(), 1)}
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+        write_json(folder / "metrics.json", metrics)
+        for adapter in (folder, folder / "value"):
+            open_to_umask(adapter)
         if complete:
             push(trainer.args, trainer.hub_model_id)
     trainer.accelerator.wait_for_everyone()  # what is read next, by whichever process, is there

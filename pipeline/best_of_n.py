@@ -12,7 +12,6 @@ Leaves best_of_n.json, best_of_n.md and best_of_n.png in `output_dir`.
 """
 
 import asyncio
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from data.prompts import check_prompt_lengths, tokenize_prompts
 from pipeline.artifacts import seconds_running
 from pipeline.backbone import load_backbone
 from pipeline.configs import CompletionArguments, PolicyArguments, parse
-from pipeline.folders import check_folders, read_json
+from pipeline.folders import check_folders, read_json, write_json
 from pipeline.launch import check_launch
 from pipeline.loading import context_length
 from pipeline.metrics import best_of_n, best_of_n_kl, bootstrap_interval, distinct_n, wins
@@ -123,8 +122,8 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     result = {"seed": args.seed, "prompts": len(prompts), "rows": rows, "seconds": round(seconds_running(), 1)}
-    (folder / "best_of_n.json").write_text(json.dumps(result, indent=2) + "\n")
-    (folder / "best_of_n.md").write_text(best_of_n_table(rows) + "\n")
+    write_json(folder / "best_of_n.json", result)
+    (folder / "best_of_n.md").write_text(best_of_n_table(rows) + "\n", encoding="utf-8")
     draw_best_of_n(rows, folder / "best_of_n.png", compared)
     print(best_of_n_table(rows))
 

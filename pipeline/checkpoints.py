@@ -31,8 +31,9 @@ from transformers import AutoTokenizer, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pipeline.artifacts import seconds_running
+from pipeline.artifacts import complete_card, seconds_running
 from pipeline.divergence import all_finite, first_problem, learns_from, remedy
+from pipeline.folders import open_to_umask, write_json
 from pipeline.launch import kind_of
 from pipeline.loading import WEIGHTS, digest
 from reward_models.composite import RewardError
@@ -67,7 +68,7 @@ ZERO = (
     ("base_optimizer_state", "single_partition_of_fp32_groups"),
     ("optimizer_state_dict", "fp32_flat_groups"),
 )
-TENSOR = "__tensor__"
+TENSOR, FLOAT = "__tensor__", "__float__"
 
 
 # ------------------------------------------------------------------------------------------ what is there to resume
@@ -165,7 +166,7 @@ def _checkpoints(output_dir: str | Path) -> list[Path]:
 def _read_manifest(folder: Path) -> dict | None:
     """A checkpoint's manifest, None if there is none or it is damaged."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return manifest if manifest["sha256"] == _sha256_of(manifest) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -204,9 +205,12 @@ def save_state(state: Any, path: Path) -> None:
             return {key: without_tensors(entry, f"{name}.{key}") for key, entry in value.items()}
         if isinstance(value, (list, tuple)):
             return [without_tensors(entry, f"{name}.{i}") for i, entry in enumerate(value)]
+        if isinstance(value, float) and not math.isfinite(value):
+            return {FLOAT: str(value)}  # JSON has no such number
         return value
 
-    path.with_suffix(".json").write_text(json.dumps(without_tensors(state, "state")) + "\n")
+    text = json.dumps(without_tensors(state, "state"), allow_nan=False)
+    path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
     save_file(tensors, path.with_suffix(".safetensors"))
 
 
@@ -218,10 +222,12 @@ def load_state(path: Path) -> Any:
         if isinstance(value, dict):
             if value.keys() == {TENSOR}:
                 return tensors[value[TENSOR]].clone()  # of the file, which may be removed
+            if value.keys() == {FLOAT}:
+                return float(value[FLOAT])
             return {key: with_tensors(entry) for key, entry in value.items()}
         return [with_tensors(entry) for entry in value] if isinstance(value, list) else value
 
-    return with_tensors(json.loads(path.with_suffix(".json").read_text()))
+    return with_tensors(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
 
 
 def _local(value: Tensor) -> Tensor:
@@ -349,7 +355,8 @@ class Checkpointed:
             },
         }
         manifest["sha256"] = _sha256_of(manifest)
-        (staged / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+        write_json(staged / MANIFEST, manifest)
+        open_to_umask(staged)
         for path in staged.rglob("*"):
             _sync(path)
         _sync(staged)
@@ -627,6 +634,21 @@ class Checkpointed:
         if step != self._written:
             self._save_checkpoint(model, trial)
         return f"Correct the function and go on from {folder}: --resume_from_checkpoint auto."
+
+    # -------------------------------------------------------------------------------------- logs and cards
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Override `create_model_card`: name the base model also where it is a folder."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            complete_card(Path(self.args.output_dir) / "README.md", self.model.config._name_or_path)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        """Override `log`: leave out of the history what is not finite and so was not measured, such as the mean of a reward
+        that applied to no completion. The history goes into JSON."""
+        super().log(logs, *args, **kwargs)
+        row = self.state.log_history[-1]
+        for name in [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]:
+            del row[name]
 
     # -------------------------------------------------------------------------------------- divergence
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:

@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from dataclasses import dataclass, field
+from io import TextIOWrapper
 from pathlib import Path
 
 from datasets import Dataset
@@ -380,6 +381,9 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
     if runs:
         args = sys.argv[1:]
         _report_errors_once()
+        for stream in (sys.stdout, sys.stderr):  # in an ASCII locale a token or a path may hold what cannot be printed
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
     args = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     parser = TrlParser(dataclass_types)
     parser.error = _refuse  # argparse would print all options of the stage before what is wrong

@@ -8,7 +8,6 @@ the policy that was evaluated, whatever `policy` calls it.
 """
 
 import asyncio
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from pipeline import report as drawing
 from pipeline.artifacts import read_metrics, seconds_running
 from pipeline.backbone import Backbone, load_backbone
 from pipeline.configs import CompletionArguments, parse
-from pipeline.folders import check_folders
+from pipeline.folders import check_folders, write_json
 from pipeline.launch import check_launch
 from pipeline.loading import context_length, read_adapter
 from pipeline.metrics import bootstrap_interval, distinct_n, wins
@@ -204,8 +203,8 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         for i in range(min(12, len(prompts)))
     ]
     report["seconds"]["evaluation"] = round(seconds_running(), 1)
-    (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
-    (folder / "report.md").write_text(drawing.markdown_report(report, samples, curves))
+    write_json(folder / "report.json", report)
+    (folder / "report.md").write_text(drawing.markdown_report(report, samples, curves), encoding="utf-8")
     print(
         f"{folder / 'report.md'}: judge {report['sft']['judge']:+.3f} -> {report['ppo']['judge']:+.3f}, "
         f"win rate {report['win_rate']['mean']:.3f}, KL {report['ppo']['kl']:.1f} nats"

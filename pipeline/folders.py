@@ -4,6 +4,8 @@ Every stage begins with `check_folders`: a wrong path is said in a second, not a
 """
 
 import json
+import math
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,28 @@ def read_json(path: str | Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError(f"{path}: not a JSON object. Restore the file, or the folder it is in.")
     return found
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write strict JSON, which every reader takes: a number that is not finite, and so nothing that was measured, is null."""
+    Path(path).write_text(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _strict(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def open_to_umask(folder: str | Path) -> None:
+    """Give the safetensors of a folder the mode that the user's umask gives a new file: safetensors writes them through a
+    temporary file, which is its owner's alone."""
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for path in Path(folder).rglob("*.safetensors"):
+        path.chmod(0o666 & ~umask)
 
 
 # ----------------------------------------------------------------------------------------------- what is read

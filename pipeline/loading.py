@@ -30,7 +30,7 @@ from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from pipeline.divergence import check_finite
-from pipeline.folders import HEAD, WEIGHTS, check_adapter, check_model_folder, damaged, read_json
+from pipeline.folders import HEAD, WEIGHTS, check_adapter, check_model_folder, damaged, read_json, write_json
 from pipeline.gguf import model_source
 from pipeline.launch import kind_of
 from pipeline.padding import check_pad_token, choose_pad_token, set_pad_token
@@ -231,7 +231,7 @@ def stamp(folder: str | Path, config: PreTrainedConfig, digest: str) -> None:
     its fingerprint."""
     record = {"model_name_or_path": config._name_or_path, "precision": _precision(config), "fingerprint": digest}
     record["pad_token_id"] = config.get_text_config().pad_token_id
-    (Path(folder) / IDENTITY).write_text(json.dumps(record, indent=2) + "\n")
+    write_json(Path(folder) / IDENTITY, record)
 
 
 def _precision(config: PreTrainedConfig) -> str:

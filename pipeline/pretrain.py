@@ -177,7 +177,7 @@ def main(shape: BackboneConfig, args: TrainingArguments) -> None:
         "steps": trainer.state.max_steps,
         "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
     }
-    (folder / "README.md").write_text(model_card(shape, args, losses, facts))
+    (folder / "README.md").write_text(model_card(shape, args, losses, facts), encoding="utf-8")
 
 
 if __name__ == "__main__":

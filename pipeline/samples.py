@@ -55,18 +55,18 @@ class SampleTable(TrainerCallback):
 
     def _keep_rows_of(self, step: int) -> None:
         """On resuming, keep the rows up to the checkpoint's step: those of later steps are written again."""
-        lines = self.path.read_text().splitlines(keepends=True) if step and self.path.is_file() else []
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if step and self.path.is_file() else []
         whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         fresh = self.path.with_suffix(".new")
-        fresh.write_text("".join(whole))
+        fresh.write_text("".join(whole), encoding="utf-8")
         fresh.replace(self.path)
 
     def _add(self, step: int) -> None:
         with self.trainer.whole():  # on all processes, since the model may be sharded over them
             rows = self._rows(step)
         if self.trainer.is_world_process_zero():
-            with self.path.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in rows)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
             self._report(step, pd.DataFrame(rows))
 
     def _report(self, step: int, table: pd.DataFrame) -> None:

@@ -7,13 +7,13 @@
 The Makefile's targets of these names make the runs. The last two leave table.md and table.json in the folder.
 """
 
-import json
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.artifacts import read_metrics
+from pipeline.folders import read_json, write_json
 from pipeline.report import markdown_table, number, with_interval
 
 
@@ -37,12 +37,12 @@ def read_result(path: Path, remedy: str) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. {remedy}")
-    return json.loads(path.read_text())
+    return read_json(path)
 
 
 def write(folder: Path, rows: list[dict], table: str, note: str) -> None:
-    (folder / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
-    (folder / "table.md").write_text(f"{table}\n\n{note}\n")
+    write_json(folder / "table.json", rows)
+    (folder / "table.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
     print(table)
 
 
@@ -105,7 +105,7 @@ def seeds(folder: Path) -> None:
     reports = []
     for path in folder.glob("*/report.json"):
         history = read_metrics(path.parent / "ppo")["history"]
-        reports.append({**json.loads(path.read_text()), "kl_held": kl_held(history)})
+        reports.append({**read_json(path), "kl_held": kl_held(history)})
     print(seeds_table(reports))
 
 
@@ -205,7 +205,7 @@ def ablations(folder: Path, *settings: str) -> None:
         runs[setting] = [
             {
                 "seed": int(path.parent.name),
-                **ablation_row(json.loads(path.read_text()), read_metrics(path.parent / "ppo")["history"]),
+                **ablation_row(read_json(path), read_metrics(path.parent / "ppo")["history"]),
             }
             for path in found
         ]

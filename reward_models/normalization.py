@@ -4,7 +4,6 @@ A reward model is trained on differences, so its scale and zero are arbitrary, a
 means. The two numbers are stored beside the adapter, not in its head: the head keeps its calibration.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data.prompts import tokenize_prompts
 from pipeline.backbone import Backbone
-from pipeline.folders import adapter_folder, read_json
+from pipeline.folders import adapter_folder, read_json, write_json
 from pipeline.sampling import gathered, sample
 from reward_models.learned import score_rows
 
@@ -30,7 +29,7 @@ class Normalization:
     completions: int
 
     def save(self, folder: str | Path) -> None:
-        (Path(folder) / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_json(Path(folder) / FILE, asdict(self))
 
 
 def read_normalization(folder: str) -> Normalization:
@@ -77,4 +76,9 @@ def measure(
         device=backbone.get_base_model().device,
         share=True,
     )
+    if not np.isfinite(scores).all():
+        raise FloatingPointError(
+            "A score of the reward adapter on the SFT policy's completions is not finite: the adapter is of no use. Train it "
+            "anew with a lower learning_rate."
+        )
     return Normalization(float(np.mean(scores)), float(np.std(scores)), len(scores))
