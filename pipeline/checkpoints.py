@@ -728,9 +728,9 @@ class Checkpointed:
         """Say what is not finite, what is left, and what to do."""
         folder = Path(self.args.output_dir)
         kept = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        left = f"{kept} has the weights before that step, and " if kept.is_dir() else ""
+        left = f"{kept} has the weights before that step. " if self._written == self.state.global_step > 0 else ""
         return FloatingPointError(
-            f"{self.diverged}: training has diverged and ends. {left}no adapter is saved, so that one of an earlier run in "
+            f"{self.diverged}: training has diverged and ends. {left}No adapter is saved, so that one of an earlier run in "
             f"{folder} is as it was. {remedy(self.args)}"
         )
 
