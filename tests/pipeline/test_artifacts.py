@@ -74,7 +74,9 @@ def test_every_text_file_is_read_and_written_as_utf_8(package):
             ]
             binary = name == "open" and any("b" in mode for mode in modes)
             archive = (
-                name == "open" and isinstance(node.func, ast.Attribute) and ast.unparse(node.func.value) == "tarfile"
+                name == "open"
+                and isinstance(node.func, ast.Attribute)
+                and ast.unparse(node.func.value) in ("tarfile", "os")
             )
             if name in ("open", "read_text", "write_text") and not binary and not archive:
                 assert "encoding" in [word.arg for word in node.keywords], f"{path}:{node.lineno}"

@@ -323,7 +323,7 @@ SECOND = "for prompt 'q', completion 'c'. Return a finite number, or None where 
         (raises_later, f"'raises_later' raised KeyError: 'solution'; it was called with {FIRST}."),
         (
             forgets_return,
-            f"'forgets_return' raised TypeError: 'NoneType' object is not iterable; it was called with {FIRST}.",
+            "'forgets_return' returned None. Return a list with one number for each completion.",
         ),
         (gives_one, f"'gives_one' returned 1 rewards for {FIRST}. Return one for each completion."),
         (second(float("nan")), f"'gives' gave nan {SECOND}"),
