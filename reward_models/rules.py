@@ -99,7 +99,8 @@ def get_token_similarity(tokenizer: str) -> Callable:
     special = set(loaded.all_special_ids)
 
     def spellings(ids: list[int]) -> list[str]:
-        return loaded.convert_ids_to_tokens([i for i in ids if i not in special])
+        # A model may have more rows than the tokenizer has tokens, and sample one of them: it is like no other.
+        return [token or "" for token in loaded.convert_ids_to_tokens([i for i in ids if i not in special])]
 
     def token_similarity(completion_ids: list[list[int]], reference: list[str], **kwargs) -> list[float]:
         scores = []

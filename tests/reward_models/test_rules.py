@@ -99,6 +99,15 @@ def test_a_reference_for_each_completion(tiny):
         get_token_similarity(tiny)(completion_ids=[[5], [6]], reference=["a"])
 
 
+def test_a_token_that_the_tokenizer_has_not_is_like_none(tiny, tokenizer):
+    known = tokenizer(" a film", add_special_tokens=False)["input_ids"]
+    for beyond in (len(tokenizer), len(tokenizer) + 1000):
+        found = get_token_similarity(tiny)(
+            completion_ids=[known, [beyond, *known[1:]], [beyond]], reference=[" a film"] * 3
+        )
+        assert found == [1.0, pytest.approx(1 - 1 / len(known)), 0.0]
+
+
 def test_sentiment_of_prompt_and_completion():
     # VADER's lexicon has "good" at +1.9 and negation times -0.74: x / sqrt(x^2 + 15) of 1.9 and of -1.406.
     prompts, completions = ["The film", "The film", "Good"], [" is good.", " is not good.", ""]
