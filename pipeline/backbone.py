@@ -10,9 +10,11 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate.logging import get_logger
 from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
@@ -20,11 +22,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
+from pipeline.architecture import attention, head_is_all, own_logits, positions, probe, takes_positions
 from pipeline.configs import LoraArguments, check_lora, lora_config
 from pipeline.loading import HEAD, WEIGHTS, Adapter, fingerprint, load_pretrained, read_adapter, stamp
-from pipeline.trunk import decoder_layers, first_adapted_layer, lower, upper
+from pipeline.trunk import decoder_layers, first_adapted_layer, lower, trunk_fault, upper
 from pipeline.vocabulary import token_logprobs
 
+
+logger = get_logger(__name__)
 
 # peft calls the first adapter "default", and TRL's online trainers train that one and clone it as "ref". Further reward
 # roles (reward_2, ...) are called what their adapters are.
@@ -46,9 +51,11 @@ class Backbone(PeftModelForCausalLM):
 
     def __init__(self, base: PreTrainedModel, policy: Adapter | LoraConfig):
         fresh = isinstance(policy, LoraConfig)
+        plain = head_is_all(base)  # before peft puts layers of its own into it
         super().__init__(base, policy if fresh else _language_config(policy.config), adapter_name=ADAPTERS["policy"])
         self.heads = nn.ModuleDict()
         self.trunk_depth, self.value_has_trunk = 0, False
+        self._logits = None if plain else partial(own_logits, base)
         self._role = "policy"  # as peft and TRL's own trainers find it
         # LoRA starts as nothing: B is zero. Until it has learned something, the policy is the bare backbone.
         self.policy_is_bare = fresh and policy.init_lora_weights is True
@@ -97,12 +104,12 @@ class Backbone(PeftModelForCausalLM):
             self.add_adapter(ADAPTERS["value"], deepcopy(self.peft_config[ADAPTERS[origin]]))
             weights = get_peft_model_state_dict(self, adapter_name=ADAPTERS[origin])
             self._set_weights("value", weights, origin)
-        hidden_size = self.get_base_model().config.get_text_config().hidden_size
+        hidden_size = self.hidden_size
         start = self.heads["reward"].weight * reward_weight if origin == "reward" else torch.zeros(1, hidden_size)
         self._add_head("value", start)
 
     def _add_head(self, role: str, weight: Tensor) -> None:
-        hidden_size = self.get_base_model().config.get_text_config().hidden_size
+        hidden_size = self.hidden_size
         if weight.shape[1] != hidden_size:
             raise ValueError(
                 f"the score head of {role!r} reads {weight.shape[1]} hidden units, and the backbone has {hidden_size}: "
@@ -111,6 +118,11 @@ class Backbone(PeftModelForCausalLM):
         head = nn.Linear(weight.shape[1], 1, bias=False)
         head.weight.data.copy_(weight)
         self.heads[role] = head.to(self.get_base_model().device)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the last hidden states, which the heads read: not always the config's `hidden_size`."""
+        return self.get_base_model().get_output_embeddings().weight.shape[1]
 
     def _set_weights(self, role: str, weights: dict[str, Tensor], source: str) -> None:
         self.policy_is_bare = self.policy_is_bare and role != "policy"
@@ -228,10 +240,22 @@ class Backbone(PeftModelForCausalLM):
         """Run the layers below the policy's adapter, `trunk_depth` of them, once a rollout, not in every pass.
 
         A value adapter that begins lower, as one of a reward model may, is frozen there: it then has a trunk of its own.
+        Where a pass from the trunk is not the full pass, which is tried, nothing is shared.
         """
         base = self.get_base_model()
         layers = decoder_layers(base)[2]
         self.trunk_depth = self.layers_below_policy()
+        if self.trunk_depth and base.device.type != "meta":
+            ids, mask = probe(base)
+            with self.role(None):
+                fault = trunk_fault(base, self.trunk_depth, ids, **attention(base, mask))
+            if fault:
+                logger.warning(
+                    f"The lowest {self.trunk_depth} layers run in every pass: {type(base).__name__} does not run from their "
+                    f"states as it runs in full ({fault})."
+                )
+                self.trunk_depth = 0
+                return
         self.value_has_trunk = first_adapted_layer(base, self._adapter("value")) < self.trunk_depth
         if self.value_has_trunk:
             below = (base.get_input_embeddings(), *layers[: self.trunk_depth])
@@ -243,9 +267,10 @@ class Backbone(PeftModelForCausalLM):
     def trunk(self, input_ids: Tensor, attention_mask: Tensor, role: str | None = None) -> Tensor:
         """States at the foot of the first layer that the policy adapts, (B, S) -> (B, S, D): those of the bare backbone,
         which a role that begins there or above has too, or those of another role."""
-        inputs = {"attention_mask": attention_mask, "position_ids": _positions(attention_mask)}
+        base = self.get_base_model()
+        inputs = attention(base, attention_mask)
         with self.role(role):
-            return lower(self.get_base_model(), self.trunk_depth, input_ids=input_ids, **inputs)
+            return lower(base, self.trunk_depth, input_ids=input_ids, **inputs)
 
     def starts_at_trunk(self, role: str) -> bool:
         """Whether a role's adapter leaves the layers of the trunk as they are."""
@@ -259,7 +284,7 @@ class Backbone(PeftModelForCausalLM):
         With what `trunk` gave for these tokens and this role, the pass starts from there.
         """
         base = self.get_base_model()
-        inputs = {"attention_mask": attention_mask, "position_ids": _positions(attention_mask)}
+        inputs = attention(base, attention_mask)
         with self.role(role):
             if trunk is not None:
                 return upper(base, self.trunk_depth, trunk, **inputs)
@@ -300,7 +325,7 @@ class Backbone(PeftModelForCausalLM):
     ) -> tuple[Tensor, Tensor | None]:
         head = self.get_base_model().get_output_embeddings()
         with self.role(role):  # an adapter may reach the head
-            return token_logprobs(head, hidden, completion_ids, temperature, **options)
+            return token_logprobs(head, hidden, completion_ids, temperature, logits=self._logits, **options)
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, length: int, trunk: Tensor | None = None) -> Tensor:
         """Value of the state before each of the last `length` tokens, (B, P + T) -> (B, T)."""
@@ -346,8 +371,8 @@ class Backbone(PeftModelForCausalLM):
         FSDP and DeepSpeed see a single forward of the module they wrap.
         """
         if completion_ids is None:
-            if attention_mask is not None:
-                kwargs.setdefault("position_ids", _positions(attention_mask))
+            if attention_mask is not None and takes_positions(type(self.get_base_model().base_model)):
+                kwargs.setdefault("position_ids", positions(attention_mask))
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         length = completion_ids.shape[1]
         hidden = self.hidden_states("policy", input_ids, attention_mask, trunk)[:, -length - 1 : -1]
@@ -437,11 +462,6 @@ def _contiguous(head: nn.Module, inputs: tuple) -> tuple:
     """The head's hidden states in one block. `generate` takes a slice of the prompt's, and for that torch copies the
     vocabulary's weights once a row: a quarter of the sampling time of GPT-2 in bfloat16 on a CPU."""
     return (inputs[0].contiguous(), *inputs[1:])
-
-
-def _positions(attention_mask: Tensor) -> Tensor:
-    """Position of each token among the real ones of its row, (B, S) -> (B, S)."""
-    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
 def _is_ours(name: str) -> bool:

@@ -321,7 +321,8 @@ def lora_config(
         named = dict(base.named_modules())
         if modules in (None, "all-linear"):  # peft takes that word alone: not in a list, not for some layers
             linear = {name.split(".")[-1] for name, layer in named.items() if isinstance(layer, (nn.Linear, Conv1D))}
-            modules = sorted(linear - {"score", "lm_head"})
+            heads = (base.get_output_embeddings(), getattr(base, "score", None))
+            modules = sorted(linear - {name.split(".")[-1] for name, layer in named.items() if layer in heads})
         if reach.lora_embeddings:
             # By its full name: peft would store the frozen embeddings with an adapter of a bare `embed_tokens`.
             modules = [*modules, next(n for n, layer in named.items() if layer is base.get_input_embeddings())]

@@ -123,6 +123,14 @@ def check_model_folder(name: str | None) -> None:
             f"model_name_or_path={name!r} is the folder of an adapter, not of a model. Name its base there ({base}), and "
             f"the adapter as sft_adapter, reward_adapter or policy_adapter."
         )
+    kinds = (
+        (read_json(folder / "config.json").get("architectures") or []) if (folder / "config.json").is_file() else []
+    )
+    if kinds and all("ForSequenceClassification" in str(kind) for kind in kinds):
+        raise ValueError(
+            f"{folder}: the model folder holds a classifier ({kinds[0]}), which has no head to write text with. Name the "
+            f"language model that it was made from in model_name_or_path; its adapter goes into reward_adapter."
+        )
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
         raise FileNotFoundError(
             f"{folder}: the model folder has no tokenizer (tokenizer.json). Save it there with "
@@ -178,7 +186,11 @@ def check_adapter(name: str, *, needs_head: bool | None) -> Path:
     for file in (ADAPTER_CONFIG, WEIGHTS):
         if not (folder / file).is_file():
             model = any(folder.glob("model*.safetensors"))
-            hint = " This is a whole model: a merged one goes into model_name_or_path." if model else ""
+            hint = ""
+            if model and needs_head:
+                hint = " This is a whole model; a reward model is read as a LoRA adapter on the backbone alone."
+            elif model:
+                hint = " This is a whole model: a merged one goes into model_name_or_path."
             raise FileNotFoundError(
                 f"{folder / file}: no such file. Name the folder that `trainer.save_model` wrote ({ADAPTER_CONFIG} "
                 f"and {WEIGHTS}).{hint}"

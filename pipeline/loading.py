@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -29,6 +30,7 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
+from pipeline.architecture import check_model
 from pipeline.divergence import check_finite
 from pipeline.folders import HEAD, WEIGHTS, check_adapter, check_model_folder, damaged, read_json, write_json
 from pipeline.gguf import model_source
@@ -49,9 +51,13 @@ def load_pretrained(
     score starts at N(0, 1/sqrt(D + 1)) (Stiennon et al. 2020, arXiv 2009.01325). With `load_in_4bit`, its linear layers
     are quantised and the head is not.
 
-    Raises what `check_model_folder`, `model_source`, `quantization`, `check_finite` and `set_pad_token` raise, and:
-        ValueError: a file of it is damaged; the tokenizer has no end-of-text token, or more tokens than the model; the
-            architecture keeps its score head elsewhere than in `score`.
+    The model is loaded whole or not at all, and shows on a few tokens that roles on it say what it says itself.
+
+    Raises what `check_model_folder`, `model_source`, `quantization`, `check_finite`, `set_pad_token` and `check_model` raise,
+    and:
+        ValueError: a file of it is damaged, lacks tensors, or has others than the model; the tokenizer has no end-of-text
+            token, or more tokens than the model; the architecture is no language model, or has no sequence classifier
+            with its head in `score`.
     """
     name = model.model_name_or_path
     check_model_folder(name)
@@ -74,16 +80,30 @@ def load_pretrained(
         set_pad_token(tokenizer, pad_token, name)
 
     options = {"dtype": model.dtype, "attn_implementation": model.attn_implementation, "use_safetensors": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_whole` names them
     if bits:  # left to itself transformers takes the first GPU, also under `use_cpu`
         options |= {"quantization_config": bits, "device_map": {"": PartialState().device}}
     try:
         with _whole(), suppress_seqcls_warning():  # that a score head is fresh is what we want
             if head:
-                base = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **source, **options)
+                base, found = AutoModelForSequenceClassification.from_pretrained(
+                    name, num_labels=1, **source, **options
+                )
             else:
-                base = AutoModelForCausalLM.from_pretrained(name, **source, **options)
+                base, found = AutoModelForCausalLM.from_pretrained(name, **source, **options)
     except SafetensorError as error:
         raise damaged(Path(name), error) from error
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        config = AutoConfig.from_pretrained(name, **source)
+        missing = (
+            f"{name}: transformers has no {'sequence classifier' if head else 'causal language model'} of the family"
+        )
+        remedy = "Train PPO against reward functions (reward_funcs), or take" if head else "Take"
+        raise ValueError(
+            f"{missing} {config.model_type!r}. {remedy} a decoder-only language model (GPT-2, Llama, Qwen, Mistral ...)."
+        ) from error
     check_finite(base.base_model if head else base, name)
     rows = base.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
@@ -97,6 +117,8 @@ def load_pretrained(
                 f"{name}: {type(base).__name__} keeps its head elsewhere than in `score`; take a decoder-only model "
                 f"(GPT-2, Llama, Qwen, Mistral ...)."
             )
+    _check_whole(base, found, name)
+    if head:
         nn.init.normal_(base.score.weight, std=(base.score.in_features + 1) ** -0.5)
     if pad_token is None:
         choose_pad_token(tokenizer, _ends(base, name, model.model_revision))
@@ -106,7 +128,36 @@ def load_pretrained(
             # Outside of training bitsandbytes would repack the weights for these CPUs, with scales rounded to bfloat16,
             # and a later training pass would run on them without gradients.
             layer.support_avx512bf16_for_cpu = False
+    check_model(base, name)
     return fuse_gelu(base).requires_grad_(False), tokenizer
+
+
+def _check_whole(base: PreTrainedModel, found: dict, name: str) -> None:
+    """Check what transformers reports of a loading: each tensor of the model was in its files, and no other.
+
+    A classifier's `score` is new, and what its files have beside the trunk is a language model's head.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, or of another shape.
+    """
+    missing, unexpected = set(found["missing_keys"]), set(found["unexpected_keys"])
+    if base.get_output_embeddings() is None:
+        missing -= {"score.weight"}
+        unexpected = {key for key in unexpected if key.startswith(f"{base.base_model_prefix}.")}
+    if getattr(base.config, "quantization_config", None):  # its scales, which are no tensors of the model
+        unexpected = {key for key in unexpected if ".weight." not in key}
+    shapes = sorted(f"{key} {tuple(theirs)}, not {tuple(ours)}" for key, theirs, ours in found["mismatched_keys"])
+    for problem, keys in (
+        ("lacks", sorted(missing)),
+        ("has what the model has not:", sorted(unexpected)),
+        ("has in another shape than config.json says", shapes),
+    ):
+        if keys:
+            raise ValueError(
+                f"{name}: not all of {type(base).__name__} is in its files, or more than that. The folder {problem} "
+                f"{len(keys)} tensors, first {keys[0]}. transformers would go on with random weights, or without some. Copy "
+                f"the model anew, or correct `architectures` and `tie_word_embeddings` in config.json."
+            )
 
 
 def _ends(base: PreTrainedModel, name: str, revision: str | None) -> set[int]:
@@ -205,14 +256,22 @@ def context_length(model: nn.Module) -> int:
 
 
 def fingerprint(base: PreTrainedModel) -> str:
-    """Hex digest that tells one pretrained trunk from another, whatever head it carries, in float32 or bfloat16.
+    """Return hex digests that tell one pretrained model from another, in float32 or bfloat16: its trunk's, and after a `+`
+    that of a language model's head. A classifier on the same trunk has the first alone.
 
     LoRA weights are left out. A quantised base has its own: that of its 4-bit codes. Their scales (`weight.absmax` and
     the like), which another device may round otherwise, are left out too.
     """
-    trunk = sorted(base.base_model.state_dict().items())
-    ours = ((name, tensor) for name, tensor in trunk if "lora_" not in name and ".weight." not in name)
-    return digest((name.replace("base_layer.", ""), tensor) for name, tensor in ours)
+
+    def of(tensors: dict[str, Tensor]) -> str:
+        ours = ((n, tensor) for n, tensor in sorted(tensors.items()) if "lora_" not in n and ".weight." not in n)
+        return digest((n.replace("base_layer.", ""), tensor) for n, tensor in ours)
+
+    trunk = of(base.base_model.state_dict())
+    if base.get_output_embeddings() is None:
+        return trunk
+    prefix = f"{base.base_model_prefix}."
+    return f"{trunk}+{of({n: tensor for n, tensor in base.state_dict().items() if not n.startswith(prefix)})}"
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -269,7 +328,10 @@ def read_adapter(
     if base is not None and identity.is_file():
         ours = fingerprint(base)
         theirs = str(made_for.get("fingerprint"))
-        if theirs != ours:
+        # A reward adapter depends on no language model's head, and older adapters say nothing of theirs.
+        differ = [pair for pair in zip(theirs.split("+"), ours.split("+"), strict=False) if pair[0] != pair[1]]
+        if differ:
+            theirs, ours = differ[0]
             raise ValueError(
                 f"{name}: the adapter was trained on another base, {made_for.get('model_name_or_path')} "
                 f"({made_for.get('precision', 'not quantised')}, fingerprint {theirs[:12]}), than "

@@ -6,6 +6,8 @@ Trains a LoRA adapter on the frozen backbone with TRL's SFTTrainer.
 """
 
 import torch
+from accelerate.logging import get_logger
+from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from data.texts import load_texts
@@ -16,6 +18,9 @@ from pipeline.configs import DataArguments, LoraArguments, check_max_length, lor
 from pipeline.folders import check_folders
 from pipeline.launch import check_launch, check_wrapper
 from pipeline.loading import context_length, fingerprint, load_pretrained, train_in_float32
+
+
+logger = get_logger(__name__)
 
 
 class SFT(Checkpointed, SFTTrainer):
@@ -32,6 +37,11 @@ def main(data: DataArguments, reach: LoraArguments, model: ModelConfig, args: SF
         held_out = load_texts(data.eval_source, data.dataset_eval_split, drop=data.drop_bad_rows)
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token)
     check_max_length(args.max_length, context_length(base))
+    if type(base.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:  # better known now than after SFT
+        logger.warning(
+            f"{model.model_name_or_path}: transformers has no sequence classifier of the family {base.config.model_type!r}: "
+            f"pipeline.reward cannot train a reward model on it, and PPO takes reward functions (reward_funcs)."
+        )
     counts = {}
     train, lengths = prepare_tokens(train, tokenizer, data.dataset_name, drop=data.drop_bad_rows)
     # A row whose completion is cut off whole is dropped by TRL.

@@ -88,7 +88,32 @@ def upper(model: PreTrainedModel, depth: int, states: Tensor, **inputs: Tensor) 
     with _cut(model, slice(depth, None)) as layers:
         hook = layers[depth].register_forward_pre_hook(replace, with_kwargs=True)
         try:
-            # The embeddings of these "inputs" are thrown away; only their shape counts.
-            return model.base_model(inputs_embeds=states, **inputs, use_cache=False).last_hidden_state
+            # The embeddings of these "inputs" are thrown away; only their shape counts, and OPT's can be narrower.
+            width = model.get_input_embeddings().weight.shape[1]
+            given = states if width == states.shape[-1] else states.new_zeros(*states.shape[:2], width)
+            return model.base_model(inputs_embeds=given, **inputs, use_cache=False).last_hidden_state
         finally:
             hook.remove()
+
+
+@torch.no_grad()
+def trunk_fault(model: PreTrainedModel, depth: int, input_ids: Tensor, **inputs: Tensor) -> str | None:
+    """Return why a pass cannot start from the states at the foot of layer `depth`, or None: both ways are run.
+
+    Layers may need more than hidden states (inputs of their own for each token, keys of a layer below), or find their mask
+    by a number that the cut changes. Only the tokens of `attention_mask` are compared. The mode is put back.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        full = model.base_model(input_ids=input_ids, **inputs, use_cache=False).last_hidden_state
+        short = upper(model, depth, lower(model, depth, input_ids=input_ids, **inputs), **inputs)
+    except Exception as error:  # whatever a layer lacks
+        return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+    finally:
+        model.train(was_training)
+    real = inputs["attention_mask"].bool()
+    difference, size = (short - full)[real].float().abs().mean().item(), full[real].float().abs().mean().item()
+    return (
+        None if difference <= 1e-3 * size else f"hidden states differ by {difference:.3g} in the mean, of {size:.3g}"
+    )

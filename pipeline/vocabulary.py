@@ -5,6 +5,8 @@ on its own position alone, so its gradient with respect to that hidden state is 
 (as Liger Kernel does for the cross-entropy): nothing is computed twice, and D numbers a position stay.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from trl.trainer.utils import selective_log_softmax_and_entropy
@@ -21,23 +23,26 @@ def token_logprobs(
     *,
     entropy: bool = True,
     entropy_requires_grad: bool = False,
+    logits: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Return the log-probability of each token and, if asked for, the entropy at its position, in nats, both (B, T).
 
     `head` maps hidden states (N, D) to logits (N, V), each row by itself; `hidden` is (B, T, D), `tokens` (B, T). Logits
-    are divided by `temperature`. An entropy that requires a gradient, or a head that is trained, keeps the logits.
+    are divided by `temperature`. An entropy that requires a gradient, or a head that is trained, keeps the logits. Where
+    something follows the head, `logits` is what maps hidden states to logits instead.
     """
+    logits = logits or head
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
     if entropy_requires_grad or any(parameter.requires_grad for parameter in head.parameters()):
         logprobs, entropies = selective_log_softmax_and_entropy(
-            _logits(head, rows), flat, entropy_requires_grad=entropy_requires_grad, temperature=temperature
+            _logits(logits, rows), flat, entropy_requires_grad=entropy_requires_grad, temperature=temperature
         )
     else:
-        logprobs, entropies = _Chunked.apply(rows, flat, head, temperature, entropy)
+        logprobs, entropies = _Chunked.apply(rows, flat, logits, head.weight.shape[0], temperature, entropy)
     return logprobs.view(tokens.shape), entropies.view(tokens.shape) if entropy else None
 
 
-def _logits(head: nn.Module, rows: Tensor) -> Tensor:
+def _logits(head: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
     logits = head(rows)
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -47,10 +52,16 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, rows: Tensor, tokens: Tensor, head: nn.Module, temperature: float, entropy: bool
+        ctx,
+        rows: Tensor,
+        tokens: Tensor,
+        head: Callable[[Tensor], Tensor],
+        vocabulary: int,
+        temperature: float,
+        entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         differentiate = ctx.needs_input_grad[0]
-        pieces = -(-len(rows) * head.weight.shape[0] // LOGITS)  # of like size, so that products are of one shape
+        pieces = -(-len(rows) * vocabulary // LOGITS)  # of like size, so that products are of one shape
         logprobs, entropies, gradients = [], [], []
         for piece, chosen in zip(rows.tensor_split(pieces), tokens.tensor_split(pieces), strict=True):
             with torch.set_grad_enabled(differentiate):
@@ -75,4 +86,4 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx, of_logprobs: Tensor, of_entropy: Tensor | None) -> tuple:
         (gradient,) = ctx.saved_tensors
-        return (of_logprobs.unsqueeze(-1) * gradient).to(gradient.dtype), None, None, None, None
+        return (of_logprobs.unsqueeze(-1) * gradient).to(gradient.dtype), None, None, None, None, None

@@ -136,7 +136,8 @@ def test_an_adapter_fits_the_base_as_it_was_loaded(folder, tmp_path):
     assert json.loads((tmp_path / IDENTITY).read_text())["precision"] == "4-bit nf4"
     head, _ = load_pretrained(model(folder), head=True)
     nested, _ = load_pretrained(model(folder, use_bnb_nested_quant=True))
-    assert fingerprint(backbone.get_base_model()) == fingerprint(head) == fingerprint(nested) == backbone.fingerprint
+    assert fingerprint(backbone.get_base_model()) == fingerprint(nested) == backbone.fingerprint
+    assert backbone.fingerprint.startswith(fingerprint(head))
     read_adapter(str(tmp_path), base=head)
     for options, precision in (
         ({"load_in_4bit": False}, "not quantised"),

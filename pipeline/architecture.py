@@ -1,0 +1,227 @@
+"""What a model must do to play all roles, proved on the model itself with a few tokens.
+
+Families differ in what follows the head (soft caps, scales), in how they count positions, in what their layers need, and in
+what is random in training. Names of families say little and grow old, so each promise is checked where it is made:
+
+- `own_logits` computes logits from last hidden states as the model's own forward does, whatever follows its head;
+- `check_model` refuses a model whose own forward says something else than what the roles compute;
+- `switch_off_dropout` finds what is random in training, and `check_dropout_is_off` that nothing is left.
+"""
+
+import inspect
+import re
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+LONG, SHORT = 12, 8  # tokens of the two texts that a model is checked on; the short one begins the long one
+RANDOM = re.compile(r"drop|jitter")  # names under which modules keep what they draw at random in training
+
+
+# ----------------------------------------------------------------------------------------------- after the head
+class _Given:
+    """Stand in for a part of a model that has run: called, it returns its output; asked, it has the part's attributes."""
+
+    def __init__(self, part: nn.Module, output: Any):
+        self._part, self._output = part, output
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._part, name)
+        return _Given(value, self._output) if isinstance(value, nn.Module) else value
+
+    def __call__(self, *args, **kwargs) -> Any:
+        return self._output
+
+
+class _Hidden(tuple):
+    """Output of the decoder: its last hidden states, and None for all that forward may ask of it beside them."""
+
+    @property
+    def last_hidden_state(self) -> Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class _Decoded:
+    """A language model whose decoder has run. Its class's forward, called on this, does the rest."""
+
+    def __init__(self, model: PreTrainedModel, hidden: Tensor):
+        self._model, self._hidden = model, hidden
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._model, name)
+        return _Given(value, _Hidden((self._hidden,))) if value is self._model.base_model else value
+
+
+def own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """Return the logits (N, V) that the model's own forward computes from last hidden states (N, D).
+
+    The forward of its class runs with the decoder replaced by these states, so whatever stands before and after the head
+    (transforms, soft caps, scales) is the model's own.
+    """
+    hidden = hidden.unsqueeze(0)
+    # Of these "inputs" some families read the shape.
+    return type(model).forward(_Decoded(model, hidden), inputs_embeds=hidden, use_cache=False).logits.squeeze(0)
+
+
+@torch.no_grad()
+def head_is_all(model: PreTrainedModel) -> bool:
+    """Return whether the head alone makes logits of the model's last hidden states, as `own_logits` does.
+
+    The two are compared to the bit on states of several sizes: a soft cap shows in large logits alone.
+    """
+    if model.device.type == "meta":  # there is nothing to compare
+        return True
+    head = model.get_output_embeddings()
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([0.1, 1.0, 10.0, 100.0]).repeat_interleave(2).unsqueeze(1)
+    states = torch.randn(len(sizes), head.weight.shape[-1], generator=generator) * sizes
+    states = states.to(head.weight.device, head.weight.dtype)
+    return torch.equal(own_logits(model, states), head(states.unsqueeze(0)).squeeze(0))
+
+
+# ----------------------------------------------------------------------------------------------- positions
+def attention(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Return what tells a model's decoder of the padding of ids (B, S): the mask, and the positions, if it takes them."""
+    inputs = {"attention_mask": attention_mask}
+    if takes_positions(type(model.base_model)):
+        inputs["position_ids"] = positions(attention_mask)
+    return inputs
+
+
+@cache
+def takes_positions(model_class: type) -> bool:
+    """Return whether a class's forward takes positions. Models of alibi and recurrent ones have none."""
+    return "position_ids" in inspect.signature(model_class.forward).parameters
+
+
+def positions(attention_mask: Tensor) -> Tensor:
+    """Return the position of each token among the real ones of its row, (B, S) -> (B, S)."""
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+# ----------------------------------------------------------------------------------------------- checks
+@torch.no_grad()
+def check_model(model: PreTrainedModel, source: str) -> None:
+    """Check that what the roles compute of a model is what its own forward computes, on two short texts.
+
+    A language model's last logits, or a classifier's score, of each text by itself are compared with those of one batch in
+    which the short text stands at the beginning of the long one, padded at the left, and padded at the right.
+
+    Args:
+        source: the model's name, for errors.
+
+    Raises:
+        ValueError: it sees tokens that come later; padding changes what it says; its hidden states do not give its logits
+            or scores; a part of it bears a role's name.
+    """
+    named = {part for name, _ in model.named_modules() for part in name.split(".")}
+    if taken := sorted(named & {"value", "reward", "ref", "default"}):
+        raise _refusal(model, source, f"has parts named {taken[0]!r}, as a role's adapter is")
+    classifies = hasattr(model, "score")
+    ids, mask = probe(model)
+    try:
+        own = {n: model(input_ids=ids[:1, :n], use_cache=False).logits[0] for n in (LONG, SHORT)}
+        hidden = model.base_model(input_ids=ids, **attention(model, mask), use_cache=False).last_hidden_state
+        last = torch.stack([hidden[0, LONG - 1], hidden[0, SHORT - 1], hidden[1, -1], hidden[2, SHORT - 1]])
+        found = model.score(last) if classifies else own_logits(model, last)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise _refusal(
+            model, source, f"does not run as the roles need it ({type(error).__name__}: {reason})"
+        ) from error
+    if not classifies and hidden.shape[-1] != model.get_output_embeddings().weight.shape[1]:
+        raise _refusal(model, source, "projects its last hidden states before the head, and scores are read from them")
+    kind = "scores" if classifies else "logits"
+    faults = (
+        (LONG, f"has other {kind} than its last hidden states give"),
+        (SHORT, "sees tokens that come later, as encoders do"),
+        (SHORT, "lets padding at the left change what it says"),
+        (SHORT, "lets padding at the right change what it says"),
+    )
+    for ours, (length, fault) in zip(found, faults, strict=True):
+        theirs = own[length] if classifies else own[length][-1]
+        if not _agree(ours, theirs, exact=model.dtype in (torch.float32, torch.float64)):
+            raise _refusal(model, source, fault)
+
+
+def _refusal(model: PreTrainedModel, source: str, fault: str) -> ValueError:
+    return ValueError(
+        f"{source}: {type(model).__name__} {fault}, so it cannot be the backbone. Take a decoder-only language model "
+        f"(GPT-2, Llama, Qwen, Mistral ...)."
+    )
+
+
+def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+    """Return ids and mask (3, S) of a text, and of its beginning padded at the left and at the right.
+
+    Its tokens are ordinary ones: those that a config names have a meaning of their own.
+    """
+    config = model.config.get_text_config()
+    values = [v for part in (model.config, config) for name, v in part.to_dict().items() if "token_id" in name]
+    named = {i for value in values for i in (value if isinstance(value, list) else [value])}
+    rows = min(model.get_input_embeddings().weight.shape[0], 4 * LONG + 64)
+    ordinary = [i for i in range(rows) if i not in named]
+    text = [ordinary[(7 * i + 3) % len(ordinary)] for i in range(LONG)]
+    short, pad_id = text[:SHORT], config.pad_token_id or 0
+    padding, gap = [pad_id] * (LONG - SHORT), [0] * (LONG - SHORT)
+    ids = [text, padding + short, short + padding]
+    mask = [[1] * LONG, gap + [1] * SHORT, [1] * SHORT + gap]
+    return torch.tensor(ids, device=model.device), torch.tensor(mask, device=model.device)
+
+
+def _agree(ours: Tensor, own: Tensor, *, exact: bool) -> bool:
+    """Return whether two vectors of logits, or two scores, are the same but for rounding (nats, in the mean)."""
+    ours, own = ours.float(), own.float()
+    if len(own) > 1:
+        ours, own = ours.log_softmax(dim=-1), own.log_softmax(dim=-1)
+    return (ours - own).abs().mean().item() <= (1e-3 if exact else 0.25)
+
+
+# ----------------------------------------------------------------------------------------------- dropout
+@torch.no_grad()
+def switch_off_dropout(model: nn.Module) -> None:
+    """Switch off all dropout of a model.
+
+    TRL reaches `nn.Dropout`. Many models keep a probability in a module or read it from their config, and call dropout as a
+    function; layer drop and router jitter are kept likewise. The config is that of the model in memory; no file changes.
+    """
+    configs = {}
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in list(vars(module).items()):
+            if RANDOM.search(name) and type(value) is float:
+                setattr(module, name, 0.0)
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "get_text_config"):
+            configs |= {id(part): part for part in (config, config.get_text_config())}
+    for config in configs.values():
+        for name, value in list(vars(config).items()):
+            if RANDOM.search(name) and type(value) is float:
+                setattr(config, name, 0.0)
+
+
+@torch.no_grad()
+def check_dropout_is_off(model: PreTrainedModel, source: str) -> None:
+    """Check that two passes in training mode agree, and leave mode and random state as they were.
+
+    Raises:
+        ValueError: they do not.
+    """
+    ids, was_training = probe(model)[0][:1], model.training
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        model.train()
+        first, second = (model.base_model(input_ids=ids, use_cache=False).last_hidden_state for _ in range(2))
+        model.train(was_training)
+    if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
+        raise ValueError(
+            f"{source}: disable_dropout=True leaves something random in {type(model).__name__}: two passes in training mode "
+            f"differ. Set its dropout and noise to 0 in config.json."
+        )
