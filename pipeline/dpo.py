@@ -14,6 +14,7 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from data.preferences import explicit_prompts, load_preferences
 from data.tokens import prepare_tokens
+from pipeline.architecture import check_dropout_is_off, switch_off_dropout
 from pipeline.artifacts import finish_stage, rows_report
 from pipeline.backbone import backbone_copies, load_backbone
 from pipeline.checkpoints import Checkpointed, find_checkpoint
@@ -63,6 +64,9 @@ def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DP
         train_dataset=pairs,
         processing_class=tokenizer,
     )
+    if args.disable_dropout:
+        switch_off_dropout(backbone)
+        check_dropout_is_off(backbone.get_base_model(), model.model_name_or_path)
     backbone.train_only("policy")  # adding adapters toggles requires_grad
     set_seed(args.seed)
     check_wrapper(trainer)

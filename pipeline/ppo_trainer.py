@@ -24,6 +24,7 @@ from trl.trainer.utils import pad, split_tensor_dict
 
 from data.prompts import tokenize_prompts
 from pipeline.advantages import gae, token_rewards
+from pipeline.architecture import check_dropout_is_off, switch_off_dropout
 from pipeline.artifacts import completions_sampled
 from pipeline.backbone import ADAPTERS, Backbone, backbone_copies
 from pipeline.checkpoints import Checkpointed
@@ -140,6 +141,8 @@ class PPOTrainer(Checkpointed, RLOOTrainer):
                     f"The lowest {depth} layers run in every pass: disable_dropout=False changes their states."
                 )
             return
+        switch_off_dropout(self.model)
+        check_dropout_is_off(self.model.get_base_model(), self.model.name_or_path)
         self.model.share_trunk()
         if self.model.value_has_trunk:
             logger.warning(

@@ -96,7 +96,8 @@ def preflight(
             ):
                 batches.append(batch)
                 progress.update()
-        checks += [*_policy_checks(backbone, batches, sampling, args), *_sampling_checks(args)]
+        checks += [*_policy_checks(backbone, batches, sampling, args), *_own_checks(backbone, batches[0], args)]
+        checks += _sampling_checks(args)
         if vllm:
             checks.append(_vllm_check(backbone, vllm, rows, tokenizer, args))
             progress.update()
@@ -211,6 +212,56 @@ def _policy_checks(
         1e-3,
         "refused",
         "Mean difference (nats) of a token's logprob by policy and reference, which start as one adapter.",
+    )
+
+
+def _own_checks(backbone: Backbone, batch: Sample, args: PPOConfig) -> Iterator[Check]:
+    """Check the logprobs that PPO trains on, of a few rows, against those of the model's own forward, of a pass with the
+    padding at the other side, and of a pass that does not start from the trunk."""
+    ids, mask, chosen, real = (part[:ROWS] for part in batch[:4])
+    few, length = Sample(ids, mask, chosen, real, None), chosen.shape[1]
+    ours = _rescored(backbone, "policy", few, args)[0]
+    if backbone.trunk_depth:
+        full = backbone.logprobs("policy", ids, mask, chosen, args.temperature)
+        yield _held(
+            "a pass from the trunk is the full pass",
+            (ours - full)[real].abs().mean().item(),
+            1e-3,
+            "refused",
+            "Mean difference (nats) of a token's logprob between a pass from the states that roles share and one through "
+            "all layers, which do the same arithmetic. Above the bound, train an adapter of all layers "
+            "(lora_top_layers: 0).",
+        )
+    bound = 1e-3 if _is_exact(args, backbone) else 0.1
+    scale = min(1.0, args.temperature)
+    begins = mask.long().argmax(dim=1, keepdim=True)  # columns of padding at the left
+    columns = torch.arange(ids.shape[1], device=ids.device) + begins
+    moved, moved_mask = (table.gather(1, columns % ids.shape[1]) for table in (ids, mask))
+    right = backbone.logprobs("policy", moved, moved_mask, moved[:, 1:], args.temperature)
+    at = ids.shape[1] - length - 1 - begins + torch.arange(length, device=ids.device)
+    yield _held(
+        "logprobs do not depend on the side of the padding",
+        (ours - right.gather(1, at))[real].abs().mean().item() * scale,
+        bound,
+        "refused",
+        "Mean difference (nats, times a temperature below 1) of a token's logprob with the padding at the left and at the "
+        "right. Above the bound, the model counts padding as tokens: take one that does not (GPT-2, Llama, Qwen ...).",
+    )
+    own = torch.zeros_like(ours)
+    for i, (text, keep) in enumerate(zip(ids, mask.bool(), strict=True)):
+        with backbone.role("policy"):  # as the model is by itself: a row alone, with nothing said of positions
+            logits = backbone.get_base_model()(input_ids=text[keep].unsqueeze(0), use_cache=False).logits[0]
+        count = int(real[i].sum())
+        logprobs = (logits[-count - 1 : -1].float() / args.temperature).log_softmax(dim=-1)
+        own[i, :count] = logprobs.gather(1, chosen[i, :count].unsqueeze(1)).squeeze(1)
+    yield _held(
+        "logprobs are the model's own",
+        (ours - own)[real].abs().mean().item() * scale,
+        bound,
+        "refused",
+        "Mean difference (nats, times a temperature below 1) of a token's logprob in the pass that PPO trains and by the "
+        "logits of the model's own forward, of each row alone. Above the bound, PPO would train another model than the one "
+        "that samples.",
     )
 
 

@@ -15,6 +15,7 @@ from trl import GRPOConfig, ModelConfig, RLOOConfig, RLOOTrainer
 from trl.models import unwrap_model_for_generation
 
 from data.prompts import check_prompt_lengths, load_prompts, tokenize_prompts
+from pipeline.architecture import check_dropout_is_off, switch_off_dropout
 from pipeline.artifacts import completions_sampled, finish_stage, rows_report
 from pipeline.backbone import backbone_copies, load_backbone
 from pipeline.checkpoints import Checkpointed, find_checkpoint
@@ -129,6 +130,9 @@ def train(
         train_dataset=prompts,
         processing_class=tokenizer,
     )
+    if args.disable_dropout:
+        switch_off_dropout(backbone)
+        check_dropout_is_off(backbone.get_base_model(), model.model_name_or_path)
     backbone.train_only("policy")  # adding adapters toggles requires_grad
     set_seed(args.seed, device_specific=True)  # processes draw different completions
     check_wrapper(trainer)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import PROMPTS, make_likely
+from peft import LoraConfig
 
 from pipeline.loading import read_adapter
 from pipeline.preflight import Check, preflight
@@ -21,6 +22,8 @@ NAMES = [
     "sampling and scoring run the same adapters",
     "tokens are drawn from the policy",
     "KL is 0 at step 0",
+    "logprobs do not depend on the side of the padding",
+    "logprobs are the model's own",
     "reward model's accuracy",
     "reward model's calibration error",
     "scores vary on SFT completions",
@@ -63,7 +66,7 @@ def test_a_sound_run_passes(check):
 
 
 def test_without_a_reward_model_the_policy_alone_is_looked_at(check):
-    assert [found.name for found in check(adapter=False)] == NAMES[:6]
+    assert [found.name for found in check(adapter=False)] == NAMES[:8]
 
 
 def test_every_reward_model_is_looked_at(make_trainer, reward_adapter, other_reward_adapter, tokenizer, tmp_path):
@@ -74,7 +77,7 @@ def test_every_reward_model_is_looked_at(make_trainer, reward_adapter, other_rew
     trainer.model.add_role("reward_2", read_adapter(other_reward_adapter, needs_head=True, base=base))
     adapters = {"reward": str(folder), "reward_2": other_reward_adapter}
     checks = preflight(trainer.model, PROMPTS, tokenizer, trainer.args, adapters)
-    second = [name for name in NAMES[6:] if "calibration" not in name]  # it has no metrics file
+    second = [name for name in NAMES[8:] if "calibration" not in name]  # it has no metrics file
     assert [found.name for found in checks] == NAMES + [f"{name} (reward_2)" for name in second]
     trainer.model.heads["reward_2"].weight.data.zero_()
     with pytest.raises(ValueError, match=r"scores vary on SFT completions \(reward_2\): 0, ") as caught:
@@ -126,8 +129,8 @@ def with_pads_attended(trainer):
 
 
 def with_no_temperature_in_scoring(trainer):
-    original = trainer.model.logprobs
-    trainer.model.logprobs = lambda role, ids, mask, chosen, temperature=1.0, trunk=None: original(
+    original = trainer.model.logprobs_and_entropy
+    trainer.model.logprobs_and_entropy = lambda role, ids, mask, chosen, temperature=1.0, trunk=None: original(
         role, ids, mask, chosen, 1.0, trunk
     )
 
@@ -158,7 +161,7 @@ def with_tokens_suppressed(trainer):
 
 def with_a_layer_left_out(trainer):
     """One LoRA layer that scoring does not switch on."""
-    original = trainer.model.logprobs
+    original = trainer.model.logprobs_and_entropy
     layer = trainer.model._tuned[3]
 
     def logprobs(role, *args, **options):
@@ -168,7 +171,7 @@ def with_a_layer_left_out(trainer):
             )
             return original(role, *args, **options)
 
-    trainer.model.logprobs = logprobs
+    trainer.model.logprobs_and_entropy = logprobs
 
 
 def with_another_sampler(trainer):
@@ -183,20 +186,30 @@ def with_another_sampler(trainer):
     base.generate = generate
 
 
+def with_scaled_logits(trainer):
+    """The model's own forward halves its logits, which nothing that reads the head knows of."""
+
+    def halve(module, args, kwargs, output):
+        output.logits = output.logits / 2
+        return output
+
+    trainer.model.get_base_model().register_forward_hook(halve, with_kwargs=True)
+
+
 def with_a_dead_head(trainer):
     trainer.model.heads["reward"].weight.data.zero_()
 
 
 def with_nan_logprobs(trainer):
     """Of the reference alone, in its first batch."""
-    original, calls = trainer.model.logprobs, []
+    original, calls = trainer.model.logprobs_and_entropy, []
 
     def logprobs(role, *args, **options):
         found, entropy = original(role, *args, **options)
         calls.append(role)
         return (found * math.nan if role == "reference" and calls.count(role) == 1 else found), entropy
 
-    trainer.model.logprobs = logprobs
+    trainer.model.logprobs_and_entropy = logprobs
 
 
 @pytest.mark.parametrize(
@@ -215,6 +228,8 @@ def with_nan_logprobs(trainer):
         (with_a_layer_left_out, "sampling and scoring run the same adapters: 1, ", "transformer.h.0"),
         (with_another_sampler, "importance ratios start near 1", "where PPO clips"),
         (with_another_sampler, "sampling and scoring run the same adapters: 8, ", "Backbone.role"),
+        (with_no_positions, "logprobs do not depend on the side of the padding", "counts padding as tokens"),
+        (with_scaled_logits, "logprobs are the model's own", "another model than the one that samples"),
         (with_a_dead_head, "scores vary on SFT completions: 0, bound at least 0.001", "there is nothing to learn"),
     ],
 )
@@ -222,6 +237,21 @@ def test_a_fault_is_refused(check, spoil, name, remedy):
     with pytest.raises(ValueError, match="^PPO is refused before it starts") as caught:
         check(spoil, temperature=0.5, max_completion_length=24)
     assert name in str(caught.value) and remedy in str(caught.value)
+
+
+def test_a_trunk_that_is_not_the_full_pass_is_refused(check):
+    def spoil(trainer):
+        assert trainer.model.trunk_depth == 1
+        original = trainer.model.trunk
+        trainer.model.trunk = lambda *args: original(*args) * 1.5
+
+    top = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["c_attn"], layers_to_transform=[1], layers_pattern="h"
+    )
+    found = by_name(check(adapter=False, policy=top))
+    assert found["a pass from the trunk is the full pass"].measured < 1e-5
+    with pytest.raises(ValueError, match="a pass from the trunk is the full pass: .* train an adapter of all layers"):
+        check(spoil, adapter=False, policy=top)
 
 
 @pytest.mark.parametrize(("accuracy", "bound", "result"), [(0.56, 0.55, "passed"), (0.5, 0.5, "passed")])
