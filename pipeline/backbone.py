@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from accelerate.logging import get_logger
 from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -250,6 +251,7 @@ class Backbone(PeftModelForCausalLM):
             with self.role(None):
                 fault = trunk_fault(base, self.trunk_depth, ids, **attention(base, mask))
             if fault:
+                PartialState()  # without it, accelerate's logger cannot tell which process this is
                 logger.warning(
                     f"The lowest {self.trunk_depth} layers run in every pass: {type(base).__name__} does not run from their "
                     f"states as it runs in full ({fault})."

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 
-LAYERS, HIDDEN, VOCABULARY = 4, 32, 96
+LAYERS, HIDDEN, VOCABULARY = 3, 32, 96
 SIZES = {
     LAYERS: "num_hidden_layers n_layer n_layers num_layers decoder_layers encoder_layers num_decoder_layers "
     "num_encoder_layers",

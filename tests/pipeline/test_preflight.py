@@ -123,7 +123,9 @@ def with_pads_attended(trainer):
     original = base.forward
     base.forward = lambda *args, attention_mask=None, **kwargs: original(
         *args,
-        attention_mask=attention_mask if kwargs.get("use_cache", True) else torch.ones_like(attention_mask),
+        attention_mask=attention_mask
+        if kwargs.get("use_cache", True) or attention_mask is None
+        else torch.ones_like(attention_mask),
         **kwargs,
     )
 
