@@ -637,7 +637,10 @@ class Checkpointed:
 
     # -------------------------------------------------------------------------------------- logs and cards
     def create_model_card(self, *args, **kwargs) -> None:
-        """Override `create_model_card`: name the base model also where it is a folder."""
+        """Override `create_model_card`: name the base model also where it is a folder. With a checkpoint TRL would write it
+        into `output_dir`, over that of an earlier run's adapter."""
+        if self._staging:
+            return
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             complete_card(Path(self.args.output_dir) / "README.md", self.model.config._name_or_path)

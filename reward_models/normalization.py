@@ -48,7 +48,8 @@ def read_normalization(folder: str) -> Normalization:
         found = Normalization(**read_json(path))
     except TypeError as error:
         raise ValueError(f"{path}: it must hold mean, std and completions; measure them anew.") from error
-    if not np.isfinite([found.mean, found.std]).all() or found.std <= 0:
+    known = all(isinstance(number, (int, float)) for number in (found.mean, found.std))  # null: it was not finite
+    if not known or not np.isfinite([found.mean, found.std]).all() or found.std <= 0:
         raise ValueError(f"{path}: mean {found.mean} and std {found.std} are no scale of scores; measure them anew.")
     return found
 
