@@ -32,10 +32,15 @@ ROWS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]] * 4
 
 @pytest.fixture
 def make(tiny, sft_adapter, tokenizer, tmp_path):
-    def make(stage, reward_funcs=None):
+    def make(stage, reward_funcs=None, steps=1):
         trainer, config, _ = KINDS[stage]
         base, _ = load_pretrained(ModelConfig(tiny))
-        options = {"per_device_train_batch_size": 4, "num_generations": 2, "max_completion_length": 6, "max_steps": 1}
+        options = {
+            "per_device_train_batch_size": 4,
+            "num_generations": 2,
+            "max_completion_length": 6,
+            "max_steps": steps,
+        }
         return trainer(
             model=Backbone(base, read_adapter(sft_adapter, base=base)),
             reward_funcs=reward_funcs or [get_length(3)],
@@ -80,3 +85,22 @@ def test_a_reward_function_that_gives_no_rewards_ends_training(stage, output, ma
         RewardError, match=r"^reward function 'wrong' (returned|gave) .* Nothing has been trained yet\.$"
     ):
         make(stage, [wrong]).train()
+
+
+@pytest.mark.parametrize("failure", [KeyError("solution"), SystemExit(0)], ids=repr)
+@pytest.mark.parametrize("stage", KINDS)
+def test_a_reward_function_that_fails_in_mid_training_leaves_a_checkpoint(stage, failure, make, tmp_path):
+    calls = []
+
+    def fails(completions, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise failure
+        return list(map(float, range(len(completions))))
+
+    with pytest.raises(RewardError, match=r"'fails' raised .* Correct the function and go on from .*checkpoint-2: "):
+        make(stage, [fails], steps=4).train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    trainer = make(stage, [fails], steps=4)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert trainer.state.global_step == 4 and len(calls) == 5

@@ -16,7 +16,7 @@ from pipeline import ppo_trainer, rollout
 from pipeline.loading import read_adapter
 from pipeline.ppo_trainer import PPOTrainer
 from pipeline.rollout import Rollout
-from reward_models.composite import PROTOCOL
+from reward_models.composite import PROTOCOL, RewardError
 from reward_models.learned import LearnedReward
 
 
@@ -664,6 +664,23 @@ def test_what_is_no_number_stops_training_with_finite_weights(make_trainer, monk
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     for folder in (checkpoint, checkpoint / "value"):
         assert all(tensor.isfinite().all() for tensor in read_adapter(str(folder)).weights.values())
+
+
+def test_a_reward_function_that_exits_in_mid_training_leaves_a_checkpoint(make_trainer, tmp_path):
+    calls = []
+
+    def leaves(completions, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise SystemExit(0)
+        return list(map(float, range(len(completions))))
+
+    with pytest.raises(RewardError, match=r"'leaves' raised SystemExit: 0; .* go on from .*checkpoint-4: "):
+        make_trainer([leaves]).train()
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+    trainer = make_trainer([leaves])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert trainer.state.global_step == 8
 
 
 # ------------------------------------------------------------------------------------------ evaluation, best checkpoint
