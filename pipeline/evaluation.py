@@ -166,7 +166,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     first = next(iter(rewards.reward_adapter), None)  # of several, the one that the value started from
     stages = {"sft": args.sft_adapter, "reward": first, "ppo": args.policy_adapter}
     metrics = {stage: read_metrics(folder) if folder else {} for stage, folder in stages.items()}
-    measured = {key: value for key, value in metrics["reward"].items() if key not in ("history", "seconds")}
+    measured = {key: value for key, value in metrics["reward"].items() if key not in ("history", "rows", "seconds")}
     report = {
         "policy": args.policy_name,
         "seed": args.seed,

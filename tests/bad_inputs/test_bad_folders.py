@@ -76,7 +76,7 @@ MODELS = {
 }
 MODELS_SEEN_IN_LOADING = {
     "cut weights": (cut("model.safetensors", 5000), r"damaged, as a copy or a download that was cut short leaves it"),
-    "a cut config": (cut("config.json", 20), r"config\.json' is not a valid JSON file"),
+    "a cut config": (cut("config.json", 20), r"config\.json: not valid JSON .*Restore the file"),
     "no config": (remove("config.json"), r"Unrecognized model in \S+\. Should have a `model_type` key in its config"),
     "a cut tokenizer": (
         cut("tokenizer.json", 20),
