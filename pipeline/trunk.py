@@ -50,9 +50,9 @@ def _cut(model: PreTrainedModel, part: slice) -> Iterator[nn.ModuleList]:
     owner, name, layers = decoder_layers(model)
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)  # which mask a layer gets: models read it by the layer's place
-    setattr(owner, name, layers[part])
     if kinds is not None:
-        config.layer_types = kinds[part]
+        config.layer_types = kinds[part]  # first, since configs that compute it raise, and the model must stay whole
+    setattr(owner, name, layers[part])
     try:
         yield layers
     finally:
