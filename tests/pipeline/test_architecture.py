@@ -13,10 +13,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from trl import ModelConfig
 
 from pipeline import vocabulary
-from pipeline.architecture import check_dropout_is_off, check_model, head_is_all, probe, switch_off_dropout
+from pipeline.architecture import attention, check_dropout_is_off, check_model, head_is_all, probe, switch_off_dropout
 from pipeline.backbone import Backbone
 from pipeline.configs import LoraArguments, lora_config
 from pipeline.loading import fingerprint, load_pretrained, read_adapter
+from pipeline.trunk import decoder_layers, trunk_fault
 
 
 # Families whose forward changes logits after the head, or states before it, with the changes that neutralise that.
@@ -118,6 +119,14 @@ def test_a_trunk_that_is_not_the_full_pass_is_not_shared(family, caplog):
     backbone.share_trunk()
     assert backbone.trunk_depth == 0
     assert "layers run in every pass" in caplog.text
+
+
+def test_a_trunk_that_cannot_be_tried_leaves_the_model_whole():
+    """Jamba computes its layers' kinds and refuses to be told them."""
+    base = tiny_model("jamba")
+    ids, mask = probe(base)
+    assert trunk_fault(base, 1, ids, **attention(base, mask)).startswith("AttributeError")
+    assert len(decoder_layers(base)[2]) == LAYERS
 
 
 @torch.no_grad()

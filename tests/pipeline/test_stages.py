@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import trl
 from safetensors.torch import load_file
 from transformers import Trainer
 from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SFTConfig
@@ -227,7 +228,7 @@ def test_a_baseline_trains_the_policy_alone_and_leaves_a_standard_adapter(
 def test_trl_scores_the_tokens_at_the_positions_they_were_sampled_at(trainer_class, run, monkeypatch):
     """Its logprobs of left-padded prompts are those of `Backbone.logprobs`, which the sampled ones equal."""
     differences = []
-    original = getattr(rloo, trainer_class)._generate_and_score_completions
+    original = getattr(trl, trainer_class)._generate_and_score_completions
 
     def compare(trainer, inputs):
         rollout = original(trainer, inputs)
@@ -241,7 +242,7 @@ def test_trl_scores_the_tokens_at_the_positions_they_were_sampled_at(trainer_cla
         differences.append((theirs - ours)[real].abs().max())
         return rollout
 
-    monkeypatch.setattr(getattr(rloo, trainer_class), "_generate_and_score_completions", compare)
+    monkeypatch.setattr(getattr(trl, trainer_class), "_generate_and_score_completions", compare)
     run(trainer_class[:4].lower())
     assert max(differences) < 1e-4
 
