@@ -121,9 +121,6 @@ def check_model(model: PreTrainedModel, source: str) -> None:
         ValueError: it sees tokens that come later; padding changes what it says; its hidden states do not give its logits
             or scores; a part of it bears a role's name.
     """
-    named = {part for name, _ in model.named_modules() for part in name.split(".")}
-    if taken := sorted(named & {"value", "reward", "ref", "default"}):
-        raise _refusal(model, source, f"has parts named {taken[0]!r}, as a role's adapter is")
     classifies = hasattr(model, "score")
     ids, mask = probe(model)
     try:
@@ -145,10 +142,16 @@ def check_model(model: PreTrainedModel, source: str) -> None:
         (SHORT, "lets padding at the left change what it says"),
         (SHORT, "lets padding at the right change what it says"),
     )
+    exact = model.dtype in (torch.float32, torch.float64)
+    if not classifies and not _agree(own[LONG][SHORT - 1], own[SHORT][-1], exact=exact):
+        raise _refusal(model, source, "sees tokens that come later, as encoders do")
     for ours, (length, fault) in zip(found, faults, strict=True):
         theirs = own[length] if classifies else own[length][-1]
-        if not _agree(ours, theirs, exact=model.dtype in (torch.float32, torch.float64)):
+        if not _agree(ours, theirs, exact=exact):
             raise _refusal(model, source, fault)
+    named = {part for name, _ in model.named_modules() for part in name.split(".")}
+    if taken := sorted(named & {"value", "reward", "ref", "default"}):
+        raise _refusal(model, source, f"has parts named {taken[0]!r}, as a role's adapter is")
 
 
 def _refusal(model: PreTrainedModel, source: str, fault: str) -> ValueError:

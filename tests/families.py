@@ -1,8 +1,25 @@
 """Tiny random models of the decoder families in transformers, with whatever their configs can switch set to other than
 the default."""
 
+import re
+from copy import deepcopy
+from pathlib import Path
+
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+import transformers
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from pipeline.architecture import attention, check_dropout_is_off, check_model, probe, switch_off_dropout
+from pipeline.loading import context_length
+from pipeline.trunk import trunk_fault
 
 
 LAYERS, HIDDEN, VOCABULARY = 3, 32, 96
@@ -15,7 +32,8 @@ SIZES = {
     "moe_num_experts sliding_window window_size attention_chunk_size linear_num_value_heads attention_window",
     2: "num_key_value_heads num_kv_heads num_experts_per_tok moe_topk moe_k top_k_experts n_group topk_group "
     "linear_num_key_heads",
-    1: "n_shared_experts num_shared_experts num_kv_shared_layers num_nextn_predict_layers moe_num_shared_experts",
+    1: "n_shared_experts num_shared_experts num_kv_shared_layers num_nextn_predict_layers moe_num_shared_experts "
+    "first_k_dense_replace",
     8: "head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim kv_channels global_head_dim hidden_size_per_layer_input "
     "linear_key_head_dim linear_value_head_dim mamba_d_head d_head swa_head_dim index_head_dim",
     16: "q_lora_rank kv_lora_rank word_embed_proj_dim mamba_d_state state_size ssm_state_size mamba_head_dim",
@@ -37,6 +55,14 @@ SWITCHES = {
     0.5: "residual_multiplier scale_depth key_multiplier ssm_in_multiplier attention_in_multiplier",
     True: "use_sliding_window scale_embedding",
 }
+OWN = {  # what a family's sizes must be to fit each other
+    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
+    "codegen": {"rotary_dim": 8},
+    "gptj": {"rotary_dim": 8},
+    "diffllama": {"attention_dropout": 0.0},
+    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified", "gemma4_unified_text"), {"num_kv_shared_layers": 0}),
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
+}
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "decoder_start_token_id": 1}
 
 
@@ -50,9 +76,13 @@ def tiny_config(model_type: str, **changes) -> PreTrainedConfig:
     known = default.to_dict()
     wanted = {name: value for table in (SIZES, SWITCHES) for value, names in table.items() for name in names.split()}
     wanted |= SPECIAL
+    if "kv_lora_rank" in known:  # each head has keys of its own
+        wanted["num_key_value_heads"] = wanted["num_attention_heads"]
     if "tie_word_embeddings" in known:
         wanted["tie_word_embeddings"] = not known["tie_word_embeddings"]
-    return config_class(**{name: value for name, value in wanted.items() if name in known} | changes)
+    return config_class(
+        **{name: value for name, value in wanted.items() if name in known} | OWN.get(model_type, {}) | changes
+    )
 
 
 def tiny_model(model_type: str, **changes) -> PreTrainedModel:
@@ -60,3 +90,105 @@ def tiny_model(model_type: str, **changes) -> PreTrainedModel:
     torch.manual_seed(0)
     config = tiny_config(model_type, **changes)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").requires_grad_(False).eval()
+
+
+TABLE = Path(__file__).parents[1] / "pipeline" / "FAMILIES.md"
+LARGEST = 5_000_000  # parameters: a family whose config is not made small by the sizes above is not tried
+HEADER = """# Families of language models
+
+Of each family of causal language models in transformers {version}, a tiny random model was put to the checks that a run puts
+to the user's model (`pipeline/architecture.py`). What its config can switch (soft caps, scales, windows, dropout, a tied or
+untied head) had other values than the default. A checkpoint can still be refused for what it alone has.
+
+- *Language model*: served, or why SFT or PPO refuses it. Logprobs and values of a served one are those of its own forward.
+- *Trunk*: with `lora_top_layers` the layers below run once a rollout, or why they run in every pass.
+- *Reward model*: a sequence classifier of it can be trained, or why not. PPO can then take reward functions.
+
+`python -m tests.families` writes this file.
+
+| Family | Language model | Trunk | Reward model |
+|---|---|---|---|
+"""
+
+
+def row(family: str) -> str:
+    """Return a family's line of the table, from what a tiny model of it does."""
+    return f"| {family} | {' | '.join(verdicts(family))} |"
+
+
+def verdicts(family: str) -> tuple[str, str, str]:
+    """Return what the table says of a family's language model, trunk and reward model."""
+    try:
+        with torch.device("meta"):
+            planned = AutoModelForCausalLM.from_config(tiny_config(family), attn_implementation="eager")
+        size = sum(parameter.numel() for parameter in planned.parameters())
+        if size > LARGEST:
+            return f"not tried: its tiny model would have {size:,} parameters", "", ""
+        base = tiny_model(family)
+        base.config.get_text_config().pad_token_id = SPECIAL["pad_token_id"]  # as `load_pretrained` does
+        ids, mask = probe(base)
+        base(input_ids=ids[:1], use_cache=False)
+    except Exception as error:  # sizes that do not fit each other, or a package that is not installed
+        return f"not tried: {_short(error)}", "", ""
+    try:
+        check_model(base, family)
+        context_length(base)
+        classifier = deepcopy(base.config)
+        fault = _trunk_fault(base, ids, mask)
+        switch_off_dropout(base)
+        check_dropout_is_off(base, family)
+    except ValueError as error:
+        return f"refused: {_reason(error, base)}", "", ""
+    return "served", f"no: {fault}" if fault else "shared", _reward_model(classifier, family)
+
+
+def _trunk_fault(base: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor) -> str | None:
+    """Return why the layers below run in every pass, without numbers, which differ between machines, or None."""
+    try:
+        fault = trunk_fault(base, LAYERS - 2, ids, **attention(base, mask))
+    except ValueError as error:  # no list of layers
+        return _reason(error, base)
+    if fault and not fault.startswith("hidden states differ"):
+        return f"layers do not run from hidden states alone ({fault.split(':')[0]})"
+    return fault and "a pass from its states is not the full pass"
+
+
+def _reward_model(config: PreTrainedConfig, family: str) -> str:
+    config.num_labels = 1
+    torch.manual_seed(0)
+    try:
+        model = AutoModelForSequenceClassification.from_config(config, attn_implementation="eager").eval()
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        return "no: transformers has no sequence classifier of it"
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        return "no: its classifier keeps its head elsewhere than in `score`"
+    try:
+        check_model(model, family)
+    except ValueError as error:
+        return f"no: {_reason(error, model)}"
+    return "served"
+
+
+def _reason(error: ValueError, model: PreTrainedModel) -> str:
+    """Return the fault that an error names, without the model's name before it and the remedy after it."""
+    said = " ".join(str(error).split()).replace("|", "/").removeprefix(": ")
+    return re.split(r", so it cannot|\. (?:Take|Set) ", said.split(f"{type(model).__name__} ", 1)[-1])[0].removesuffix(
+        "."
+    )
+
+
+def _short(error: Exception) -> str:
+    said = " ".join(str(error).split()).replace("|", "/")
+    return f"{type(error).__name__}: {said}"[:160]
+
+
+def table() -> str:
+    """Return the text of the table of all families that the installed transformers has."""
+    lines = [row(family) for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)]
+    return HEADER.format(version=transformers.__version__) + "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    TABLE.write_text(table(), encoding="utf-8")
