@@ -26,6 +26,7 @@ from accelerate.utils import compare_versions, send_to_device
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -715,6 +716,9 @@ class Checkpointed:
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(input_ids=ids, attention_mask=ids).logits
         model.train(training)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the best checkpoint, which may be loaded next, goes into the shards
         if not self.accelerator.gather(logits.isfinite().all().int().view(1)).all():
             self.diverged = f"An output of the model is not finite after step {self.state.global_step}"
 

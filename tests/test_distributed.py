@@ -51,8 +51,8 @@ LARGE = ["--vf_coef", "1e30"]  # the loss is finite, and the square of its gradi
 REFUSED = {
     "zero2": [
         ("early_stop", ["--max_approx_kl", "0.1"], "max_approx_kl=0.1 leaves gradients out of optimizer steps"),
-        ("not_finite", ["--learning_rate", "1e30"], "nothing more is saved; go on from the last checkpoint"),
-        ("norm", LARGE, "The gradient's norm is inf: the step was not taken and training stops"),
+        ("not_finite", ["--learning_rate", "1e30"], "The loss is nan at step 2: training has diverged and ends"),
+        ("norm", LARGE, "The gradient's norm is inf at step 1: training has diverged and ends"),
     ],
 }
 TIMEOUT = int(os.environ.get("T", 600))  # seconds

@@ -100,7 +100,7 @@ def test_the_report_holds_what_the_readme_promises(demo):
     for picture in re.findall(r"\]\((\S+\.png)\)", text):
         assert (out / picture).read_bytes()[:4] == b"\x89PNG"
     assert text.count(".png)") == 4
-    assert len(report["preflight"]) == 14 and "## Before training" in text
+    assert len(report["preflight"]) == 13 and "## Before training" in text
     for stage in ("sft", "reward", "ppo", "evaluation"):
         assert re.search(r"\d+%\|", printed[stage].stderr), f"{stage} shows no progress bar"
 
