@@ -125,7 +125,7 @@ def _load_folder(name: str, path: Path, split: str) -> Dataset:
 
 
 def _data_files(name: str, folder: Path) -> dict[str, list[Path]]:
-    """Files with rows below a folder, by split. The names tell the split, as on the hub: of one in whose path no word
+    """Find files with rows below a folder, by split. The names tell the split, as on the hub: of one in whose path no word
     names any, all rows are of the split `train`.
 
     Raises:

@@ -110,7 +110,7 @@ def _open(path: Path):
 
 # ------------------------------------------------------------------------------------ JSON
 def _json_lines(name: str, path: Path) -> list[dict]:
-    """Rows of JSON lines. Blank lines may be."""
+    """Read rows of JSON lines. Blank lines may be."""
     rows = []
     with _open(path) as file:
         for number, line in enumerate(file, 1):
@@ -124,7 +124,7 @@ def _json_lines(name: str, path: Path) -> list[dict]:
 
 
 def _json(name: str, path: Path) -> list[dict]:
-    """Rows of a .json file: an array of objects, JSON lines, or one object."""
+    """Read rows of a .json file: an array of objects, JSON lines, or one object."""
     with _open(path) as file:
         content = file.read()
     try:
@@ -267,7 +267,7 @@ def _cells_of_any_size() -> Iterator[None]:
 
 
 def _csv(name: str, path: Path) -> list[dict]:
-    """Rows of cells between commas or tabs, quoted by `"`. Blank lines may be."""
+    """Read rows of cells between commas or tabs, quoted by `"`. Blank lines may be."""
     mark = ("\t", "tab") if format_of(path) == ".tsv" else (",", "comma")
     with _open(path) as file:
         content = file.read()

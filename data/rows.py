@@ -8,7 +8,7 @@ from datasets import Dataset
 
 
 def row_name(name: str, number: int) -> str:
-    """How errors name a row. `number` counts from 1."""
+    """Return how errors name a row. `number` counts from 1."""
     return f"{name} row {number} (counting from 1)"
 
 
@@ -34,11 +34,11 @@ class Rows(Dataset):
 
     @classmethod
     def of_file(cls, dataset: Dataset, name: str) -> Self:
-        """All rows of one file, or of one split on the hub."""
+        """Take all rows of one file, or of one split on the hub."""
         return cls(dataset, (name,), np.zeros(len(dataset), dtype=int), np.arange(1, len(dataset) + 1))
 
     def with_columns(self, columns: dict[str, list]) -> Self:
-        """The same rows with the cells of `columns` alone."""
+        """Return the same rows with the cells of `columns` alone."""
         return Rows(Dataset.from_dict(columns), self.files, self.of, self.numbers)
 
     def select(self, indices: Iterable, *args, **kwargs) -> Self:
