@@ -219,7 +219,8 @@ def test_each_update_samples_from_the_policy_it_has(run, case):
         assert difference < case.difference and shortfall <= case.shortfall, folder
     checks = json.loads((out / "metrics.json").read_text())["preflight"]
     assert [check["result"] for check in checks if check["name"] == "vLLM samples from the policy"] == ["passed"]
-    assert all(0 < difference < case.difference for difference in logged_differences(out))
+    # Of the bare backbone in float32 vLLM can give the very same numbers, and of the merged policy it does not.
+    assert 0 < max(logged_differences(out)) < case.difference
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
