@@ -58,16 +58,15 @@ def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict, *, complete:
     trainer.accelerator.wait_for_everyone()  # what is read next, by whichever process, is there
 
 
-def rows_report(counts: dict[str, tuple[str, Counts | None]]) -> dict[str, dict]:
+def rows_report(counts: dict[str, tuple[str, Counts]]) -> dict[str, dict]:
     """Say, before training, how many rows of each dataset are read, and return it for `metrics.json`.
 
     Args:
-        counts: for `train`, `held_out` and so on, where the rows come from and how many there are (None: there are none).
+        counts: for `train`, `held_out` and so on, where the rows come from and how many there are.
     """
-    found = {part: (source, of_part) for part, (source, of_part) in counts.items() if of_part is not None}
-    for part, (source, of_part) in found.items():
+    for part, (source, of_part) in counts.items():
         PartialState().print(f"{part} ({source}): {of_part}.")
-    return {part: {"source": source, **of_part._asdict()} for part, (source, of_part) in found.items()}
+    return {part: {"source": source, **of_part._asdict()} for part, (source, of_part) in counts.items()}
 
 
 def add_rows_to_card(folder: Path, rows: dict[str, dict]) -> None:

@@ -229,8 +229,8 @@ def _own_checks(backbone: Backbone, batch: Sample, args: PPOConfig) -> Iterator[
             1e-3,
             "refused",
             "Mean difference (nats) of a token's logprob between a pass from the states that roles share and one through "
-            "all layers, which do the same arithmetic. Above the bound, train an adapter of all layers "
-            "(lora_top_layers: 0).",
+            "all layers, which do the same arithmetic. Above the bound, train an adapter of all layers: leave "
+            "lora_top_layers unset.",
         )
     bound = 1e-3 if _is_exact(args, backbone) else 0.1
     scale = min(1.0, args.temperature)

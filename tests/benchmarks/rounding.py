@@ -22,7 +22,7 @@ from trl import ModelConfig
 from trl.trainer.utils import pad
 
 from data.prompts import load_prompts, tokenize_prompts
-from pipeline import backbone as backbone_module
+from pipeline import architecture
 from pipeline.backbone import Backbone
 from pipeline.configs import LoraArguments, lora_config
 from pipeline.importance import disagreement
@@ -70,7 +70,7 @@ def precision(backbone: Backbone) -> torch.autocast:
 @contextmanager
 def positions_shifted(backbone: Backbone) -> Iterator[None]:
     """Padding at the left counts as positions in scoring. Rotary embeddings see distances alone: no fault to them."""
-    with patch.object(backbone_module, "_positions", lambda mask: torch.ones_like(mask).long().cumsum(-1) - 1):
+    with patch.object(architecture, "positions", lambda mask: torch.ones_like(mask).long().cumsum(-1) - 1):
         yield
 
 

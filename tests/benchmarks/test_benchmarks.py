@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.benchmarks import scaling
+from tests.benchmarks import rounding, scaling
 from tests.benchmarks.cost import decoding_flops, layer_weights, update_flops
 from tests.benchmarks.ppo_update import SMOLLM2, Contender, markdown, measure
 from tests.benchmarks.spine_contender import make_trainer
@@ -50,6 +50,17 @@ def test_ours_runs_by_turns_and_is_written_down(work):
     assert row["generation"] + row["scoring"] + row["training"] == pytest.approx(row["seconds"], rel=0.3)
     result |= {"speedup": 3.0, "memory_ratio": 0.2, "floor_seconds": 1.0}
     assert "| spine_top |" in markdown(result) and "1/3.00" in markdown(json.loads(json.dumps(result)))
+
+
+@pytest.mark.slow
+def test_what_rounding_and_faults_do_is_measured():
+    """Each fault that is planted shows beside the sound pass: on a flat random policy in float32, which has no rounding."""
+    backbone, tokenizer = rounding.load("data/backbone", "float32", "sdpa", None, None)
+    lines = rounding.table(backbone, tokenizer, ["The film", "A", "It is a"] * 2).splitlines()[2:]
+    means = {cells[1].strip(): float(cells[2]) for cells in (line.split("|") for line in lines)}
+    sound, drawn_otherwise = means.pop("**sound**"), means.pop("temperature missing in sampling")
+    assert max(sound, drawn_otherwise) < 1e-4  # the second shows in which tokens come, not in their logprobs
+    assert len(means) == 6 and min(means.values()) > 1e-2
 
 
 @pytest.mark.slow
