@@ -148,15 +148,14 @@ def _check_whole(base: PreTrainedModel, found: dict, name: str) -> None:
         unexpected = {key for key in unexpected if ".weight." not in key}
     shapes = sorted(f"{key} {tuple(theirs)}, not {tuple(ours)}" for key, theirs, ours in found["mismatched_keys"])
     for problem, keys in (
-        ("lacks", sorted(missing)),
-        ("has what the model has not:", sorted(unexpected)),
-        ("has in another shape than config.json says", shapes),
+        ("are missing from its files", sorted(missing)),
+        ("in its files belong to no part of the model", sorted(unexpected)),
+        ("in its files have another shape than config.json says", shapes),
     ):
         if keys:
             raise ValueError(
-                f"{name}: not all of {type(base).__name__} is in its files, or more than that. The folder {problem} "
-                f"{len(keys)} tensors, first {keys[0]}. transformers would go on with random weights, or without some. Copy "
-                f"the model anew, or correct `architectures` and `tie_word_embeddings` in config.json."
+                f"{name}: {len(keys)} tensors of {type(base).__name__} {problem} (first: {keys[0]}). Copy the model anew, or "
+                f"correct `architectures` and `tie_word_embeddings` in config.json."
             )
 
 

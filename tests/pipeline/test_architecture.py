@@ -175,19 +175,19 @@ LAYER = "model.layers.1.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: t.pop("lm_head.weight"), "lacks 1 tensors, first lm_head.weight"),
-        (lambda t: t.pop(LAYER), f"lacks 1 tensors, first {LAYER}"),
+        (lambda t: t.pop("lm_head.weight"), r"1 tensors of \w+ are missing from its files \(first: lm_head.weight"),
+        (lambda t: t.pop(LAYER), rf"1 tensors of \w+ are missing from its files \(first: {LAYER}"),
         (
             lambda t: t.update({LAYER: t[LAYER][:7].clone()}),
-            rf"another shape .* 1 tensors, first {LAYER} \(7, 32\), not",
+            rf"1 tensors of \w+ in its files have another shape .* \(first: {LAYER} \(7, 32\), not",
         ),
         (
             lambda t: t.update({LAYER.replace("1", "9"): t[LAYER].clone()}),
-            "has what the model has not: 1 tensors, first m",
+            r"1 tensors of \w+ in its files belong to no part of the model \(first: m",
         ),
         (
             lambda t: t.update({"model.adapter.weight": torch.ones(2)}),
-            "has what the model has not: 1 tensors, first model.a",
+            r"1 tensors of \w+ in its files belong to no part of the model \(first: model.a",
         ),
     ],
     ids=["head", "missing", "shape", "layer", "unknown"],
