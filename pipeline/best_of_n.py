@@ -4,7 +4,7 @@
 
 It trains nothing, and says what the reward model is worth before PPO is asked to climb it (Stiennon et al. 2020, arXiv
 2009.01325; Gao et al. 2022, arXiv 2210.10760). One pool of completions a prompt serves all n: what is reported are
-exact expectations over the pool's subsets of size n (`pipeline.metrics.best_of_n`). Wins are against one more
+exact expectations over the pool's subsets of size n (`pipeline.reports.metrics.best_of_n`). Wins are against one more
 completion of each prompt, which is in no pool. Distinct-2 is a property of a set of texts and has no such expectation:
 it is that of the best among the first n of each pool.
 
@@ -21,15 +21,15 @@ from tqdm.auto import tqdm
 from trl import ModelConfig
 
 from data.prompts import check_prompt_lengths, tokenize_prompts
-from pipeline.artifacts import seconds_running
-from pipeline.backbone import load_backbone
-from pipeline.configs import CompletionArguments, PolicyArguments, parse
-from pipeline.folders import check_folders, read_json, write_json
-from pipeline.launch import check_launch
-from pipeline.loading import context_length
-from pipeline.metrics import best_of_n, best_of_n_kl, bootstrap_interval, distinct_n, wins
-from pipeline.report import best_of_n_table, draw_best_of_n
-from pipeline.sampling import as_answers, gathered, sample
+from pipeline.backbone.loading import context_length
+from pipeline.backbone.roles import load_backbone
+from pipeline.backbone.sampling import as_answers, gathered, sample
+from pipeline.reports.metrics import best_of_n, best_of_n_kl, bootstrap_interval, distinct_n, wins
+from pipeline.reports.report import best_of_n_table, draw_best_of_n
+from pipeline.runs.arguments import CompletionArguments, PolicyArguments, parse
+from pipeline.runs.folders import check_folders, read_json, write_json
+from pipeline.runs.launch import check_launch
+from pipeline.runs.outputs import seconds_running
 from reward_models.composite import Composite, RewardArguments, call_rewards, learned_rewards, load_functions
 from reward_models.rules import sentiment
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data.hh import LONG, convert, read_rows, write_stages
-from pipeline.gguf import model_source
+from pipeline.backbone.gguf import model_source
 
 
 def arguments(args: list[str]) -> argparse.Namespace:

@@ -14,14 +14,14 @@ from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from data.preferences import explicit_prompts, load_preferences
 from data.tokens import prepare_tokens
-from pipeline.architecture import check_dropout_is_off, switch_off_dropout
-from pipeline.artifacts import finish_stage, rows_report
-from pipeline.backbone import backbone_copies, load_backbone
-from pipeline.checkpoints import Checkpointed, find_checkpoint
-from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, check_max_length, parse
-from pipeline.folders import check_folders
-from pipeline.launch import check_launch, check_wrapper
-from pipeline.loading import context_length, fingerprint
+from pipeline.backbone.architecture import check_dropout_is_off, switch_off_dropout
+from pipeline.backbone.loading import context_length, fingerprint
+from pipeline.backbone.roles import backbone_copies, load_backbone
+from pipeline.runs.arguments import DataArguments, LoraArguments, PolicyArguments, check_max_length, parse
+from pipeline.runs.checkpoints import Checkpointed, find_checkpoint
+from pipeline.runs.folders import check_folders
+from pipeline.runs.launch import check_launch, check_wrapper
+from pipeline.runs.outputs import finish_stage, rows_report
 
 
 @dataclass

@@ -20,15 +20,15 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from data.prompts import check_prompt_lengths, tokenize_prompts
-from pipeline import report as drawing
-from pipeline.artifacts import read_metrics, seconds_running
-from pipeline.backbone import Backbone, load_backbone
-from pipeline.configs import CompletionArguments, parse
-from pipeline.folders import check_folders, write_json
-from pipeline.launch import check_launch
-from pipeline.loading import context_length, read_adapter
-from pipeline.metrics import bootstrap_interval, distinct_n, wins
-from pipeline.sampling import as_answers, gathered, sample
+from pipeline.backbone.loading import context_length, read_adapter
+from pipeline.backbone.roles import Backbone, load_backbone
+from pipeline.backbone.sampling import as_answers, gathered, sample
+from pipeline.reports import report as drawing
+from pipeline.reports.metrics import bootstrap_interval, distinct_n, wins
+from pipeline.runs.arguments import CompletionArguments, parse
+from pipeline.runs.folders import check_folders, write_json
+from pipeline.runs.launch import check_launch
+from pipeline.runs.outputs import read_metrics, seconds_running
 from reward_models.composite import Composite, RewardArguments, call_rewards, learned_rewards, load_functions
 from reward_models.rules import sentiment
 

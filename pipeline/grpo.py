@@ -8,8 +8,8 @@ less the mean of its prompt's group, over the group's deviation. The trainer is 
 
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
-from pipeline.configs import DataArguments, OnlineArguments, parse
 from pipeline.rloo import Online, train
+from pipeline.runs.arguments import DataArguments, OnlineArguments, parse
 from reward_models.composite import RewardArguments
 
 

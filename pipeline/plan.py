@@ -22,14 +22,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig
 
-from pipeline.backbone import ADAPTERS, Backbone
-from pipeline.configs import DataArguments, LoraArguments, PPOConfig, lora_config, parse
-from pipeline.gguf import model_source
-from pipeline.loading import fuse_gelu
+from pipeline.backbone.gguf import model_source
+from pipeline.backbone.loading import fuse_gelu
+from pipeline.backbone.logprobs import LOGITS
+from pipeline.backbone.roles import ADAPTERS, Backbone
+from pipeline.backbone.trunk import decoder_layers
 from pipeline.ppo import RoleArguments
-from pipeline.report import markdown_table
-from pipeline.trunk import decoder_layers
-from pipeline.vocabulary import LOGITS
+from pipeline.reports.report import markdown_table
+from pipeline.runs.arguments import DataArguments, LoraArguments, PPOConfig, lora_config, parse
 from reward_models.composite import RewardArguments
 
 

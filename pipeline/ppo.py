@@ -15,16 +15,16 @@ from trl import ModelConfig
 from data.prompts import check_prompt_lengths, load_prompts
 from data.texts import load_texts, tokenize_texts
 from data.tokens import prepare_tokens
-from pipeline.artifacts import finish_stage, rows_report
-from pipeline.backbone import load_backbone
-from pipeline.checkpoints import find_checkpoint
-from pipeline.configs import DataArguments, LoraArguments, PolicyArguments, PPOConfig, parse
-from pipeline.folders import check_folders
-from pipeline.launch import check_launch, check_wrapper
-from pipeline.loading import context_length, fingerprint
-from pipeline.ppo_trainer import PPOTrainer
-from pipeline.preflight import preflight
-from pipeline.samples import SampleTable
+from pipeline.backbone.loading import context_length, fingerprint
+from pipeline.backbone.roles import load_backbone
+from pipeline.rl.preflight import preflight
+from pipeline.rl.sample_table import SampleTable
+from pipeline.rl.trainer import PPOTrainer
+from pipeline.runs.arguments import DataArguments, LoraArguments, PolicyArguments, PPOConfig, parse
+from pipeline.runs.checkpoints import find_checkpoint
+from pipeline.runs.folders import check_folders
+from pipeline.runs.launch import check_launch, check_wrapper
+from pipeline.runs.outputs import finish_stage, rows_report
 from reward_models.composite import RewardArguments, learned_rewards, load_functions
 
 

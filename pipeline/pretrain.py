@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from data.human_ratings import load_split
-from pipeline.configs import parse
-from pipeline.launch import check_launch, check_wrapper
+from pipeline.runs.arguments import parse
+from pipeline.runs.launch import check_launch, check_wrapper
 
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"

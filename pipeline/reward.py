@@ -16,13 +16,20 @@ from trl import ModelConfig, RewardConfig
 from data.preferences import explicit_prompts, load_preferences
 from data.prompts import check_prompt_lengths
 from data.tokens import prepare_tokens
-from pipeline.artifacts import finish_stage, push, rows_report
-from pipeline.backbone import load_backbone
-from pipeline.checkpoints import Checkpointed, find_checkpoint
-from pipeline.configs import DataArguments, LoraArguments, RewardModelArguments, check_max_length, lora_config, parse
-from pipeline.folders import check_folders
-from pipeline.launch import check_launch, check_wrapper
-from pipeline.loading import context_length, fingerprint, load_pretrained, read_adapter, train_in_float32
+from pipeline.backbone.loading import context_length, fingerprint, load_pretrained, read_adapter, train_in_float32
+from pipeline.backbone.roles import load_backbone
+from pipeline.runs.arguments import (
+    DataArguments,
+    LoraArguments,
+    RewardModelArguments,
+    check_max_length,
+    lora_config,
+    parse,
+)
+from pipeline.runs.checkpoints import Checkpointed, find_checkpoint
+from pipeline.runs.folders import check_folders
+from pipeline.runs.launch import check_launch, check_wrapper
+from pipeline.runs.outputs import finish_stage, push, rows_report
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows
 from reward_models.normalization import FILE, Normalization, measure

@@ -15,15 +15,15 @@ from trl import GRPOConfig, ModelConfig, RLOOConfig, RLOOTrainer
 from trl.models import unwrap_model_for_generation
 
 from data.prompts import check_prompt_lengths, load_prompts, tokenize_prompts
-from pipeline.architecture import check_dropout_is_off, switch_off_dropout
-from pipeline.artifacts import completions_sampled, finish_stage, rows_report
-from pipeline.backbone import backbone_copies, load_backbone
-from pipeline.checkpoints import Checkpointed, find_checkpoint
-from pipeline.configs import DataArguments, LoraArguments, OnlineArguments, parse
-from pipeline.folders import check_folders
-from pipeline.launch import check_launch, check_wrapper
-from pipeline.loading import context_length, fingerprint
-from pipeline.sampling import sample, sampling_options
+from pipeline.backbone.architecture import check_dropout_is_off, switch_off_dropout
+from pipeline.backbone.loading import context_length, fingerprint
+from pipeline.backbone.roles import backbone_copies, load_backbone
+from pipeline.backbone.sampling import sample, sampling_options
+from pipeline.runs.arguments import DataArguments, LoraArguments, OnlineArguments, parse
+from pipeline.runs.checkpoints import Checkpointed, find_checkpoint
+from pipeline.runs.folders import check_folders
+from pipeline.runs.launch import check_launch, check_wrapper
+from pipeline.runs.outputs import completions_sampled, finish_stage, rows_report
 from reward_models.composite import HIDDEN, PICTURES, Composite, RewardArguments, learned_rewards, load_functions
 
 

@@ -12,12 +12,12 @@ from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from data.texts import load_texts
 from data.tokens import prepare_tokens
-from pipeline.artifacts import finish_stage, rows_report
-from pipeline.checkpoints import Checkpointed, find_checkpoint
-from pipeline.configs import DataArguments, LoraArguments, check_max_length, lora_config, parse
-from pipeline.folders import check_folders
-from pipeline.launch import check_launch, check_wrapper
-from pipeline.loading import context_length, fingerprint, load_pretrained, train_in_float32
+from pipeline.backbone.loading import context_length, fingerprint, load_pretrained, train_in_float32
+from pipeline.runs.arguments import DataArguments, LoraArguments, check_max_length, lora_config, parse
+from pipeline.runs.checkpoints import Checkpointed, find_checkpoint
+from pipeline.runs.folders import check_folders
+from pipeline.runs.launch import check_launch, check_wrapper
+from pipeline.runs.outputs import finish_stage, rows_report
 
 
 logger = get_logger(__name__)

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from pipeline.artifacts import read_metrics
-from pipeline.folders import read_json, write_json
-from pipeline.report import markdown_table, number, with_interval
+from pipeline.reports.report import markdown_table, number, with_interval
+from pipeline.runs.folders import read_json, write_json
+from pipeline.runs.outputs import read_metrics
 
 
 METHODS = {"rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO"}

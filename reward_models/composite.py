@@ -22,8 +22,8 @@ from transformers import PreTrainedTokenizerBase, TrainerState
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from data.files import shorten
-from pipeline.backbone import Backbone
-from pipeline.loading import read_adapter
+from pipeline.backbone.loading import read_adapter
+from pipeline.backbone.roles import Backbone
 from reward_models.learned import LearnedReward
 from reward_models.normalization import read_normalization
 

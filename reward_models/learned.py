@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import pad
 
 from data.prompts import tokenize_prompts
-from pipeline.backbone import Backbone
+from pipeline.backbone.roles import Backbone
 
 
 @torch.no_grad()

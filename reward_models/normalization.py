@@ -11,9 +11,9 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from data.prompts import tokenize_prompts
-from pipeline.backbone import Backbone
-from pipeline.folders import adapter_folder, read_json, write_json
-from pipeline.sampling import gathered, sample
+from pipeline.backbone.roles import Backbone
+from pipeline.backbone.sampling import gathered, sample
+from pipeline.runs.folders import adapter_folder, read_json, write_json
 from reward_models.learned import score_rows
 
 

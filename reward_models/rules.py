@@ -14,7 +14,7 @@ from functools import cache
 from transformers import AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from pipeline.metrics import distinct_n
+from pipeline.reports.metrics import distinct_n
 
 
 def _texts(completions: list) -> list[str]:
@@ -64,7 +64,7 @@ def get_length(target: int) -> Callable:
 def get_repetition(n: int) -> Callable:
     """A function that gives minus the share of a completion's word n-grams that repeat an earlier one, in -1..0.
 
-    One less distinct-n of the completion (`pipeline.metrics.distinct_n`, Li et al. 2016), so that it holds down what
+    One less distinct-n of the completion (`pipeline.reports.metrics.distinct_n`, Li et al. 2016), so that it holds down what
     the report measures. `trl.rewards.get_repetition_penalty_reward` does the same to tokens.
 
     Raises:

@@ -16,10 +16,10 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel  # noqa: E402
 from trl import ModelConfig  # noqa: E402
 
-from pipeline.backbone import Backbone  # noqa: E402
-from pipeline.configs import PPOConfig  # noqa: E402
-from pipeline.loading import fingerprint, load_pretrained, read_adapter, stamp  # noqa: E402
-from pipeline.ppo_trainer import PPOTrainer  # noqa: E402
+from pipeline.backbone.loading import fingerprint, load_pretrained, read_adapter, stamp  # noqa: E402
+from pipeline.backbone.roles import Backbone  # noqa: E402
+from pipeline.rl.trainer import PPOTrainer  # noqa: E402
+from pipeline.runs.arguments import PPOConfig  # noqa: E402
 from reward_models.composite import RewardArguments, learned_rewards  # noqa: E402
 from reward_models.normalization import Normalization  # noqa: E402
 

@@ -40,9 +40,9 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from pipeline import launch
-from pipeline.checkpoints import MANIFEST, _sha256, _sha256_of
-from pipeline.configs import parse
+from pipeline.runs import launch
+from pipeline.runs.arguments import parse
+from pipeline.runs.checkpoints import MANIFEST, _sha256, _sha256_of
 
 
 seen = {}

@@ -17,9 +17,9 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from pipeline.architecture import attention, check_dropout_is_off, check_model, probe, switch_off_dropout
-from pipeline.loading import context_length
-from pipeline.trunk import trunk_fault
+from pipeline.backbone.architecture import attention, check_dropout_is_off, check_model, probe, switch_off_dropout
+from pipeline.backbone.loading import context_length
+from pipeline.backbone.trunk import trunk_fault
 
 
 LAYERS, HIDDEN, VOCABULARY = 3, 32, 96
@@ -92,12 +92,12 @@ def tiny_model(model_type: str, **changes) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").requires_grad_(False).eval()
 
 
-TABLE = Path(__file__).parents[1] / "pipeline" / "FAMILIES.md"
+TABLE = Path(__file__).parents[1] / "docs" / "families.md"
 LARGEST = 5_000_000  # parameters: a family whose config is not made small by the sizes above is not tried
 HEADER = """# Families of language models
 
 Of each family of causal language models in transformers {version}, a tiny random model was put to the checks that a run puts
-to the user's model (`pipeline/architecture.py`). What its config can switch (soft caps, scales, windows, dropout, a tied or
+to the user's model (`pipeline/backbone/architecture.py`). What its config can switch (soft caps, scales, windows, dropout, a tied or
 untied head) had other values than the default. A checkpoint can still be refused for what it alone has.
 
 - *Language model*: served, or why SFT or PPO refuses it. Logprobs and values of a served one are those of its own forward.

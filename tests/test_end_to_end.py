@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 from trl import ModelConfig
 
-from pipeline.backbone import Backbone
-from pipeline.loading import load_pretrained, read_adapter
+from pipeline.backbone.loading import load_pretrained, read_adapter
+from pipeline.backbone.roles import Backbone
 
 
 ROOT = Path(__file__).parents[1]

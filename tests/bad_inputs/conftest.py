@@ -10,8 +10,8 @@ from typing import get_type_hints
 import datasets
 import pytest
 
-from pipeline import loading
-from pipeline.configs import parse
+from pipeline.backbone.roles import loading
+from pipeline.runs.arguments import parse
 
 
 PAIRS = [{"prompt": "A", "chosen": " fine film.", "rejected": " poor film."}] * 8

@@ -37,7 +37,7 @@ def test_vllm_with_4_bits(refuses):
 
 @pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "evaluation"])
 def test_4_bits_without_bitsandbytes(stage, refuses, monkeypatch):
-    monkeypatch.setattr("pipeline.loading.is_bitsandbytes_available", lambda: False)
+    monkeypatch.setattr("pipeline.backbone.loading.is_bitsandbytes_available", lambda: False)
     refuses(
         stage, r"load_in_4bit=True needs bitsandbytes: pip install 'spine-rlhf\[quantization\]'", load_in_4bit=True
     )
@@ -45,7 +45,7 @@ def test_4_bits_without_bitsandbytes(stage, refuses, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["FSDP", "ZeRO-3"])
 def test_4_bits_sharded(kind, refuses, monkeypatch):
-    monkeypatch.setattr("pipeline.loading.kind_of", lambda state: kind)
+    monkeypatch.setattr("pipeline.backbone.loading.kind_of", lambda state: kind)
     refuses("sft", f"load_in_4bit=True does not run under {kind}, which would shard", load_in_4bit=True)
 
 

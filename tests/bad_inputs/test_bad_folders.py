@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
-from pipeline.backbone import load_backbone
-from pipeline.loading import HEAD, WEIGHTS, load_pretrained
+from pipeline.backbone.loading import HEAD, WEIGHTS, load_pretrained
+from pipeline.backbone.roles import load_backbone
 
 
 def remove(*patterns):

@@ -8,8 +8,8 @@ from typing import get_type_hints
 import pytest
 from trl import SFTConfig
 
-from pipeline.configs import DataArguments, parse
-from pipeline.recipe import RANGES as RANGES_OF_OPTIONS
+from pipeline.runs.arguments import DataArguments, parse
+from pipeline.runs.recipe import RANGES as RANGES_OF_OPTIONS
 
 
 YAML = {

@@ -24,9 +24,9 @@ from trl import ModelConfig
 
 from data import human_ratings
 from data.files import load_rows
-from pipeline import folders
-from pipeline.backbone import load_backbone
-from pipeline.loading import WEIGHTS, load_pretrained, read_adapter
+from pipeline.backbone.loading import WEIGHTS, load_pretrained, read_adapter
+from pipeline.backbone.roles import load_backbone
+from pipeline.runs import folders
 
 
 class Payload:

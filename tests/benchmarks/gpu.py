@@ -44,13 +44,13 @@ from transformers.utils import is_flash_attn_2_available, is_kernels_available
 from trl import ModelConfig
 
 from pipeline import ppo
-from pipeline.configs import DataArguments, LoraArguments, PPOConfig, lora_config, parse
-from pipeline.gguf import model_source
-from pipeline.launch import check_wrapper
-from pipeline.loading import fingerprint, load_pretrained, stamp
+from pipeline.backbone.gguf import model_source
+from pipeline.backbone.loading import fingerprint, load_pretrained, stamp
 from pipeline.plan import PlanArguments, peak, plan
-from pipeline.preflight import preflight
-from pipeline.report import markdown_table, number
+from pipeline.reports.report import markdown_table, number
+from pipeline.rl.preflight import preflight
+from pipeline.runs.arguments import DataArguments, LoraArguments, PPOConfig, lora_config, parse
+from pipeline.runs.launch import check_wrapper
 from reward_models.composite import RewardArguments
 from tests.benchmarks.ppo_update import ROWS, Contender
 from tests.benchmarks.work import Work, now
@@ -289,7 +289,7 @@ class Meter(TrainerCallback):
         self.device, self.found, self.updates = device, {}, []
 
     def preflight(self, *args, **options) -> list:
-        """Time `pipeline.preflight.preflight`."""
+        """Time `pipeline.rl.preflight.preflight`."""
         began = now()
         checks = preflight(*args, **options)
         self.found["preflight_seconds"] = now() - began

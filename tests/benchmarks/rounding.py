@@ -22,14 +22,13 @@ from trl import ModelConfig
 from trl.trainer.utils import pad
 
 from data.prompts import load_prompts, tokenize_prompts
-from pipeline import architecture
-from pipeline.backbone import Backbone
-from pipeline.configs import LoraArguments, lora_config
-from pipeline.importance import disagreement
-from pipeline.loading import load_pretrained, read_adapter
-from pipeline.report import markdown_table
-from pipeline.sampling import Sample, sample
-from pipeline.trunk import decoder_layers, first_adapted_layer
+from pipeline.backbone.loading import load_pretrained, read_adapter
+from pipeline.backbone.roles import Backbone, architecture
+from pipeline.backbone.sampling import Sample, sample
+from pipeline.backbone.trunk import decoder_layers, first_adapted_layer
+from pipeline.reports.report import markdown_table
+from pipeline.rl.importance import disagreement
+from pipeline.runs.arguments import LoraArguments, lora_config
 from reward_models.learned import score_rows
 
 

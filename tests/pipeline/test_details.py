@@ -1,4 +1,4 @@
-"""`pipeline/DETAILS.md`: the functions, tests and defaults that it names are there."""
+"""`docs/ppo-details.md`: the functions, tests and defaults that it names are there."""
 
 import ast
 import re
@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.configs import PPOConfig
+from pipeline.runs.arguments import PPOConfig
 from reward_models.composite import RewardArguments
 
 
 ROOT = Path(__file__).parents[2]
-LINES = (ROOT / "pipeline" / "DETAILS.md").read_text().splitlines()
+LINES = (ROOT / "docs" / "ppo-details.md").read_text().splitlines()
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in LINES if re.match(r"\| \d", line)]
 CODE = re.compile(r"`([\w/]+\.py):(\w[\w.]*)`")
 TEST = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from pipeline.configs import parse
 from pipeline.migrate import main, migrate, read_command_line
+from pipeline.runs.arguments import parse
 
 
 # Fields of TRL 0.11.4's PPOConfig, each with a value that is not its default.
@@ -308,7 +308,7 @@ def test_updates_become_optimizer_steps():
 def test_optimizer_steps_that_trl_left_out():
     """TRL 1.12 counted accumulation over the whole epoch, so that num_mini_batches changed nothing beside it. Ours makes
     the steps that were documented, and the recipe says so wherever TRL, as it ran, made others."""
-    with safe_open(Path(__file__).parent / "fixtures" / "trl_1_12_ppo.safetensors", "pt") as file:
+    with safe_open(Path(__file__).parent / "rl" / "fixtures" / "trl_1_12_ppo.safetensors", "pt") as file:
         runs = json.loads(file.metadata()["facts"])["optimizer_steps"]
     assert any(run["optimizer_steps"] != 2 * run["num_mini_batches"] for run in runs)
     for run in runs:

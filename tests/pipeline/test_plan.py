@@ -6,10 +6,10 @@ import torch
 from transformers import AutoConfig, GPT2Config, LlamaConfig, Qwen2Config
 from trl import ModelConfig
 
-from pipeline.backbone import load_backbone
-from pipeline.configs import LoraArguments, PPOConfig, parse
+from pipeline.backbone.roles import load_backbone
 from pipeline.plan import LAYOUTS, Item, PlanArguments, _kept, activations, peak, phases, plan, roles, state, table
 from pipeline.ppo import RoleArguments
+from pipeline.runs.arguments import LoraArguments, PPOConfig, parse
 from reward_models.composite import RewardArguments
 
 

@@ -11,8 +11,10 @@ from safetensors.torch import load_file
 from transformers import Trainer
 from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SFTConfig
 
-from pipeline import artifacts, best_of_n, dpo, evaluation, grpo, ppo, reward, rloo, sft, tables
-from pipeline.configs import (
+from pipeline import best_of_n, dpo, evaluation, grpo, ppo, reward, rloo, sft, tables
+from pipeline.backbone.loading import WEIGHTS, load_pretrained, read_adapter
+from pipeline.runs import outputs as artifacts
+from pipeline.runs.arguments import (
     DataArguments,
     LoraArguments,
     OnlineArguments,
@@ -21,7 +23,6 @@ from pipeline.configs import (
     RewardModelArguments,
     parse,
 )
-from pipeline.loading import WEIGHTS, load_pretrained, read_adapter
 from reward_models.composite import RewardArguments
 
 

@@ -19,9 +19,9 @@ from trl import ModelConfig
 from trl.rewards import think_format_reward
 from trl.trainer.utils import is_async_callable
 
-from pipeline.backbone import Backbone
-from pipeline.configs import parse
-from pipeline.loading import load_pretrained, read_adapter
+from pipeline.backbone.loading import load_pretrained, read_adapter
+from pipeline.backbone.roles import Backbone
+from pipeline.runs.arguments import parse
 from reward_models.composite import (
     PROTOCOL,
     Composite,

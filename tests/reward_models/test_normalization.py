@@ -9,9 +9,9 @@ import pytest
 import torch
 from trl import ModelConfig
 
-from pipeline.backbone import Backbone
-from pipeline.loading import load_pretrained, read_adapter
-from pipeline.sampling import sample
+from pipeline.backbone.loading import load_pretrained, read_adapter
+from pipeline.backbone.roles import Backbone
+from pipeline.backbone.sampling import sample
 from reward_models.composite import RewardArguments, learned_rewards
 from reward_models.normalization import FILE, Normalization, measure, read_normalization
 

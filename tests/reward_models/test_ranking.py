@@ -6,8 +6,8 @@ from datasets import Dataset
 from trl import ModelConfig, RewardConfig, RewardTrainer
 from trl.data_utils import _tokenize
 
-from pipeline.configs import lora_config
-from pipeline.loading import load_pretrained
+from pipeline.backbone.loading import load_pretrained
+from pipeline.runs.arguments import lora_config
 from reward_models.ranking import GroupSampler, RankingTrainer, groups_of, score_each_text_once
 
 

@@ -1,5 +1,5 @@
 """PPO that samples with vLLM itself, in TRL's colocate mode on a CPU: `make test-vllm`. Where vLLM is not installed, the
-file is skipped; `tests/pipeline/test_vllm.py` holds what needs no engine, or one on a GPU (server mode, sleep mode).
+file is skipped; `tests/pipeline/rl/test_vllm.py` holds what needs no engine, or one on a GPU (server mode, sleep mode).
 
 Each rollout is followed by greedy completions of a few probes, from the weights that vLLM then has. They are compared
 with the policy as peft merges it from the checkpoint of the same step, so every sync is seen, not the last one alone.
@@ -21,9 +21,9 @@ from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
 from pipeline import ppo
-from pipeline.configs import DataArguments, LoraArguments, PPOConfig, parse
-from pipeline.gguf import model_source
-from pipeline.ppo_trainer import PPOTrainer
+from pipeline.backbone.gguf import model_source
+from pipeline.rl.trainer import PPOTrainer
+from pipeline.runs.arguments import DataArguments, LoraArguments, PPOConfig, parse
 from reward_models.composite import RewardArguments
 
 

@@ -1,0 +1,1 @@
+"""The frozen pretrained model and the roles on it."""

@@ -1,0 +1,359 @@
+"""What a run starts from: a pretrained model and its tokenizer, and adapters that remember which model they are of."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from peft import LoraConfig, PeftConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.activations import ACT2FN, NewGELUActivation
+from transformers.integrations import deepspeed
+from transformers.utils import is_bitsandbytes_available
+from trl import ModelConfig, get_quantization_config
+from trl.trainer.reward_trainer import suppress_seqcls_warning
+
+from pipeline.backbone.architecture import check_model
+from pipeline.backbone.gguf import model_source
+from pipeline.backbone.padding import check_pad_token, choose_pad_token, set_pad_token
+from pipeline.runs.divergence import check_finite
+from pipeline.runs.folders import HEAD, WEIGHTS, check_adapter, check_model_folder, damaged, read_json, write_json
+from pipeline.runs.launch import kind_of
+
+
+IDENTITY = "backbone.json"
+
+
+def load_pretrained(
+    model: ModelConfig, *, head: bool = False, trust_remote_code: bool = False, pad_token: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load the pretrained model, frozen, and its tokenizer, from a hub id, a folder, a GGUF file or `smollm2`.
+
+    A local folder's path is made absolute, so that the adapters which name it load from anywhere. Padding is the
+    `pad_token`; unset, it is chosen by `choose_pad_token`. With `head`, the model is a sequence classifier whose one
+    score starts at N(0, 1/sqrt(D + 1)) (Stiennon et al. 2020, arXiv 2009.01325). With `load_in_4bit`, its linear layers
+    are quantised and the head is not.
+
+    The model is loaded whole or not at all, and shows on a few tokens that roles on it say what it says itself.
+
+    Raises what `check_model_folder`, `model_source`, `quantization`, `check_finite`, `set_pad_token` and `check_model` raise,
+    and:
+        ValueError: a file of it is damaged, lacks tensors, or has others than the model; the tokenizer has no end-of-text
+            token, or more tokens than the model; the architecture is no language model, or has no sequence classifier
+            with its head in `score`.
+    """
+    name = model.model_name_or_path
+    check_model_folder(name)
+    bits = quantization(model)
+    name = model_source(name)
+    if Path(name).expanduser().is_dir():
+        name = str(Path(name).expanduser().resolve())
+    source = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{name}: the tokenizer's files are damaged ({error}). Save the tokenizer there anew."
+        ) from error
+    if tokenizer.eos_token is None:
+        raise ValueError(
+            f"{name}: the tokenizer has no end-of-text token. Set eos_token in its tokenizer_config.json."
+        )
+    if pad_token is not None:
+        set_pad_token(tokenizer, pad_token, name)
+
+    options = {"dtype": model.dtype, "attn_implementation": model.attn_implementation, "use_safetensors": True}
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_whole` names them
+    if bits:  # left to itself transformers takes the first GPU, also under `use_cpu`
+        options |= {"quantization_config": bits, "device_map": {"": PartialState().device}}
+    try:
+        with _whole(), suppress_seqcls_warning():  # that a score head is fresh is what we want
+            if head:
+                base, found = AutoModelForSequenceClassification.from_pretrained(
+                    name, num_labels=1, **source, **options
+                )
+            else:
+                base, found = AutoModelForCausalLM.from_pretrained(name, **source, **options)
+    except SafetensorError as error:
+        raise damaged(Path(name), error) from error
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        config = AutoConfig.from_pretrained(name, **source)
+        missing = (
+            f"{name}: transformers has no {'sequence classifier' if head else 'causal language model'} of the family"
+        )
+        remedy = "Train PPO against reward functions (reward_funcs), or take" if head else "Take"
+        raise ValueError(
+            f"{missing} {config.model_type!r}. {remedy} a decoder-only language model (GPT-2, Llama, Qwen, Mistral ...)."
+        ) from error
+    check_finite(base.base_model if head else base, name)
+    rows = base.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(
+            f"{name}: the tokenizer has {len(tokenizer)} tokens and the model embeds {rows}. Take the tokenizer that the "
+            f"model was trained with, or call `model.resize_token_embeddings({len(tokenizer)})`, train and save it."
+        )
+    if head:
+        if not isinstance(getattr(base, "score", None), nn.Linear):
+            raise ValueError(
+                f"{name}: {type(base).__name__} keeps its head elsewhere than in `score`; take a decoder-only model "
+                f"(GPT-2, Llama, Qwen, Mistral ...)."
+            )
+    _check_whole(base, found, name)
+    if head:
+        nn.init.normal_(base.score.weight, std=(base.score.in_features + 1) ** -0.5)
+    if pad_token is None:
+        choose_pad_token(tokenizer, _ends(base, name, model.model_revision))
+    _pad_with(base, tokenizer.pad_token_id)
+    for layer in base.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # Outside of training bitsandbytes would repack the weights for these CPUs, with scales rounded to bfloat16,
+            # and a later training pass would run on them without gradients.
+            layer.support_avx512bf16_for_cpu = False
+    check_model(base, name)
+    return fuse_gelu(base).requires_grad_(False), tokenizer
+
+
+def _check_whole(base: PreTrainedModel, found: dict, name: str) -> None:
+    """Check what transformers reports of a loading: each tensor of the model was in its files, and no other.
+
+    A classifier's `score` is new, and what its files have beside the trunk is a language model's head.
+
+    Raises:
+        ValueError: tensors are missing, unexpected, or of another shape.
+    """
+    missing, unexpected = set(found["missing_keys"]), set(found["unexpected_keys"])
+    if base.get_output_embeddings() is None:
+        missing -= {"score.weight"}
+        unexpected = {key for key in unexpected if key.startswith(f"{base.base_model_prefix}.")}
+    if getattr(base.config, "quantization_config", None):  # its scales, which are no tensors of the model
+        unexpected = {key for key in unexpected if ".weight." not in key}
+    shapes = sorted(f"{key} {tuple(theirs)}, not {tuple(ours)}" for key, theirs, ours in found["mismatched_keys"])
+    for problem, keys in (
+        ("are missing from its files", sorted(missing)),
+        ("in its files belong to no part of the model", sorted(unexpected)),
+        ("in its files have another shape than config.json says", shapes),
+    ):
+        if keys:
+            raise ValueError(
+                f"{name}: {len(keys)} tensors of {type(base).__name__} {problem} (first: {keys[0]}). Copy the model anew, or "
+                f"correct `architectures` and `tie_word_embeddings` in config.json."
+            )
+
+
+def _ends(base: PreTrainedModel, name: str, revision: str | None) -> set[int]:
+    """Ids of the tokens that end a text or a turn, by the model's config and its generation config, if it has one."""
+    found = [base.config.get_text_config().eos_token_id]
+    try:  # a classifier is loaded without it
+        found.append(GenerationConfig.from_pretrained(name, revision=revision).eos_token_id)
+    except OSError:  # as transformers takes it: there is none
+        pass
+    return {end for ends in found if ends is not None for end in (ends if isinstance(ends, list) else [ends])}
+
+
+def _pad_with(base: PreTrainedModel, pad_token_id: int) -> None:
+    base.config.get_text_config().pad_token_id = pad_token_id
+    if getattr(base, "generation_config", None) is not None:
+        base.generation_config.pad_token_id = pad_token_id
+    embeddings = base.get_input_embeddings()
+    if (
+        getattr(embeddings, "padding_idx", None) is not None
+    ):  # an adapter of the embeddings gets no gradients for this token
+        embeddings.padding_idx = pad_token_id
+
+
+def quantization(model: ModelConfig) -> BitsAndBytesConfig | None:
+    """How the base is quantised to 4 bits (QLoRA; Dettmers et al. 2023, arXiv 2305.14314), None where it is not.
+
+    Raises:
+        ImportError: bitsandbytes is not installed.
+        ValueError: an option that has no effect here; no dtype to compute in; weights that would be sharded.
+    """
+    if model.load_in_8bit:
+        raise ValueError("load_in_8bit=True is not supported: set load_in_4bit, or leave both unset.")
+    if not model.load_in_4bit:
+        return None
+    if model.bnb_4bit_quant_storage:
+        raise ValueError(
+            f"bnb_4bit_quant_storage={model.bnb_4bit_quant_storage!r} serves sharding, which a 4-bit base is refused; "
+            f"leave it unset."
+        )
+    if model.dtype in (None, "auto"):
+        raise ValueError(f"dtype={model.dtype!r}: load_in_4bit computes in the dtype that it names; set bfloat16.")
+    if (kind := kind_of(PartialState())) in ("FSDP", "ZeRO-3"):
+        raise ValueError(
+            f"load_in_4bit=True does not run under {kind}, which would shard the quantised weights. Launch with "
+            f"accelerate_configs/ddp.yaml: each GPU holds the base, in a quarter of its bfloat16 memory."
+        )
+    if not is_bitsandbytes_available():
+        raise ImportError("load_in_4bit=True needs bitsandbytes: pip install 'spine-rlhf[quantization]'.")
+    return get_quantization_config(model)
+
+
+def train_in_float32(model: nn.Module) -> None:
+    """Have what trains in float32, as on any base. TRL rounds it to bfloat16 on a quantised one, where the steps of a
+    small learning rate are lost."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model with GPT-2's activation in one kernel instead of eight: the same function, to rounding."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child) is NewGELUActivation:
+                setattr(module, name, ACT2FN["gelu_pytorch_tanh"])
+    return model
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Load a model whole in every process. Under ZeRO-3 transformers would shard it as it loads, and neither its
+    fingerprint nor adapters and heads could be read from it or made on it; accelerate shards it all when training
+    begins. Its `zero3_init_flag: false` does not reach transformers."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
+
+
+def context_length(model: nn.Module) -> int:
+    """Tokens that the model can read at once.
+
+    Raises:
+        ValueError: its config has no such bound.
+    """
+    config = model.config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    if length is None:
+        raise ValueError(
+            f"{config._name_or_path}: the config of this {config.model_type} model names no max_position_embeddings. Take "
+            f"a model of GPT-2's or Llama's kind, whose context is known."
+        )
+    return length
+
+
+def fingerprint(base: PreTrainedModel) -> str:
+    """Return hex digests that tell one pretrained model from another, in float32 or bfloat16: its trunk's, and after a `+`
+    that of a language model's head. A classifier on the same trunk has the first alone.
+
+    LoRA weights are left out. A quantised base has its own: that of its 4-bit codes. Their scales (`weight.absmax` and
+    the like), which another device may round otherwise, are left out too.
+    """
+
+    def of(tensors: dict[str, Tensor]) -> str:
+        ours = ((n, tensor) for n, tensor in sorted(tensors.items()) if "lora_" not in n and ".weight." not in n)
+        return digest((n.replace("base_layer.", ""), tensor) for n, tensor in ours)
+
+    trunk = of(base.base_model.state_dict())
+    if base.get_output_embeddings() is None:
+        return trunk
+    prefix = f"{base.base_model_prefix}."
+    return f"{trunk}+{of({n: tensor for n, tensor in base.state_dict().items() if not n.startswith(prefix)})}"
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hex digest of names, shapes and up to 65,536 evenly spaced values of every tensor, rounded to bfloat16."""
+    result = hashlib.sha256()
+    for name, tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(-(-flat.numel() // 65_536), 1)].to("cpu", torch.bfloat16)
+        result.update(f"{name} {tuple(tensor.shape)}".encode())
+        result.update(sample.view(torch.int16).numpy().tobytes())
+    return result.hexdigest()
+
+
+def stamp(folder: str | Path, config: PreTrainedConfig, digest: str) -> None:
+    """Write beside an adapter which backbone it was trained on, and with which padding, from the backbone's config and
+    its fingerprint."""
+    record = {"model_name_or_path": config._name_or_path, "precision": _precision(config), "fingerprint": digest}
+    record["pad_token_id"] = config.get_text_config().pad_token_id
+    write_json(Path(folder) / IDENTITY, record)
+
+
+def _precision(config: PreTrainedConfig) -> str:
+    bits = getattr(config, "quantization_config", None)
+    return f"4-bit {bits.bnb_4bit_quant_type}" if bits else "not quantised"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter read from its folder: peft's config, the LoRA tensors, and the score head (1, D) if it has one."""
+
+    source: str
+    config: LoraConfig
+    weights: dict[str, Tensor]
+    head: Tensor | None
+
+
+def read_adapter(
+    name: str,
+    *,
+    needs_head: bool | None = None,
+    base: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Adapter:
+    """Read a standard peft adapter (a folder, a hub id or `owner/name@revision`; safetensors only) and check that it
+    fits: the `base`, the `tokenizer` where one was saved beside the adapter, and its pad token. An adapter that does not
+    say which it was trained with is checked where it has a head: nothing of a policy depends on padding.
+
+    Raises what `check_adapter` raises, and:
+        ValueError: it was trained on another base, or with another tokenizer or pad token; its tensors are not finite.
+    """
+    folder = check_adapter(name, needs_head=needs_head)
+    identity = folder / IDENTITY
+    made_for = read_json(identity) if identity.is_file() else {}
+    if base is not None and identity.is_file():
+        ours = fingerprint(base)
+        theirs = str(made_for.get("fingerprint"))
+        # A reward adapter depends on no language model's head, and older adapters say nothing of theirs.
+        differ = [pair for pair in zip(theirs.split("+"), ours.split("+"), strict=False) if pair[0] != pair[1]]
+        if differ:
+            theirs, ours = differ[0]
+            raise ValueError(
+                f"{name}: the adapter was trained on another base, {made_for.get('model_name_or_path')} "
+                f"({made_for.get('precision', 'not quantised')}, fingerprint {theirs[:12]}), than "
+                f"{base.config._name_or_path} ({_precision(base.config)}, {ours[:12]}). Train it on this base, or set "
+                f"model_name_or_path, load_in_4bit and bnb_4bit_quant_type to those of that one."
+            )
+    beside = None
+    if tokenizer is not None and (folder / "tokenizer.json").is_file():
+        beside = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        vocabulary, ours = beside.get_vocab(), tokenizer.get_vocab()
+        if vocabulary != ours:
+            odd = next(iter(sorted(vocabulary.items() ^ ours.items())))[0]
+            raise ValueError(
+                f"{name}: the adapter was trained with another tokenizer ({len(vocabulary)} tokens, here {len(ours)}; "
+                f"{odd!r} is one that differs). Train it with this one, or give the model that one."
+            )
+    tensors = load_file(folder / WEIGHTS)
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            problem = "is not finite" if tensor.is_floating_point() else f"is of {tensor.dtype}, which no weight is"
+            raise ValueError(f"{folder / WEIGHTS}: {key} {problem}. Train the adapter anew.")
+    head = tensors.pop(HEAD, None)
+    stored = made_for.get("pad_token_id")
+    if tokenizer is not None and (stored is not None or (head is not None and (made_for or beside))):
+        check_pad_token(name, stored, beside, tokenizer)
+    return Adapter(name, PeftConfig.from_pretrained(str(folder)), tensors, head)

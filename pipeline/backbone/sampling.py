@@ -1,0 +1,174 @@
+"""Completions of any role to any prompts, in PPO's rollouts and outside of training: one place for all who sample."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from trl import RLOOConfig
+from trl.trainer.utils import pad
+
+from pipeline.backbone.roles import Backbone
+
+
+class Sample(NamedTuple):
+    """A batch of B completions of at most T tokens. Prompts are padded at the left, completions at the right."""
+
+    input_ids: Tensor  # (B, P + T) prompts and completions
+    attention_mask: Tensor  # (B, P + T)
+    completion_ids: Tensor  # (B, T)
+    mask: Tensor  # (B, T) bool, True up to and with the end-of-text token
+    logprobs: Tensor | None  # (B, T) of the tokens as they were sampled, in nats, where they are kept
+    first: int = 0  # which prompt is the first of the batch
+
+    def rows(self) -> list[list[int]]:
+        """The real tokens of each completion."""
+        return [row[keep].tolist() for row, keep in zip(self.completion_ids, self.mask, strict=True)]
+
+
+def as_answers(texts: list[str], prompts: list) -> list:
+    """Completions as reward functions get them: the texts, or to conversations an assistant's turn each."""
+    if isinstance(prompts[0], str):
+        return texts
+    return [[{"role": "assistant", "content": text}] for text in texts]
+
+
+def sampling_options(args: RLOOConfig) -> dict[str, Any]:
+    """Return what a trainer's options change about sampling from the whole distribution: fields of GenerationConfig."""
+    names = ("top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation")
+    return {name: getattr(args, name) for name in names} | (args.generation_kwargs or {})
+
+
+class SampledLogprobs(LogitsProcessor):
+    """Keeps the logprob of each token that `generate` draws, with the logits of one step in memory, not of all.
+
+    `generate` shows a processor the logits (B, V) before it draws from them, and the tokens drawn with the next ones.
+    """
+
+    def __init__(self, temperature: float):
+        self.temperature, self.logits, self.kept = temperature, None, []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.logits is not None:
+            self._keep(input_ids[:, -1])
+        self.logits = scores
+        return scores
+
+    def _keep(self, tokens: Tensor) -> None:
+        logits = self.logits.float() / self.temperature
+        self.kept.append(logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1))
+
+    def read(self, sequences: Tensor) -> Tensor:
+        """Return the logprobs (B, T) of the last T tokens of `sequences`, once all are drawn."""
+        self._keep(sequences[:, -1])
+        self.logits = None
+        return torch.stack(self.kept, dim=1)
+
+
+class FiniteLogits(LogitsProcessor):
+    """Refuse to draw from logits (B, V) that make no distribution: torch would say "probability tensor contains inf", and on
+    a GPU lose the process."""
+
+    def __init__(self, role: str):
+        self.role = role
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if not scores.amax(dim=-1).isfinite().all():  # NaN, +inf, or nothing but -inf
+            raise FloatingPointError(f"The {self.role} gives logits that are not finite, and cannot be sampled from")
+        return scores
+
+
+@contextmanager
+def _no_config_of_its_own(backbone: Backbone) -> Iterator[None]:
+    """Hide the model's generation config: `generate` would take from it every field that ours leaves unset."""
+    base = backbone.get_base_model()
+    own, base.generation_config = base.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        base.generation_config = own
+
+
+def end_tokens(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the tokens that end a completion: the tokenizer's and those of the model's generation config, as TRL has
+    them."""
+    ends = backbone.generation_config.eos_token_id
+    ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
+    return list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
+
+
+@torch.no_grad()
+def sample(
+    backbone: Backbone,
+    role: str,
+    prompt_ids: list[list[int]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_completion_length: int,
+    temperature: float,
+    batch_size: int,
+    options: dict[str, Any] | None = None,
+    keep_logprobs: bool = False,
+    share_seed: tuple[int, ...] | None = None,
+) -> Iterator[Sample]:
+    """Sample one completion to each prompt, in batches, from the whole distribution at `temperature`.
+
+    The model's own generation config has no say, but for the tokens that end a text: a completion ends where TRL's
+    trainers end it.
+
+    `options` are fields of GenerationConfig that a user has set (`sampling_options`). With `share_seed`, processes take
+    batches in turn, and each batch is drawn from a seed of its own: what is sampled does not depend on how many there are.
+    `gathered` puts together what they find.
+
+    Raises:
+        FloatingPointError: the model's logits are not finite.
+    """
+    ends = end_tokens(backbone, tokenizer)
+    device = backbone.get_base_model().device
+    fields = {
+        "max_new_tokens": max_completion_length,
+        "do_sample": True,
+        "temperature": temperature,
+        "top_k": 0,
+        "top_p": 1.0,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": ends,
+        "disable_compile": True,
+    }
+    generation = GenerationConfig(**fields | (options or {}))
+    state = PartialState()
+    mine = slice(state.process_index, None, state.num_processes) if share_seed is not None else slice(None)
+    for start in range(0, len(prompt_ids), batch_size)[mine]:
+        if share_seed is not None:
+            torch.manual_seed(int(np.random.SeedSequence([*share_seed, start]).generate_state(1)[0]))
+        rows = [torch.tensor(ids) for ids in prompt_ids[start : start + batch_size]]
+        ids = pad(rows, padding_value=tokenizer.pad_token_id, padding_side="left").to(device)
+        mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
+        recorder, check = SampledLogprobs(temperature), FiniteLogits(role)
+        with backbone.role(role), _no_config_of_its_own(backbone):
+            # Every process has all weights here, and need not wait for the longest completion of another.
+            sequences = backbone.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=generation,
+                logits_processor=LogitsProcessorList([check, recorder] if keep_logprobs else [check]),
+                synced_gpus=False,
+            )
+        chosen = sequences[:, ids.shape[1] :]
+        is_end = torch.isin(chosen, torch.tensor(ends, device=device))
+        real = is_end.cumsum(dim=1) - is_end.long() == 0  # no end-of-text token before this one
+        logprobs = recorder.read(sequences) if keep_logprobs else None
+        yield Sample(sequences, torch.cat([mask, real.long()], dim=1), chosen, real, logprobs, start)
+
+
+def gathered(parts: list[tuple[int, *tuple[list, ...]]]) -> list[list]:
+    """Columns of all prompts, in their order, from all processes: each part is what one of them found for a batch, the
+    number of its first prompt and a list a column."""
+    ordered = sorted(gather_object(parts), key=lambda part: part[0])
+    return [list(chain.from_iterable(column)) for column in list(zip(*ordered, strict=True))[1:]]

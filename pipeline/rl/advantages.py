@@ -1,0 +1,63 @@
+"""From scores to advantages. B completions of at most T tokens; `mask` (B, T) is True on real tokens.
+
+Real tokens stand at the left of each row, padding at the right; what stands under the padding changes nothing.
+"""
+
+import torch
+from torch import Tensor
+
+from pipeline.rl.kl import kl_per_token
+
+
+def token_rewards(
+    scores: Tensor,
+    logprobs: Tensor,
+    ref_logprobs: Tensor,
+    mask: Tensor,
+    *,
+    kl_coef: float,
+    kl_estimator: str = "k1",
+) -> Tensor:
+    """Per-token reward: the KL penalty, plus the score at the last real token.
+
+    r_t = -kl_coef * kl_t + [t is the last real token] * score,  kl_t as in `pipeline.rl.kl.kl_per_token`
+
+    Ziegler et al. 2019 (arXiv 1909.08593), eq. 2, with the penalty spread over tokens as in Stiennon et al. 2020.
+
+    Args:
+        scores: (B,) one a completion.
+        logprobs, ref_logprobs: (B, T) of the policy that sampled, and of the reference, in nats.
+
+    Returns:
+        (B, T), 0 on padding.
+    """
+    rewards = -kl_coef * kl_per_token(logprobs, ref_logprobs, mask, estimator=kl_estimator)
+    last = (mask.sum(dim=1) - 1).clamp(min=0)
+    scores = torch.where(mask.any(dim=1), scores, 0)
+    return rewards.scatter_add(1, last.unsqueeze(1), scores.unsqueeze(1).to(rewards.dtype))
+
+
+def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation.
+
+    delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)
+    A_t     = delta_t + gamma * lam * A_{t+1}
+    return_t = A_t + V(s_t)
+
+    Schulman et al. 2016 (arXiv 1506.02438), eqs. 11 and 16. The state after the last real token is terminal: its value
+    and advantage are 0.
+
+    Args:
+        rewards, values: (B, T); values[:, t] is the value of the state before token t.
+
+    Returns:
+        advantages and returns, each (B, T), 0 on padding.
+    """
+    rewards, values = rewards.masked_fill(~mask, 0), values.masked_fill(~mask, 0)
+    advantages = torch.zeros_like(values)
+    following_value = following_advantage = torch.zeros_like(values[:, 0])
+    for t in reversed(range(values.shape[1])):
+        delta = rewards[:, t] + gamma * following_value - values[:, t]
+        advantages[:, t] = delta + gamma * lam * following_advantage
+        following_value, following_advantage = values[:, t], advantages[:, t]
+    return advantages, advantages + values

@@ -1,0 +1,110 @@
+"""A table of completions to fixed prompts as training goes on: what curves do not tell."""
+
+import asyncio
+import json
+from collections.abc import Coroutine
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+import torch
+from datasets import Dataset
+from transformers import TrainerCallback
+from transformers.integrations import TensorBoardCallback
+
+from data.prompts import tokenize_prompts
+from pipeline.backbone.sampling import as_answers, sample
+from pipeline.rl.kl import kl_per_token
+from reward_models.composite import call_rewards
+from reward_models.rules import sentiment
+
+
+class TrainerLoop(NamedTuple):
+    """The event loop in which a trainer of TRL calls async rewards, to which their clients are bound."""
+
+    trainer: Any
+
+    def run(self, coroutine: Coroutine) -> list:
+        return asyncio.run_coroutine_threadsafe(coroutine, self.trainer.async_loop).result()
+
+
+class SampleTable(TrainerCallback):
+    """Samples the same prompts with the same seed before training and every `sample_updates` updates.
+
+    Each row is step, prompt, completion, score, KL (nats) and the judge's compound (-1 to 1). Rows are appended to
+    `samples.jsonl` in the run's folder, and go as a table to trackio and wandb and as text to tensorboard, where
+    `report_to` names them. The state of the random generators is put back, so that training is as without it.
+    """
+
+    def __init__(self, trainer, prompts: Dataset):
+        self.trainer, self.prompts = trainer, prompts
+        self.path = Path(trainer.args.output_dir) / "samples.jsonl"
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._keep_rows_of(state.global_step)
+        if state.global_step == 0:
+            self._add(0)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        steps = self.trainer.steps_per_update // args.gradient_accumulation_steps * args.sample_updates
+        if state.global_step % steps == 0:
+            self._add(state.global_step)
+
+    def _keep_rows_of(self, step: int) -> None:
+        """On resuming, keep the rows up to the checkpoint's step: those of later steps are written again."""
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if step and self.path.is_file() else []
+        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        fresh = self.path.with_suffix(".new")
+        fresh.write_text("".join(whole), encoding="utf-8")
+        fresh.replace(self.path)
+
+    def _add(self, step: int) -> None:
+        with self.trainer.whole():  # on all processes, since the model may be sharded over them
+            rows = self._rows(step)
+        if self.trainer.is_world_process_zero():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, allow_nan=False) + "\n" for row in rows)
+            self._report(step, pd.DataFrame(rows))
+
+    def _report(self, step: int, table: pd.DataFrame) -> None:
+        for name in ("trackio", "wandb"):
+            if name in self.trainer.args.report_to:
+                tracker = import_module(name)
+                tracker.log({"samples": tracker.Table(dataframe=table)})
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.tb_writer:
+                callback.tb_writer.add_text("samples", table.to_html(index=False), step)
+
+    @torch.no_grad()
+    def _rows(self, step: int) -> list[dict]:
+        trainer, args = self.trainer, self.trainer.args
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        asked, was_training = self.prompts["prompt"][:], model.training
+        model.eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(args.seed)
+            (batch,) = sample(
+                model,
+                "policy",
+                tokenize_prompts(asked, trainer.processing_class),
+                trainer.processing_class,
+                max_completion_length=args.max_completion_length,
+                temperature=args.temperature,
+                batch_size=len(asked),
+            )
+        inputs = (*batch[:3], args.temperature)
+        policy, reference = (model.logprobs(role, *inputs) for role in ("policy", "reference"))
+        kl = kl_per_token(policy, reference, batch.mask).sum(dim=1)
+        texts = trainer.processing_class.batch_decode(batch.rows(), skip_special_tokens=True)
+        completions = as_answers(texts, asked)
+        columns = call_rewards(
+            trainer.composite.functions, self.prompts, completions, batch.rows(), TrainerLoop(trainer)
+        )
+        scores = trainer.composite.total(columns, asked, completions)
+        model.train(was_training)
+        columns = zip(asked, texts, scores.tolist(), kl.tolist(), sentiment(asked, completions), strict=True)
+        names = ("prompt", "completion", "score", "kl", "judge")
+        return [{"step": step, **dict(zip(names, row, strict=True))} for row in columns]
