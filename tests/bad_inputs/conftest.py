@@ -10,7 +10,7 @@ from typing import get_type_hints
 import datasets
 import pytest
 
-from pipeline.backbone.roles import loading
+from pipeline.backbone import loading
 from pipeline.runs.arguments import parse
 
 

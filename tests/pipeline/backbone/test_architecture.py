@@ -22,7 +22,7 @@ from pipeline.backbone.architecture import (
 )
 from pipeline.backbone.loading import fingerprint, load_pretrained, read_adapter
 from pipeline.backbone.roles import Backbone
-from pipeline.backbone.roles import logprobs as vocabulary
+from pipeline.backbone import logprobs as vocabulary
 from pipeline.backbone.trunk import decoder_layers, trunk_fault
 from pipeline.runs.arguments import LoraArguments, lora_config
 

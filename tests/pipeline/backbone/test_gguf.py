@@ -14,7 +14,7 @@ from trl import ModelConfig
 from data.pip_files import fetch
 from pipeline.backbone.gguf import MEMBER, RELEASE, model_source
 from pipeline.backbone.loading import load_pretrained
-from pipeline.backbone.roles import gguf
+from pipeline.backbone import gguf
 from pipeline.runs.folders import check_model_folder
 
 

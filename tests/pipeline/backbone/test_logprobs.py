@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from pipeline.backbone.logprobs import token_logprobs
-from pipeline.backbone.roles import logprobs as vocabulary
+from pipeline.backbone import logprobs as vocabulary
 
 
 def run(head, hidden, tokens, **options):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import make_likely
 
-from pipeline.backbone.roles import sampling
+from pipeline.backbone import sampling
 from pipeline.backbone.sampling import gathered, sample, sampling_options
 from pipeline.runs.arguments import PPOConfig
 from tests.benchmarks.gpu import Live

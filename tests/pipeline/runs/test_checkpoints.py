@@ -17,7 +17,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-import test_stages
+from tests.pipeline import test_stages
 import torch
 from conftest import PROMPTS, ROOT
 from datasets import Dataset
