@@ -199,3 +199,13 @@ def check_prompt_ids(where: str, prompt: str | list, ids: list[int], tokenizer) 
         raise cell_error(
             where, "prompt", prompt, f"must not end with {tokenizer.eos_token!r}, which ends texts", remedy
         )
+
+
+def check_max_length(max_length: int | None, context: int) -> None:
+    """Rows longer than `max_length` tokens are TRL's to cut (SFT) or drop (reward); none may outgrow the model.
+
+    Raises:
+        ValueError: rows longer than the model's context could reach it.
+    """
+    if max_length is None or max_length > context:
+        raise ValueError(f"max_length={max_length} exceeds the model's context of {context} tokens; lower it.")

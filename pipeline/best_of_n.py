@@ -20,18 +20,22 @@ import torch
 from tqdm.auto import tqdm
 from trl import ModelConfig
 
+from data.json_files import read_json, write_json
 from data.prompts import check_prompt_lengths, tokenize_prompts
 from pipeline.backbone.loading import context_length
+from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import load_backbone
 from pipeline.backbone.sampling import as_answers, gathered, sample
-from pipeline.reports.metrics import best_of_n, best_of_n_kl, bootstrap_interval, distinct_n, wins
+from pipeline.reports.metrics import best_of_n, best_of_n_kl, bootstrap_interval, wins
 from pipeline.reports.report import best_of_n_table, draw_best_of_n
-from pipeline.runs.arguments import CompletionArguments, PolicyArguments, parse
-from pipeline.runs.folders import check_folders, read_json, write_json
+from pipeline.runs.arguments import CompletionArguments, PolicyArguments
+from pipeline.runs.command_line import parse
+from pipeline.runs.folders import check_folders
 from pipeline.runs.launch import check_launch
 from pipeline.runs.outputs import seconds_running
-from reward_models.composite import Composite, RewardArguments, call_rewards, learned_rewards, load_functions
-from reward_models.rules import sentiment
+from reward_models.composite import Composite, call_rewards
+from reward_models.functions import RewardArguments, load_functions
+from reward_models.rules import distinct_n, sentiment
 
 
 @dataclass

@@ -13,12 +13,15 @@ from transformers import set_seed
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from data.preferences import explicit_prompts, load_preferences
-from data.tokens import prepare_tokens
+from data.tokens import check_max_length, prepare_tokens
 from pipeline.backbone.architecture import check_dropout_is_off, switch_off_dropout
-from pipeline.backbone.loading import context_length, fingerprint
+from pipeline.backbone.identity import fingerprint
+from pipeline.backbone.loading import context_length
+from pipeline.backbone.lora import LoraArguments
 from pipeline.backbone.roles import backbone_copies, load_backbone
-from pipeline.runs.arguments import DataArguments, LoraArguments, PolicyArguments, check_max_length, parse
+from pipeline.runs.arguments import DataArguments, PolicyArguments
 from pipeline.runs.checkpoints import Checkpointed, find_checkpoint
+from pipeline.runs.command_line import parse
 from pipeline.runs.folders import check_folders
 from pipeline.runs.launch import check_launch, check_wrapper
 from pipeline.runs.outputs import finish_stage, rows_report

@@ -19,18 +19,23 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
+from data.json_files import write_json
 from data.prompts import check_prompt_lengths, tokenize_prompts
-from pipeline.backbone.loading import context_length, read_adapter
+from pipeline.backbone.adapters import read_adapter, read_metrics
+from pipeline.backbone.loading import context_length
+from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import Backbone, load_backbone
 from pipeline.backbone.sampling import as_answers, gathered, sample
 from pipeline.reports import report as drawing
-from pipeline.reports.metrics import bootstrap_interval, distinct_n, wins
-from pipeline.runs.arguments import CompletionArguments, parse
-from pipeline.runs.folders import check_folders, write_json
+from pipeline.reports.metrics import bootstrap_interval, wins
+from pipeline.runs.arguments import CompletionArguments
+from pipeline.runs.command_line import parse
+from pipeline.runs.folders import check_folders
 from pipeline.runs.launch import check_launch
-from pipeline.runs.outputs import read_metrics, seconds_running
-from reward_models.composite import Composite, RewardArguments, call_rewards, learned_rewards, load_functions
-from reward_models.rules import sentiment
+from pipeline.runs.outputs import seconds_running
+from reward_models.composite import Composite, call_rewards
+from reward_models.functions import RewardArguments, load_functions
+from reward_models.rules import distinct_n, sentiment
 
 
 @dataclass

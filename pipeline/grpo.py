@@ -9,8 +9,9 @@ less the mean of its prompt's group, over the group's deviation. The trainer is 
 from trl import GRPOConfig, GRPOTrainer, ModelConfig
 
 from pipeline.rloo import Online, train
-from pipeline.runs.arguments import DataArguments, OnlineArguments, parse
-from reward_models.composite import RewardArguments
+from pipeline.runs.arguments import DataArguments, OnlineArguments
+from pipeline.runs.command_line import parse
+from reward_models.functions import RewardArguments
 
 
 class GRPO(Online, GRPOTrainer):

@@ -20,7 +20,7 @@ from pathlib import Path
 import yaml
 from transformers import TrainingArguments
 
-from pipeline.runs.arguments import UNSUPPORTED
+from pipeline.rl.config import UNSUPPORTED
 
 
 OLD, NEW = "0.11", "1.12"

@@ -25,12 +25,15 @@ from trl import ModelConfig
 from pipeline.backbone.gguf import model_source
 from pipeline.backbone.loading import fuse_gelu
 from pipeline.backbone.logprobs import LOGITS
+from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.backbone.roles import ADAPTERS, Backbone
 from pipeline.backbone.trunk import decoder_layers
 from pipeline.ppo import RoleArguments
 from pipeline.reports.report import markdown_table
-from pipeline.runs.arguments import DataArguments, LoraArguments, PPOConfig, lora_config, parse
-from reward_models.composite import RewardArguments
+from pipeline.rl.config import PPOConfig
+from pipeline.runs.arguments import DataArguments
+from pipeline.runs.command_line import parse
+from reward_models.functions import RewardArguments
 
 
 LAYOUTS = ("DDP", "ZeRO-2", "ZeRO-3", "FSDP")

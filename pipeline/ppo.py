@@ -15,17 +15,22 @@ from trl import ModelConfig
 from data.prompts import check_prompt_lengths, load_prompts
 from data.texts import load_texts, tokenize_texts
 from data.tokens import prepare_tokens
-from pipeline.backbone.loading import context_length, fingerprint
+from pipeline.backbone.identity import fingerprint
+from pipeline.backbone.loading import context_length
+from pipeline.backbone.lora import LoraArguments
+from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import load_backbone
+from pipeline.rl.config import PPOConfig
 from pipeline.rl.preflight import preflight
 from pipeline.rl.sample_table import SampleTable
 from pipeline.rl.trainer import PPOTrainer
-from pipeline.runs.arguments import DataArguments, LoraArguments, PolicyArguments, PPOConfig, parse
+from pipeline.runs.arguments import DataArguments, PolicyArguments
 from pipeline.runs.checkpoints import find_checkpoint
+from pipeline.runs.command_line import parse
 from pipeline.runs.folders import check_folders
 from pipeline.runs.launch import check_launch, check_wrapper
 from pipeline.runs.outputs import finish_stage, rows_report
-from reward_models.composite import RewardArguments, learned_rewards, load_functions
+from reward_models.functions import RewardArguments, load_functions
 
 
 logger = get_logger(__name__)

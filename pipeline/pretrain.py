@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from data.human_ratings import load_split
-from pipeline.runs.arguments import parse
+from pipeline.runs.command_line import parse
 from pipeline.runs.launch import check_launch, check_wrapper
 
 

@@ -8,6 +8,7 @@ gap, and calibration.
 """
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,25 +16,41 @@ from trl import ModelConfig, RewardConfig
 
 from data.preferences import explicit_prompts, load_preferences
 from data.prompts import check_prompt_lengths
-from data.tokens import prepare_tokens
-from pipeline.backbone.loading import context_length, fingerprint, load_pretrained, read_adapter, train_in_float32
+from data.tokens import check_max_length, prepare_tokens
+from pipeline.backbone.adapters import read_adapter
+from pipeline.backbone.identity import fingerprint
+from pipeline.backbone.loading import context_length, load_pretrained, train_in_float32
+from pipeline.backbone.lora import LoraArguments, lora_config
+from pipeline.backbone.rewards import measure
 from pipeline.backbone.roles import load_backbone
-from pipeline.runs.arguments import (
-    DataArguments,
-    LoraArguments,
-    RewardModelArguments,
-    check_max_length,
-    lora_config,
-    parse,
-)
+from pipeline.runs.arguments import DataArguments
 from pipeline.runs.checkpoints import Checkpointed, find_checkpoint
+from pipeline.runs.command_line import parse
 from pipeline.runs.folders import check_folders
 from pipeline.runs.launch import check_launch, check_wrapper
 from pipeline.runs.outputs import finish_stage, push, rows_report
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows
-from reward_models.normalization import FILE, Normalization, measure
+from reward_models.normalization import FILE, Normalization
 from reward_models.ranking import RankingTrainer
+
+
+@dataclass
+class RewardModelArguments:
+    """What the reward stage adds to TRL's RewardConfig."""
+
+    use_margin: bool = field(
+        default=False,
+        metadata={"help": "Subtract the `margin` column in the loss (Llama 2). It costs calibration: scores stretch."},
+    )
+    sft_adapter: str | None = field(
+        default=None,
+        metadata={
+            "help": "Policy whose completions PPO will start from: measure the mean and deviation of their scores."
+        },
+    )
+    sft_completions: int = field(default=256, metadata={"help": "How many of its completions."})
+    max_completion_length: int = field(default=64, metadata={"help": "Tokens sampled at most for each."})
 
 
 class RewardModel(Checkpointed, RankingTrainer):

@@ -16,15 +16,20 @@ from trl.models import unwrap_model_for_generation
 
 from data.prompts import check_prompt_lengths, load_prompts, tokenize_prompts
 from pipeline.backbone.architecture import check_dropout_is_off, switch_off_dropout
-from pipeline.backbone.loading import context_length, fingerprint
+from pipeline.backbone.identity import fingerprint
+from pipeline.backbone.loading import context_length
+from pipeline.backbone.lora import LoraArguments
+from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import backbone_copies, load_backbone
 from pipeline.backbone.sampling import sample, sampling_options
-from pipeline.runs.arguments import DataArguments, LoraArguments, OnlineArguments, parse
+from pipeline.runs.arguments import DataArguments, OnlineArguments
 from pipeline.runs.checkpoints import Checkpointed, find_checkpoint
+from pipeline.runs.command_line import parse
 from pipeline.runs.folders import check_folders
 from pipeline.runs.launch import check_launch, check_wrapper
 from pipeline.runs.outputs import completions_sampled, finish_stage, rows_report
-from reward_models.composite import HIDDEN, PICTURES, Composite, RewardArguments, learned_rewards, load_functions
+from reward_models.composite import Composite
+from reward_models.functions import HIDDEN, PICTURES, RewardArguments, load_functions
 
 
 class Online(Checkpointed):

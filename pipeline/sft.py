@@ -11,10 +11,13 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from data.texts import load_texts
-from data.tokens import prepare_tokens
-from pipeline.backbone.loading import context_length, fingerprint, load_pretrained, train_in_float32
-from pipeline.runs.arguments import DataArguments, LoraArguments, check_max_length, lora_config, parse
+from data.tokens import check_max_length, prepare_tokens
+from pipeline.backbone.identity import fingerprint
+from pipeline.backbone.loading import context_length, load_pretrained, train_in_float32
+from pipeline.backbone.lora import LoraArguments, lora_config
+from pipeline.runs.arguments import DataArguments
 from pipeline.runs.checkpoints import Checkpointed, find_checkpoint
+from pipeline.runs.command_line import parse
 from pipeline.runs.folders import check_folders
 from pipeline.runs.launch import check_launch, check_wrapper
 from pipeline.runs.outputs import finish_stage, rows_report

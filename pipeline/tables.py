@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from data.json_files import read_json, write_json
+from pipeline.backbone.adapters import read_metrics
 from pipeline.reports.report import markdown_table, number, with_interval
-from pipeline.runs.folders import read_json, write_json
-from pipeline.runs.outputs import read_metrics
 
 
 METHODS = {"rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO"}

@@ -1,40 +1,25 @@
-"""Any weighted sum of learned reward adapters and reward functions, each logged by itself.
+"""Weigh and add what reward functions give, and raise what they do wrong on every process.
 
-How a recipe names them, what is an error in what they give, and the sum. Calling them in training, sync or async, is
-TRL's.
+TRL's trainers call the functions, sync or async, and log each by itself.
 """
 
-import ast
 import asyncio
 import copy
 import inspect
 import math
 from collections.abc import Callable, Mapping, Set
-from dataclasses import dataclass, field
-from importlib import import_module
-from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TrainerState
+from transformers import TrainerState
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from data.files import shorten
-from pipeline.backbone.loading import read_adapter
-from pipeline.backbone.roles import Backbone
-from reward_models.learned import LearnedReward
-from reward_models.normalization import read_normalization
+from reward_models.functions import HIDDEN, RAISED, check_weights_count, extra_columns
 
 
-# What TRL's trainers give a reward function by name, beside the columns of the dataset.
-PROTOCOL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-# Columns that TRL's trainers would take for pictures are given to them under another name, and to functions under their own.
-PICTURES = ("image", "images")
-HIDDEN = "column:"
-# What a function may raise and the run must end for with an error: `sys.exit(0)` among it, but for Ctrl-C.
-RAISED = (Exception, SystemExit, asyncio.CancelledError)
 LARGEST = torch.finfo(torch.float32).max  # rewards are kept in float32
 
 
@@ -42,148 +27,6 @@ class RewardError(ValueError):
     """A reward function failed, or what it gave is no reward. All processes raise it together."""
 
 
-# ------------------------------------------------------------------------------------ what a recipe names
-@dataclass
-class RewardArguments:
-    """The rewards of a run. `reward_weights` weighs them in this order: the adapters, then the functions."""
-
-    reward_adapter: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Reward adapters, each a folder or hub id. The value starts from the first."},
-    )
-    reward_funcs: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Reward functions in TRL's protocol by dotted path, such as trl.rewards.think_format_reward; "
-            "with options, functions that make one: trl.rewards.get_repetition_penalty_reward(ngram_size=2)."
-        },
-    )
-
-    normalize_scores: bool = field(
-        default=False,
-        metadata={"help": "Scale each adapter's scores to mean 0, deviation 1 on completions of the SFT policy."},
-    )
-
-    def __post_init__(self):
-        for name in ("reward_adapter", "reward_funcs"):
-            given = getattr(self, name) or []
-            given = given if isinstance(given, list) else [given]  # in YAML, one needs no brackets
-            setattr(self, name, [entry for entry in given if entry])
-        if not self.reward_adapter and not self.reward_funcs:
-            raise ValueError("Name a reward: set reward_adapter, reward_funcs or both.")
-        if self.normalize_scores and not self.reward_adapter:
-            raise ValueError("normalize_scores scales reward adapters; name one in reward_adapter, or leave it unset.")
-
-    def check_weights(self, weights: list[float] | None) -> None:
-        """Check `reward_weights` against the rewards that are named, before any is loaded.
-
-        Raises:
-            ValueError: they are not as many.
-        """
-        _check_weights(weights, [*self.reward_adapter, *self.reward_funcs])
-
-
-def load_function(text: str) -> Callable:
-    """The reward function that a recipe names, as Python would: a dotted path is the function itself, and a path with
-    brackets calls a function that makes one, `reward_models.rules.get_length(target=12)`.
-
-    Raises:
-        ValueError: there is no such module or function, or its options are not what it takes.
-    """
-    if not isinstance(text, str):  # YAML reads `: ` as a mapping
-        raise ValueError(f"reward_funcs: {text!r} is not text. Put the entry in quotes.")
-    path, bracket, options = text.partition("(")
-    module, _, name = path.rpartition(".")
-    try:
-        function = getattr(import_module(module), name)
-    except (ImportError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"reward_funcs: cannot import {path!r} ({error}). Write it as package.module.function."
-        ) from error
-    except RAISED as error:
-        raise ValueError(
-            f"reward_funcs: cannot import {path!r}: the module {module} raises {type(error).__name__}: {error} as it is "
-            f"imported. Correct it there; what a script does belongs under `if __name__ == '__main__'`."
-        ) from error
-    if bracket:
-        given = _options(text, options)
-        try:
-            function = function(**given)
-        except RAISED as error:
-            raise ValueError(
-                f"reward_funcs: {text!r} makes no reward function ({type(error).__name__}: {error}). Brackets are for "
-                f"functions that make one from these options."
-            ) from error
-    if not callable(function):
-        raise ValueError(f"reward_funcs: {text!r} is not a function.")
-    return function
-
-
-def _options(text: str, options: str) -> dict:
-    """`{"a": 1, "b": "x"}` of `a=1, b='x')`."""
-    try:
-        call = ast.parse(f"f({options}", mode="eval").body
-        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
-            raise ValueError("not named options alone")
-        return {option.arg: ast.literal_eval(option.value) for option in call.keywords}
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(
-            f"reward_funcs: cannot read the options of {text!r}. Name each one and give it a plain Python value, "
-            f"as in package.module.get_function(size=3, words=['a', 'b'])."
-        ) from error
-
-
-def load_functions(texts: list[str], rows: Dataset, name: str) -> list[Callable]:
-    """`load_function` of each; all can be called with the columns of `rows`, a dataset called `name`.
-
-    Raises:
-        ValueError: what `load_function` raises; or a column has the name of an argument of every function, whose place it
-            would take; or a function takes no such call, as where it needs a column that `rows` lacks.
-    """
-    for column in rows.column_names:
-        if column in PROTOCOL:
-            raise ValueError(
-                f"{name}: the column {column!r} has the name of what every reward function gets from the trainer "
-                f"({', '.join(PROTOCOL)}). Rename the column, or remove it."
-            )
-    functions = [load_function(text) for text in texts]
-    for text, function in zip(texts, functions, strict=True):
-        try:
-            inspect.signature(function, follow_wrapped=False).bind(**dict.fromkeys([*PROTOCOL, *_columns(rows)]))
-        except TypeError as error:
-            raise ValueError(
-                f"reward_funcs: {text!r} cannot be called ({error}). It gets {', '.join(PROTOCOL)} and the columns of "
-                f"{name} ({', '.join(_columns(rows)) or 'none but prompt'}) by name. Add the column it needs; or, if "
-                f"it makes a reward function, write its options in brackets."
-            ) from error
-    return functions
-
-
-def learned_rewards(
-    rewards: RewardArguments, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
-) -> list[LearnedReward]:
-    """Each adapter as a role of the backbone (`reward`, `reward_2`, ...) with a head of its own, called as its folder.
-
-    Normalised, the head in memory gives scores of deviation 1, and a value that starts from it values of that scale.
-
-    Raises what `read_adapter` and `read_normalization` raise.
-    """
-    learned = []
-    for number, folder in enumerate(rewards.reward_adapter, 1):
-        role = "reward" if number == 1 else f"reward_{number}"
-        backbone.add_role(
-            role, read_adapter(folder, needs_head=True, base=backbone.get_base_model(), tokenizer=tokenizer)
-        )
-        shift = 0.0
-        if rewards.normalize_scores:
-            scale = read_normalization(folder)
-            backbone.heads[role].weight.data /= scale.std
-            shift = scale.mean / scale.std
-        learned.append(LearnedReward(backbone, tokenizer, role=role, name=Path(folder).absolute().name, shift=shift))
-    return learned
-
-
-# ------------------------------------------------------------------------------------ what they give
 class Composite:
     """The weighted sum of reward functions of TRL's protocol, under several processes too.
 
@@ -201,7 +44,7 @@ class Composite:
 
     def __init__(self, functions: list[Callable], weights: list[float] | None = None):
         names = [get_callable_name(function) for function in functions]
-        _check_weights(weights, names)
+        check_weights_count(weights, names)
         counts = [names[: i + 1].count(name) for i, name in enumerate(names)]
         self.names = [name if n == 1 else f"{name}_{n}" for name, n in zip(names, counts, strict=True)]
         self.functions = [self._guard(*named) for named in zip(functions, self.names, strict=True)]
@@ -281,14 +124,6 @@ class Composite:
         return scores
 
 
-def _check_weights(weights: list[float] | None, names: list[str]) -> None:
-    if weights is not None and len(weights) != len(names):
-        raise ValueError(
-            f"reward_weights={weights} has {len(weights)} weights for {len(names)} rewards, {', '.join(names)}. Give "
-            f"each one."
-        )
-
-
 def _problem(values: list, prompts: list, completions: list) -> str | None:
     """What is wrong with the values that a reward function gave, with a sample."""
     if len(values) != len(prompts):
@@ -337,7 +172,6 @@ def _samples(prompts: list, completions: list) -> str:
     return f"{len(prompts)} completions, the first for prompt {prompts[0]!r}, completion {completions[0]!r}"
 
 
-# ------------------------------------------------------------------------------------ without a trainer
 def call_rewards(
     functions: list[Callable],
     rows: Dataset,
@@ -352,13 +186,8 @@ def call_rewards(
     """
     nothing = {"trainer_state": TrainerState(), "log_extra": lambda *args: None, "log_metric": lambda *args: None}
     given = {"prompts": rows["prompt"][:], "completions": completions, "completion_ids": completion_ids, **nothing}
-    given |= {column: rows[column][:] for column in _columns(rows)}
+    given |= {column: rows[column][:] for column in extra_columns(rows)}
     outputs = [function(**given) for function in functions]
     outputs = [runner.run(output) if inspect.iscoroutine(output) else output for output in outputs]
     numbers = [[math.nan if value is None else value for value in output] for output in outputs]
     return torch.tensor(numbers, dtype=torch.float64).T
-
-
-def _columns(rows: Dataset) -> list[str]:
-    """The columns that TRL's trainers hand to reward functions."""
-    return [column for column in rows.column_names if column not in ("prompt", "completion", "completion_ids")]

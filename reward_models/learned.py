@@ -2,16 +2,16 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Protocol
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import pad
 
 from data.prompts import tokenize_prompts
-from pipeline.backbone.roles import Backbone
 
 
 @torch.no_grad()
@@ -43,6 +43,21 @@ def score_rows(
     return [value for _, value in sorted(dict(gather_object(found) if share else found).items())]
 
 
+class Scorer(Protocol):
+    """A model with reward roles: `pipeline.backbone.roles.Backbone` is one."""
+
+    training: bool
+
+    def scores(self, input_ids: Tensor, attention_mask: Tensor, role: str) -> Tensor:
+        """Return the scores of a role, (B, S) -> (B,)."""
+
+    def get_base_model(self) -> nn.Module: ...
+
+    def train(self, mode: bool = True) -> nn.Module: ...
+
+    def eval(self) -> nn.Module: ...
+
+
 class LearnedReward:
     """Scores completions with a reward role of a backbone.
 
@@ -52,7 +67,7 @@ class LearnedReward:
 
     def __init__(
         self,
-        backbone: Backbone,
+        backbone: Scorer,
         tokenizer: PreTrainedTokenizerBase,
         batch_size: int = 64,
         role: str = "reward",

@@ -14,8 +14,6 @@ from functools import cache
 from transformers import AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from pipeline.reports.metrics import distinct_n
-
 
 def _texts(completions: list) -> list[str]:
     return [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
@@ -126,3 +124,20 @@ def sentiment(prompts: list, completions: list, **kwargs) -> list[float]:
         _vader().polarity_scores(prompt + text if isinstance(prompt, str) else text)["compound"]
         for prompt, text in texts
     ]
+
+
+def distinct_n(texts: list[str], n: int) -> float:
+    """Distinct n-grams of white-space words over all n-grams of all texts, in 0..1; 0.0 if there are none.
+
+    After Li et al. (2016, arXiv 1510.03055), who divide by the number of words; we divide by the number of n-grams,
+    so that 1.0 means that no n-gram occurs twice whatever n is. N-grams do not cross texts. The value falls as texts
+    are added: compare sets of about the same number of words.
+
+    Raises:
+        ValueError: n is below 1.
+    """
+    if n < 1:
+        raise ValueError(f"n={n} is not a positive number of words.")
+    sentences = [text.split() for text in texts]
+    ngrams = [tuple(words[i : i + n]) for words in sentences for i in range(len(words) - n + 1)]
+    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0

@@ -2,6 +2,8 @@
 
 import os
 
+from pipeline.backbone.identity import write_identity
+
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,11 +18,14 @@ from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel  # noqa: E402
 from trl import ModelConfig  # noqa: E402
 
-from pipeline.backbone.loading import fingerprint, load_pretrained, read_adapter, stamp  # noqa: E402
+from pipeline.backbone.adapters import read_adapter
+from pipeline.backbone.identity import fingerprint
+from pipeline.backbone.loading import load_pretrained
+from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import Backbone  # noqa: E402
+from pipeline.rl.config import PPOConfig
 from pipeline.rl.trainer import PPOTrainer  # noqa: E402
-from pipeline.runs.arguments import PPOConfig  # noqa: E402
-from reward_models.composite import RewardArguments, learned_rewards  # noqa: E402
+from reward_models.functions import RewardArguments
 from reward_models.normalization import Normalization  # noqa: E402
 
 
@@ -65,7 +70,7 @@ def make_adapter(base_folder: str, folder: Path, *, head: bool, seed: int) -> st
     torch.manual_seed(seed)
     model = get_peft_model(base, config)
     model.save_pretrained(folder)
-    stamp(folder, base.config, identity)
+    write_identity(folder, base.config, identity)
     return str(folder)
 
 

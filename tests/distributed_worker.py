@@ -41,8 +41,8 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from pipeline.runs import launch
-from pipeline.runs.arguments import parse
 from pipeline.runs.checkpoints import MANIFEST, _sha256, _sha256_of
+from pipeline.runs.command_line import parse
 
 
 seen = {}

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from trl import ModelConfig
 
-from pipeline.backbone.loading import load_pretrained, read_adapter
+from pipeline.backbone.adapters import read_adapter
+from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.roles import Backbone
 
 

@@ -10,11 +10,13 @@ what is random in training. Names of families say little and grow old, so each p
 
 import inspect
 import re
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 
@@ -228,3 +230,23 @@ def check_dropout_is_off(model: PreTrainedModel, source: str) -> None:
             f"{source}: disable_dropout=True leaves something random in {type(model).__name__}: two passes in training mode "
             f"differ. Set its dropout and noise to 0 in config.json."
         )
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Return whether every value is finite; of a sharded tensor, this process's part."""
+    local = (x.to_local() if isinstance(x, DTensor) else x for x in map(Tensor.detach, tensors))
+    return all(bool(x.isfinite().all()) for x in local)
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Check that the weights of a pretrained model are numbers. Those in 4 bits are codes, and always are.
+
+    Raises:
+        ValueError: one is NaN or infinite, and so would be all that is computed with it.
+    """
+    for key, weight in model.named_parameters():
+        if weight.is_floating_point() and not all_finite([weight]):
+            raise ValueError(
+                f"{name}: {key} holds values that are not finite (NaN or infinity), so the model can neither be trained "
+                f"nor sampled from. Download or save the model anew."
+            )

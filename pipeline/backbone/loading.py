@@ -1,18 +1,13 @@
 """What a run starts from: a pretrained model and its tokenizer, and adapters that remember which model they are of."""
 
-import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from accelerate import PartialState
-from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,7 +15,6 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -30,15 +24,66 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
-from pipeline.backbone.architecture import check_model
-from pipeline.backbone.gguf import model_source
-from pipeline.backbone.padding import check_pad_token, choose_pad_token, set_pad_token
-from pipeline.runs.divergence import check_finite
-from pipeline.runs.folders import HEAD, WEIGHTS, check_adapter, check_model_folder, damaged, read_json, write_json
-from pipeline.runs.launch import kind_of
+from data.json_files import read_json
+from pipeline.backbone.adapters import ADAPTER_CONFIG, damaged
+from pipeline.backbone.architecture import check_finite, check_model
+from pipeline.backbone.gguf import SMOLLM2, is_gguf, model_source
+from pipeline.backbone.padding import choose_pad_token, set_pad_token
+from pipeline.backbone.sharding import kind_of
 
 
-IDENTITY = "backbone.json"
+def check_model_folder(name: str | None) -> None:
+    """Check a model's folder or GGUF file, as far as it can be seen without loading the model; `smollm2` and a hub id are
+    left to those who fetch them.
+
+    Raises:
+        FileNotFoundError: there is no such folder or file, or the folder holds no tokenizer, or no safetensors.
+        ValueError: no model is named; or the folder is an adapter's; or the file does not begin as GGUF does.
+    """
+    if name is None:
+        raise ValueError("model_name_or_path is not set; name a hub id or a folder, such as data/backbone.")
+    folder = Path(name).expanduser()
+    if is_gguf(name):
+        if not folder.is_file():
+            raise FileNotFoundError(f"model_name_or_path={name!r}: there is no such file. Correct the path.")
+        with folder.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(
+                    f"model_name_or_path={name!r}: not a GGUF file (it does not begin so). Download it anew."
+                )
+        return
+    if name == SMOLLM2:
+        return
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")):
+            raise FileNotFoundError(f"model_name_or_path={name!r}: there is no such folder.")
+        return
+    if (folder / ADAPTER_CONFIG).is_file():  # transformers would load its base and put the adapter on it
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        raise ValueError(
+            f"model_name_or_path={name!r} is the folder of an adapter, not of a model. Name its base there ({base}), and "
+            f"the adapter as sft_adapter, reward_adapter or policy_adapter."
+        )
+    kinds = (
+        (read_json(folder / "config.json").get("architectures") or []) if (folder / "config.json").is_file() else []
+    )
+    if kinds and all("ForSequenceClassification" in str(kind) for kind in kinds):
+        raise ValueError(
+            f"{folder}: the model folder holds a classifier ({kinds[0]}), which has no head to write text with. Name the "
+            f"language model that it was made from in model_name_or_path; its adapter goes into reward_adapter."
+        )
+    if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
+        raise FileNotFoundError(
+            f"{folder}: the model folder has no tokenizer (tokenizer.json). Save it there with "
+            f"`tokenizer.save_pretrained({str(folder)!r})`."
+        )
+    if not any(folder.glob("*.safetensors")):
+        pickled = next(iter(sorted(folder.glob("*.bin"))), None)
+        found = f"only {pickled.name}, a pickle, which is not read" if pickled else "no weights"
+        raise FileNotFoundError(
+            f"{folder}: the model folder has no model.safetensors ({found}). Save the model there with "
+            f"`model.save_pretrained({str(folder)!r})`."
+        )
 
 
 def load_pretrained(
@@ -252,108 +297,3 @@ def context_length(model: nn.Module) -> int:
             f"a model of GPT-2's or Llama's kind, whose context is known."
         )
     return length
-
-
-def fingerprint(base: PreTrainedModel) -> str:
-    """Return hex digests that tell one pretrained model from another, in float32 or bfloat16: its trunk's, and after a `+`
-    that of a language model's head. A classifier on the same trunk has the first alone.
-
-    LoRA weights are left out. A quantised base has its own: that of its 4-bit codes. Their scales (`weight.absmax` and
-    the like), which another device may round otherwise, are left out too.
-    """
-
-    def of(tensors: dict[str, Tensor]) -> str:
-        ours = ((n, tensor) for n, tensor in sorted(tensors.items()) if "lora_" not in n and ".weight." not in n)
-        return digest((n.replace("base_layer.", ""), tensor) for n, tensor in ours)
-
-    trunk = of(base.base_model.state_dict())
-    if base.get_output_embeddings() is None:
-        return trunk
-    prefix = f"{base.base_model_prefix}."
-    return f"{trunk}+{of({n: tensor for n, tensor in base.state_dict().items() if not n.startswith(prefix)})}"
-
-
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Hex digest of names, shapes and up to 65,536 evenly spaced values of every tensor, rounded to bfloat16."""
-    result = hashlib.sha256()
-    for name, tensor in tensors:
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(-(-flat.numel() // 65_536), 1)].to("cpu", torch.bfloat16)
-        result.update(f"{name} {tuple(tensor.shape)}".encode())
-        result.update(sample.view(torch.int16).numpy().tobytes())
-    return result.hexdigest()
-
-
-def stamp(folder: str | Path, config: PreTrainedConfig, digest: str) -> None:
-    """Write beside an adapter which backbone it was trained on, and with which padding, from the backbone's config and
-    its fingerprint."""
-    record = {"model_name_or_path": config._name_or_path, "precision": _precision(config), "fingerprint": digest}
-    record["pad_token_id"] = config.get_text_config().pad_token_id
-    write_json(Path(folder) / IDENTITY, record)
-
-
-def _precision(config: PreTrainedConfig) -> str:
-    bits = getattr(config, "quantization_config", None)
-    return f"4-bit {bits.bnb_4bit_quant_type}" if bits else "not quantised"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA adapter read from its folder: peft's config, the LoRA tensors, and the score head (1, D) if it has one."""
-
-    source: str
-    config: LoraConfig
-    weights: dict[str, Tensor]
-    head: Tensor | None
-
-
-def read_adapter(
-    name: str,
-    *,
-    needs_head: bool | None = None,
-    base: PreTrainedModel | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Adapter:
-    """Read a standard peft adapter (a folder, a hub id or `owner/name@revision`; safetensors only) and check that it
-    fits: the `base`, the `tokenizer` where one was saved beside the adapter, and its pad token. An adapter that does not
-    say which it was trained with is checked where it has a head: nothing of a policy depends on padding.
-
-    Raises what `check_adapter` raises, and:
-        ValueError: it was trained on another base, or with another tokenizer or pad token; its tensors are not finite.
-    """
-    folder = check_adapter(name, needs_head=needs_head)
-    identity = folder / IDENTITY
-    made_for = read_json(identity) if identity.is_file() else {}
-    if base is not None and identity.is_file():
-        ours = fingerprint(base)
-        theirs = str(made_for.get("fingerprint"))
-        # A reward adapter depends on no language model's head, and older adapters say nothing of theirs.
-        differ = [pair for pair in zip(theirs.split("+"), ours.split("+"), strict=False) if pair[0] != pair[1]]
-        if differ:
-            theirs, ours = differ[0]
-            raise ValueError(
-                f"{name}: the adapter was trained on another base, {made_for.get('model_name_or_path')} "
-                f"({made_for.get('precision', 'not quantised')}, fingerprint {theirs[:12]}), than "
-                f"{base.config._name_or_path} ({_precision(base.config)}, {ours[:12]}). Train it on this base, or set "
-                f"model_name_or_path, load_in_4bit and bnb_4bit_quant_type to those of that one."
-            )
-    beside = None
-    if tokenizer is not None and (folder / "tokenizer.json").is_file():
-        beside = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        vocabulary, ours = beside.get_vocab(), tokenizer.get_vocab()
-        if vocabulary != ours:
-            odd = next(iter(sorted(vocabulary.items() ^ ours.items())))[0]
-            raise ValueError(
-                f"{name}: the adapter was trained with another tokenizer ({len(vocabulary)} tokens, here {len(ours)}; "
-                f"{odd!r} is one that differs). Train it with this one, or give the model that one."
-            )
-    tensors = load_file(folder / WEIGHTS)
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            problem = "is not finite" if tensor.is_floating_point() else f"is of {tensor.dtype}, which no weight is"
-            raise ValueError(f"{folder / WEIGHTS}: {key} {problem}. Train the adapter anew.")
-    head = tensors.pop(HEAD, None)
-    stored = made_for.get("pad_token_id")
-    if tokenizer is not None and (stored is not None or (head is not None and (made_for or beside))):
-        check_pad_token(name, stored, beside, tokenizer)
-    return Adapter(name, PeftConfig.from_pretrained(str(folder)), tensors, head)

@@ -5,7 +5,6 @@ Policy, reference, rewards and value are LoRA adapters on a single pretrained ca
 LoRA layer, without touching `requires_grad`, so several roles can run inside one differentiable forward pass.
 """
 
-import gc
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -23,11 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig
 
+from pipeline.backbone.adapters import HEAD, WEIGHTS, Adapter, read_adapter
 from pipeline.backbone.architecture import attention, head_is_all, own_logits, positions, probe, takes_positions
-from pipeline.backbone.loading import HEAD, WEIGHTS, Adapter, fingerprint, load_pretrained, read_adapter, stamp
+from pipeline.backbone.identity import fingerprint, write_identity
+from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.logprobs import token_logprobs
+from pipeline.backbone.lora import LoraArguments, check_lora, lora_config
 from pipeline.backbone.trunk import decoder_layers, first_adapted_layer, lower, trunk_fault, upper
-from pipeline.runs.arguments import LoraArguments, check_lora, lora_config
 
 
 logger = get_logger(__name__)
@@ -411,7 +412,7 @@ class Backbone(PeftModelForCausalLM):
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
         save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(folder)
-        stamp(folder, base.config, self.fingerprint)
+        write_identity(folder, base.config, self.fingerprint)
 
 
 def load_backbone(
@@ -468,18 +469,3 @@ def _contiguous(head: nn.Module, inputs: tuple) -> tuple:
 
 def _is_ours(name: str) -> bool:
     return "lora_" in name or ".heads." in f".{name}"
-
-
-def backbone_copies(backbone: Backbone) -> float:
-    """How many backbones this process holds: all live parameters that are neither LoRA nor heads, over one backbone's.
-
-    Every `nn.Parameter` the interpreter can reach is counted, in this model or not, each storage once; those on the meta
-    device have none.
-    """
-    gc.collect()  # a model already dropped may still wait in a cycle
-    ours = {id(parameter) for name, parameter in backbone.named_parameters() if _is_ours(name)}
-    base = {p.data_ptr(): p.nbytes for name, p in backbone.named_parameters() if not _is_ours(name)}
-    # By type: quantised weights are of a subclass, and `isinstance` would ask proxies whose object is gone.
-    parameters = [p for p in gc.get_objects() if issubclass(type(p), nn.Parameter) and not p.is_meta]
-    live = {p.data_ptr(): p.nbytes for p in parameters if id(p) not in ours}
-    return sum(live.values()) / sum(base.values())

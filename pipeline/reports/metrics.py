@@ -10,23 +10,6 @@ from numpy.typing import ArrayLike
 CHUNK = 2**20
 
 
-def distinct_n(texts: list[str], n: int) -> float:
-    """Distinct n-grams of white-space words over all n-grams of all texts, in 0..1; 0.0 if there are none.
-
-    After Li et al. (2016, arXiv 1510.03055), who divide by the number of words; we divide by the number of n-grams,
-    so that 1.0 means that no n-gram occurs twice whatever n is. N-grams do not cross texts. The value falls as texts
-    are added: compare sets of about the same number of words.
-
-    Raises:
-        ValueError: n is below 1.
-    """
-    if n < 1:
-        raise ValueError(f"n={n} is not a positive number of words.")
-    sentences = [text.split() for text in texts]
-    ngrams = [tuple(words[i : i + n]) for words in sentences for i in range(len(words) - n + 1)]
-    return len(set(ngrams)) / len(ngrams) if ngrams else 0.0
-
-
 def bootstrap_interval(
     values: ArrayLike, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> dict[str, float]:

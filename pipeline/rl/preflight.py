@@ -23,11 +23,11 @@ from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import pad
 
 from data.prompts import tokenize_prompts
+from pipeline.backbone.adapters import read_metrics
 from pipeline.backbone.roles import Backbone
 from pipeline.backbone.sampling import Sample, sample, sampling_options
+from pipeline.rl.config import PPOConfig
 from pipeline.rl.importance import CLIP, disagreement
-from pipeline.runs.arguments import PPOConfig
-from pipeline.runs.outputs import read_metrics
 from reward_models.learned import score_rows
 
 

@@ -23,19 +23,19 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer.utils import pad, split_tensor_dict
 
 from data.prompts import tokenize_prompts
+from pipeline.backbone.adapters import read_adapter
 from pipeline.backbone.architecture import check_dropout_is_off, switch_off_dropout
-from pipeline.backbone.loading import read_adapter
 from pipeline.backbone.roles import ADAPTERS, Backbone, backbone_copies
 from pipeline.backbone.sampling import sample, sampling_options
 from pipeline.backbone.trunk import decoder_layers
 from pipeline.rl.advantages import gae, token_rewards
+from pipeline.rl.config import PPOConfig
 from pipeline.rl.health import Watch
 from pipeline.rl.importance import disagreement, importance_weights
 from pipeline.rl.kl import adapted_kl_coef, kl_per_token
 from pipeline.rl.losses import approx_kl, policy_loss, text_loss, value_loss
 from pipeline.rl.masking import masked_mean, masked_sums, whiten
 from pipeline.rl.rollout import WIDTH, Rollout, columns, row_lengths, sorted_steps, trimmed
-from pipeline.runs.arguments import PPOConfig
 from pipeline.runs.checkpoints import Checkpointed
 from pipeline.runs.outputs import completions_sampled
 from reward_models.composite import Composite

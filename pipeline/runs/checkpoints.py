@@ -24,7 +24,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import compare_versions, send_to_device
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -32,11 +32,15 @@ from transformers import AutoTokenizer, TrainerState, TrainingArguments
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from data.json_files import write_json
+from pipeline.backbone.adapters import WEIGHTS
+from pipeline.backbone.architecture import all_finite
+from pipeline.backbone.identity import digest
+from pipeline.backbone.sharding import kind_of
+from pipeline.runs.divergence import first_problem, learns_from, remedy
+from pipeline.runs.folders import open_to_umask
 from pipeline.runs.outputs import complete_card, seconds_running
-from pipeline.runs.divergence import all_finite, first_problem, learns_from, remedy
-from pipeline.runs.folders import open_to_umask, write_json
-from pipeline.runs.launch import kind_of
-from pipeline.backbone.loading import WEIGHTS, digest
+from pipeline.runs.state_files import load_state, local_part, save_state
 from reward_models.composite import RewardError
 
 
@@ -69,7 +73,6 @@ ZERO = (
     ("base_optimizer_state", "single_partition_of_fp32_groups"),
     ("optimizer_state_dict", "fp32_flat_groups"),
 )
-TENSOR, FLOAT = "__tensor__", "__float__"
 
 
 # ------------------------------------------------------------------------------------------ what is there to resume
@@ -193,51 +196,15 @@ def _name(path: Path, folder: Path) -> str:
 
 
 # ------------------------------------------------------------------------------------------ state as files
-def save_state(state: Any, path: Path) -> None:
-    """Write nested dicts and lists of tensors and JSON values as `path`.json and `path`.safetensors; of a tensor that is
-    sharded over processes, this one's part."""
-    tensors = {}
-
-    def without_tensors(value: Any, name: str) -> Any:
-        if isinstance(value, Tensor):
-            tensors[name] = _local(value.detach()).cpu().clone()
-            return {TENSOR: name}
-        if isinstance(value, dict):
-            return {key: without_tensors(entry, f"{name}.{key}") for key, entry in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [without_tensors(entry, f"{name}.{i}") for i, entry in enumerate(value)]
-        if isinstance(value, float) and not math.isfinite(value):
-            return {FLOAT: str(value)}  # JSON has no such number
-        return value
-
-    text = json.dumps(without_tensors(state, "state"), allow_nan=False)
-    path.with_suffix(".json").write_text(text + "\n", encoding="utf-8")
-    save_file(tensors, path.with_suffix(".safetensors"))
-
-
-def load_state(path: Path) -> Any:
-    """What `save_state` wrote, with tensors on the CPU."""
-    tensors = load_file(path.with_suffix(".safetensors"))
-
-    def with_tensors(value: Any) -> Any:
-        if isinstance(value, dict):
-            if value.keys() == {TENSOR}:
-                return tensors[value[TENSOR]].clone()  # of the file, which may be removed
-            if value.keys() == {FLOAT}:
-                return float(value[FLOAT])
-            return {key: with_tensors(entry) for key, entry in value.items()}
-        return [with_tensors(entry) for entry in value] if isinstance(value, list) else value
-
-    return with_tensors(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
-
-
-def _local(value: Tensor) -> Tensor:
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def _shard_like(parameter: Tensor, value: Any) -> Any:
     """What an optimizer keeps for a sharded parameter, in this process: a moment is sharded as it is, a count is not."""
-    if not isinstance(parameter, DTensor) or not isinstance(value, Tensor) or value.shape != _local(parameter).shape:
+    if (
+        not isinstance(parameter, DTensor)
+        or not isinstance(value, Tensor)
+        or value.shape != local_part(parameter).shape
+    ):
         return value
     place = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
     return DTensor.from_local(value.to(parameter.device), parameter.device_mesh, parameter.placements, **place)
@@ -571,7 +538,7 @@ class Checkpointed:
                 }
             self.optimizer.load_state_dict(state["optimizer"])
             for parameter, saved in zip(parameters, state["weights"], strict=True):
-                _local(parameter.detach()).copy_(saved)
+                local_part(parameter.detach()).copy_(saved)
         self.lr_scheduler.load_state_dict(state["scheduler"])
 
     # -------------------------------------------------------------------------------------- the place in an epoch

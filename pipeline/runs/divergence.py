@@ -5,31 +5,9 @@ looks at every step of every stage, and says with these words why it ended.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
-
-
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Return whether every value is finite; of a sharded tensor, this process's part."""
-    local = (x.to_local() if isinstance(x, DTensor) else x for x in map(Tensor.detach, tensors))
-    return all(bool(x.isfinite().all()) for x in local)
-
-
-def check_finite(model: nn.Module, name: str) -> None:
-    """Check that the weights of a pretrained model are numbers. Those in 4 bits are codes, and always are.
-
-    Raises:
-        ValueError: one is NaN or infinite, and so would be all that is computed with it.
-    """
-    for key, weight in model.named_parameters():
-        if weight.is_floating_point() and not all_finite([weight]):
-            raise ValueError(
-                f"{name}: {key} holds values that are not finite (NaN or infinity), so the model can neither be trained "
-                f"nor sampled from. Download or save the model anew."
-            )
 
 
 def learns_from(inputs: object) -> bool:

@@ -11,11 +11,12 @@ import torch
 from accelerate import PartialState
 from accelerate.commands.config import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from pipeline.backbone.sharding import is_set, kind_of
 
 
 def check_launch(args: TrainingArguments | None = None, *, shards: bool = True) -> PartialState:
@@ -31,7 +32,7 @@ def check_launch(args: TrainingArguments | None = None, *, shards: bool = True) 
     """
     no_accelerator = not torch.accelerator.is_available()
     # Without an accelerator, processes find each other only when accelerate is told so; TrainingArguments has use_cpu.
-    state = args.distributed_state if args else PartialState(cpu=_set("ACCELERATE_USE_CPU") or no_accelerator)
+    state = args.distributed_state if args else PartialState(cpu=is_set("ACCELERATE_USE_CPU") or no_accelerator)
     found, where, config = state.num_processes, state.device.type, None
     launcher = _launch_command()
     if launcher is not None:
@@ -95,28 +96,6 @@ class _WrapperCheck(TrainerCallback):
             )
 
 
-def kind_of(state: PartialState) -> str:
-    """How the launch asks the model to be wrapped.
-
-    Raises:
-        ValueError: FSDP or DeepSpeed was asked for, and does not apply here.
-    """
-    if _set("ACCELERATE_USE_FSDP"):
-        if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise ValueError("fsdp_version 1 is not supported; set fsdp_version: 2, as accelerate_configs/fsdp2.yaml.")
-        if state.distributed_type in (DistributedType.NO, DistributedType.MULTI_CPU):
-            raise ValueError(
-                f"the launch asks for FSDP, which accelerate turns on for accelerators alone; on {state.device.type} "
-                f"it would be {'DDP' if state.num_processes > 1 else 'one process'}. Launch with cpu_ddp.yaml."
-            )
-        return "FSDP"
-    if _set("ACCELERATE_USE_DEEPSPEED"):
-        from accelerate.utils import DeepSpeedPlugin
-
-        return f"ZeRO-{DeepSpeedPlugin().zero_stage}"
-    return "DDP" if state.num_processes > 1 else "no wrapper"
-
-
 def _wrapper_kind(model: nn.Module) -> str:
     if isinstance(model, FSDPModule):
         return "FSDP"
@@ -125,10 +104,6 @@ def _wrapper_kind(model: nn.Module) -> str:
     if hasattr(model, "zero_optimization_stage"):  # DeepSpeed's engine
         return f"ZeRO-{model.zero_optimization_stage()}"
     return "no wrapper"
-
-
-def _set(name: str) -> bool:
-    return os.environ.get(name, "false").lower() in ("true", "1")
 
 
 def _launch_command() -> argparse.Namespace | None:

@@ -8,20 +8,15 @@ from accelerate import PartialState
 from huggingface_hub import upload_folder
 from transformers import Trainer, TrainingArguments
 
+from data.json_files import write_json
 from data.tokens import Counts
-from pipeline.runs.folders import adapter_folder, open_to_umask, read_json, write_json
-from pipeline.backbone.loading import stamp
+from pipeline.backbone.identity import write_identity
+from pipeline.runs.folders import open_to_umask
 
 
 def seconds_running() -> float:
     """Seconds since this process was started, imports included."""
     return time.time() - psutil.Process().create_time()
-
-
-def read_metrics(folder: str | Path) -> dict:
-    """The metrics file beside an adapter, empty when there is none (an adapter made elsewhere)."""
-    path = adapter_folder(str(folder)) / "metrics.json"
-    return read_json(path) if path.is_file() else {}
 
 
 def completions_sampled(trainer: Trainer) -> int:
@@ -48,7 +43,7 @@ def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict, *, complete:
     if trainer.is_world_process_zero():
         trainer.create_model_card(model_name=folder.name)
         add_rows_to_card(folder, metrics.get("rows", {}))
-        stamp(folder, trainer.model.config, fingerprint)
+        write_identity(folder, trainer.model.config, fingerprint)
         metrics = {**metrics, "seconds": round(trainer.seconds_before + seconds_running(), 1)}
         write_json(folder / "metrics.json", metrics)
         for adapter in (folder, folder / "value"):

@@ -11,7 +11,7 @@ import datasets
 import pytest
 
 from pipeline.backbone import loading
-from pipeline.runs.arguments import parse
+from pipeline.runs.command_line import parse
 
 
 PAIRS = [{"prompt": "A", "chosen": " fine film.", "rejected": " poor film."}] * 8

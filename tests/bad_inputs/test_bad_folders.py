@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from trl import ModelConfig
 
-from pipeline.backbone.loading import HEAD, WEIGHTS, load_pretrained
+from pipeline.backbone.adapters import HEAD, WEIGHTS
+from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.roles import load_backbone
 
 

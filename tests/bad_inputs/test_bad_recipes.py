@@ -8,7 +8,8 @@ from typing import get_type_hints
 import pytest
 from trl import SFTConfig
 
-from pipeline.runs.arguments import DataArguments, parse
+from pipeline.runs.arguments import DataArguments
+from pipeline.runs.command_line import parse
 from pipeline.runs.recipe import RANGES as RANGES_OF_OPTIONS
 
 

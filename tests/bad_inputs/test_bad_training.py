@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from trl import ModelConfig
 
 from data.preferences import check_preferences
+from pipeline.backbone.adapters import WEIGHTS
 from pipeline.backbone.loading import load_pretrained
 from pipeline.runs.divergence import learns_from
-from pipeline.runs.folders import WEIGHTS
 
 
 STAGES = ("sft", "reward", "dpo", "ppo", "rloo", "grpo")

@@ -24,7 +24,8 @@ from trl import ModelConfig
 
 from data import human_ratings
 from data.files import load_rows
-from pipeline.backbone.loading import WEIGHTS, load_pretrained, read_adapter
+from pipeline.backbone.adapters import WEIGHTS, read_adapter
+from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.roles import load_backbone
 from pipeline.runs import folders
 

@@ -45,13 +45,17 @@ from trl import ModelConfig
 
 from pipeline import ppo
 from pipeline.backbone.gguf import model_source
-from pipeline.backbone.loading import fingerprint, load_pretrained, stamp
+from pipeline.backbone.identity import fingerprint, write_identity
+from pipeline.backbone.loading import load_pretrained
+from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.plan import PlanArguments, peak, plan
 from pipeline.reports.report import markdown_table, number
+from pipeline.rl.config import PPOConfig
 from pipeline.rl.preflight import preflight
-from pipeline.runs.arguments import DataArguments, LoraArguments, PPOConfig, lora_config, parse
+from pipeline.runs.arguments import DataArguments
+from pipeline.runs.command_line import parse
 from pipeline.runs.launch import check_wrapper
-from reward_models.composite import RewardArguments
+from reward_models.functions import RewardArguments
 from tests.benchmarks.ppo_update import ROWS, Contender
 from tests.benchmarks.work import Work, now
 
@@ -141,7 +145,7 @@ def make_reward(model: str, top: int, folder: Path) -> None:
     config = lora_config(arguments, task_type="SEQ_CLS", reach=LoraArguments(lora_top_layers=top), base=base)
     config.init_lora_weights = False
     get_peft_model(base, config).save_pretrained(folder)
-    stamp(folder, base.config, identity)
+    write_identity(folder, base.config, identity)
 
 
 def make_prompts(tokenizer: PreTrainedTokenizerBase, count: int, tokens: int, path: Path) -> int:

@@ -22,13 +22,15 @@ from trl import ModelConfig
 from trl.trainer.utils import pad
 
 from data.prompts import load_prompts, tokenize_prompts
-from pipeline.backbone.loading import load_pretrained, read_adapter
-from pipeline.backbone.roles import Backbone, architecture
+from pipeline.backbone import architecture
+from pipeline.backbone.adapters import read_adapter
+from pipeline.backbone.loading import load_pretrained
+from pipeline.backbone.lora import LoraArguments, lora_config
+from pipeline.backbone.roles import Backbone
 from pipeline.backbone.sampling import Sample, sample
 from pipeline.backbone.trunk import decoder_layers, first_adapted_layer
 from pipeline.reports.report import markdown_table
 from pipeline.rl.importance import disagreement
-from pipeline.runs.arguments import LoraArguments, lora_config
 from reward_models.learned import score_rows
 
 

@@ -8,10 +8,11 @@ import torch
 from peft import LoraConfig, get_peft_model_state_dict
 from transformers import AutoModelForCausalLM
 
-from pipeline.backbone.loading import Adapter, fuse_gelu
+from pipeline.backbone.adapters import Adapter
+from pipeline.backbone.loading import fuse_gelu
 from pipeline.backbone.roles import Backbone
+from pipeline.rl.config import PPOConfig
 from pipeline.rl.trainer import PPOTrainer
-from pipeline.runs.arguments import PPOConfig
 from reward_models.learned import LearnedReward
 from tests.benchmarks.work import Clock, Turns, Work, arguments, state_bytes
 

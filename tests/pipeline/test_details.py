@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.runs.arguments import PPOConfig
-from reward_models.composite import RewardArguments
+from pipeline.rl.config import PPOConfig
+from reward_models.functions import RewardArguments
 
 
 ROOT = Path(__file__).parents[2]

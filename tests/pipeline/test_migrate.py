@@ -11,7 +11,7 @@ import yaml
 from safetensors import safe_open
 
 from pipeline.migrate import main, migrate, read_command_line
-from pipeline.runs.arguments import parse
+from pipeline.runs.command_line import parse
 
 
 # Fields of TRL 0.11.4's PPOConfig, each with a value that is not its default.

@@ -6,11 +6,13 @@ import torch
 from transformers import AutoConfig, GPT2Config, LlamaConfig, Qwen2Config
 from trl import ModelConfig
 
+from pipeline.backbone.lora import LoraArguments
 from pipeline.backbone.roles import load_backbone
 from pipeline.plan import LAYOUTS, Item, PlanArguments, _kept, activations, peak, phases, plan, roles, state, table
 from pipeline.ppo import RoleArguments
-from pipeline.runs.arguments import LoraArguments, PPOConfig, parse
-from reward_models.composite import RewardArguments
+from pipeline.rl.config import PPOConfig
+from pipeline.runs.command_line import parse
+from reward_models.functions import RewardArguments
 
 
 ROOT = Path(__file__).parents[2]

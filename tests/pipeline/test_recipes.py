@@ -26,7 +26,7 @@ from transformers import (
 
 from data import files
 from pipeline import convert_hh
-from pipeline.runs.arguments import parse
+from pipeline.runs.command_line import parse
 
 
 ROOT = Path(__file__).parents[2]

@@ -12,18 +12,15 @@ from transformers import Trainer
 from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SFTConfig
 
 from pipeline import best_of_n, dpo, evaluation, grpo, ppo, reward, rloo, sft, tables
-from pipeline.backbone.loading import WEIGHTS, load_pretrained, read_adapter
+from pipeline.backbone.adapters import WEIGHTS, read_adapter
+from pipeline.backbone.loading import load_pretrained
+from pipeline.backbone.lora import LoraArguments
+from pipeline.reward import RewardModelArguments
+from pipeline.rl.config import PPOConfig
 from pipeline.runs import outputs as artifacts
-from pipeline.runs.arguments import (
-    DataArguments,
-    LoraArguments,
-    OnlineArguments,
-    PolicyArguments,
-    PPOConfig,
-    RewardModelArguments,
-    parse,
-)
-from reward_models.composite import RewardArguments
+from pipeline.runs.arguments import DataArguments, OnlineArguments, PolicyArguments
+from pipeline.runs.command_line import parse
+from reward_models.functions import RewardArguments
 
 
 TYPES = {

@@ -19,19 +19,13 @@ from trl import ModelConfig
 from trl.rewards import think_format_reward
 from trl.trainer.utils import is_async_callable
 
-from pipeline.backbone.loading import load_pretrained, read_adapter
+from pipeline.backbone.adapters import read_adapter
+from pipeline.backbone.loading import load_pretrained
+from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import Backbone
-from pipeline.runs.arguments import parse
-from reward_models.composite import (
-    PROTOCOL,
-    Composite,
-    RewardArguments,
-    RewardError,
-    call_rewards,
-    learned_rewards,
-    load_function,
-    load_functions,
-)
+from pipeline.runs.command_line import parse
+from reward_models.composite import Composite, RewardError, call_rewards
+from reward_models.functions import PROTOCOL, RewardArguments, load_function, load_functions
 from reward_models.rules import contains
 
 

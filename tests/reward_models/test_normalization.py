@@ -9,11 +9,13 @@ import pytest
 import torch
 from trl import ModelConfig
 
-from pipeline.backbone.loading import load_pretrained, read_adapter
+from pipeline.backbone.adapters import read_adapter
+from pipeline.backbone.loading import load_pretrained
+from pipeline.backbone.rewards import learned_rewards, measure
 from pipeline.backbone.roles import Backbone
 from pipeline.backbone.sampling import sample
-from reward_models.composite import RewardArguments, learned_rewards
-from reward_models.normalization import FILE, Normalization, measure, read_normalization
+from reward_models.functions import RewardArguments
+from reward_models.normalization import FILE, Normalization, read_normalization
 
 
 ASKED = ["The film", "A", "It's a", "One of the best"] * 4

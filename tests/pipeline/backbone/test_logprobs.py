@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.backbone.logprobs import token_logprobs
 from pipeline.backbone import logprobs as vocabulary
+from pipeline.backbone.logprobs import token_logprobs
 
 
 def run(head, hidden, tokens, **options):

@@ -17,13 +17,21 @@ from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
 from data.prompts import tokenize_prompts
 from pipeline import ppo, reward, sft
-from pipeline.backbone.loading import IDENTITY, load_pretrained, read_adapter
+from pipeline.backbone import padding
+from pipeline.backbone.adapters import read_adapter
+from pipeline.backbone.identity import IDENTITY
+from pipeline.backbone.loading import load_pretrained
+from pipeline.backbone.lora import LoraArguments
 from pipeline.backbone.padding import choose_pad_token
-from pipeline.backbone.roles import Backbone, load_backbone, padding
+from pipeline.backbone.rewards import learned_rewards
+from pipeline.backbone.roles import Backbone, load_backbone
 from pipeline.backbone.sampling import sample
+from pipeline.reward import RewardModelArguments
+from pipeline.rl.config import PPOConfig
 from pipeline.rl.trainer import PPOTrainer
-from pipeline.runs.arguments import DataArguments, LoraArguments, PPOConfig, RewardModelArguments, parse
-from reward_models.composite import RewardArguments, learned_rewards
+from pipeline.runs.arguments import DataArguments
+from pipeline.runs.command_line import parse
+from reward_models.functions import RewardArguments
 from reward_models.learned import LearnedReward
 
 

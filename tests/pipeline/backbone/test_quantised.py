@@ -12,11 +12,17 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig
 from trl import ModelConfig, RewardConfig, SFTConfig
 
 from pipeline import evaluation, ppo
-from pipeline.backbone.loading import IDENTITY, fingerprint, load_pretrained, read_adapter
+from pipeline.backbone.adapters import read_adapter
+from pipeline.backbone.identity import IDENTITY, fingerprint
+from pipeline.backbone.loading import load_pretrained
+from pipeline.backbone.lora import LoraArguments
 from pipeline.backbone.roles import Backbone, backbone_copies, load_backbone
 from pipeline.plan import in_4_bits, roles, state
-from pipeline.runs.arguments import DataArguments, LoraArguments, PPOConfig, RewardModelArguments, parse
-from reward_models.composite import RewardArguments
+from pipeline.reward import RewardModelArguments
+from pipeline.rl.config import PPOConfig
+from pipeline.runs.arguments import DataArguments
+from pipeline.runs.command_line import parse
+from reward_models.functions import RewardArguments
 
 
 pytest.importorskip("bitsandbytes")

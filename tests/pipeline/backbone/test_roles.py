@@ -11,7 +11,9 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2LMHeadModel, LlamaCo
 from trl import ModelConfig
 from trl.trainer.utils import pad
 
-from pipeline.backbone.loading import HEAD, WEIGHTS, context_length, fingerprint, load_pretrained, read_adapter
+from pipeline.backbone.adapters import HEAD, WEIGHTS, read_adapter
+from pipeline.backbone.identity import fingerprint
+from pipeline.backbone.loading import context_length, load_pretrained
 from pipeline.backbone.roles import ADAPTERS, SWITCHES, Backbone, backbone_copies
 from pipeline.rl.losses import text_loss
 

@@ -8,7 +8,7 @@ from conftest import make_likely
 
 from pipeline.backbone import sampling
 from pipeline.backbone.sampling import gathered, sample, sampling_options
-from pipeline.runs.arguments import PPOConfig
+from pipeline.rl.config import PPOConfig
 from tests.benchmarks.gpu import Live
 
 

@@ -4,7 +4,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from pipeline.reports.metrics import CHUNK, best_of_n, best_of_n_kl, bootstrap_interval, distinct_n, wins
+from pipeline.reports.metrics import CHUNK, best_of_n, best_of_n_kl, bootstrap_interval, wins
+from reward_models.rules import distinct_n
 
 
 def test_distinct_n_by_hand():

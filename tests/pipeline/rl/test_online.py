@@ -7,7 +7,8 @@ from datasets import Dataset
 from transformers import GenerationConfig
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer
 
-from pipeline.backbone.loading import load_pretrained, read_adapter
+from pipeline.backbone.adapters import read_adapter
+from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.roles import Backbone
 from pipeline.grpo import GRPO
 from pipeline.rloo import RLOO

@@ -10,7 +10,7 @@ import torch
 from conftest import PROMPTS, make_likely
 from peft import LoraConfig
 
-from pipeline.backbone.loading import read_adapter
+from pipeline.backbone.adapters import read_adapter
 from pipeline.rl.preflight import Check, preflight
 
 

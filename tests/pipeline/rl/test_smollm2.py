@@ -17,10 +17,11 @@ from trl import ModelConfig
 from data.pip_files import fetch
 from pipeline.backbone.gguf import RELEASE
 from pipeline.backbone.loading import load_pretrained
+from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.backbone.roles import Backbone
+from pipeline.rl.config import PPOConfig
 from pipeline.rl.preflight import preflight
 from pipeline.rl.trainer import PPOTrainer
-from pipeline.runs.arguments import LoraArguments, PPOConfig, lora_config
 from reward_models.rules import sentiment
 
 

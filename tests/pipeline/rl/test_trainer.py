@@ -12,12 +12,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer, TrainerCallback
 from trl import RLOOTrainer
 
-from pipeline.backbone.loading import read_adapter
+from pipeline.backbone.adapters import read_adapter
 from pipeline.rl import rollout
 from pipeline.rl import trainer as ppo_trainer
 from pipeline.rl.rollout import Rollout
 from pipeline.rl.trainer import PPOTrainer
-from reward_models.composite import PROTOCOL, RewardError
+from reward_models.composite import RewardError
+from reward_models.functions import PROTOCOL
 from reward_models.learned import LearnedReward
 
 

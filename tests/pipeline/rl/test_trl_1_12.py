@@ -20,7 +20,7 @@ from safetensors import safe_open
 from torch.testing import assert_close
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.backbone.loading import Adapter
+from pipeline.backbone.adapters import Adapter
 from pipeline.backbone.roles import Backbone
 from pipeline.rl.advantages import gae, token_rewards
 from pipeline.rl.kl import kl_per_token

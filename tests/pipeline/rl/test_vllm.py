@@ -11,16 +11,19 @@ import torch
 from conftest import PROMPTS
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from trl import RLOOTrainer
+from trl import ModelConfig, RLOOTrainer
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from pipeline import ppo
+from pipeline.backbone.lora import LoraArguments
 from pipeline.backbone.roles import Backbone
+from pipeline.rl.config import PPOConfig
 from pipeline.rl.preflight import preflight
-from pipeline.runs.arguments import DataArguments, LoraArguments, ModelConfig, PPOConfig, parse
-from reward_models.composite import RewardArguments
+from pipeline.runs.arguments import DataArguments
+from pipeline.runs.command_line import parse
+from reward_models.functions import RewardArguments
 
 
 # ------------------------------------------------------------------------------------------ the policy as a plain model

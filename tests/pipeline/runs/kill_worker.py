@@ -18,9 +18,12 @@ import torch
 from trl import ModelConfig
 
 from pipeline import ppo
+from pipeline.backbone.lora import LoraArguments
+from pipeline.rl.config import PPOConfig
+from pipeline.runs.arguments import DataArguments
 from pipeline.runs.checkpoints import STAGING
-from pipeline.runs.arguments import DataArguments, LoraArguments, PPOConfig, parse
-from reward_models.composite import RewardArguments
+from pipeline.runs.command_line import parse
+from reward_models.functions import RewardArguments
 
 
 TYPES = (DataArguments, ppo.RoleArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig)

@@ -17,8 +17,11 @@ from transformers import (
 )
 from trl import ModelConfig, RLOOConfig
 
-from pipeline.runs.arguments import CompletionArguments, DataArguments, LoraArguments, PPOConfig, lora_config, parse
-from reward_models.composite import load_function
+from pipeline.backbone.lora import LoraArguments, lora_config
+from pipeline.rl.config import PPOConfig
+from pipeline.runs.arguments import CompletionArguments, DataArguments
+from pipeline.runs.command_line import parse
+from reward_models.functions import load_function
 
 
 ROOT = Path(__file__).parents[3]

@@ -17,16 +17,16 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from tests.pipeline import test_stages
 import torch
 from conftest import PROMPTS, ROOT
 from datasets import Dataset
 from distributed_worker import KillAt, Killed
 from transformers import Trainer, TrainerCallback
 
-from pipeline.runs.outputs import finish_stage
-from pipeline.runs.checkpoints import LOOP, MANIFEST, _sha256, _sha256_of, check, check_zero, find_checkpoint
 from pipeline.rl.sample_table import SampleTable
+from pipeline.runs.checkpoints import LOOP, MANIFEST, _sha256, _sha256_of, check, check_zero, find_checkpoint
+from pipeline.runs.outputs import finish_stage
+from tests.pipeline import test_stages
 
 
 run_stage = test_stages.run

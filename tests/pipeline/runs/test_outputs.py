@@ -14,10 +14,11 @@ from conftest import ROOT
 from safetensors.torch import save_file
 
 from data.files import load_rows
+from data.json_files import write_json
 from data.pip_files import Release, fetch
+from pipeline.runs.folders import open_to_umask
 from pipeline.runs.outputs import complete_card
-from pipeline.runs.checkpoints import load_state, save_state
-from pipeline.runs.folders import open_to_umask, write_json
+from pipeline.runs.state_files import load_state, save_state
 
 
 def refuse(constant: str):

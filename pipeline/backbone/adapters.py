@@ -1,0 +1,184 @@
+"""Adapters in standard peft folders: find them, check them without loading a model, and read them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft import LoraConfig, PeftConfig
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from data.json_files import read_json
+from pipeline.backbone.identity import IDENTITY, fingerprint, precision_of
+from pipeline.backbone.padding import check_pad_token
+
+
+ADAPTER_CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+# Where peft keeps the head of a sequence-classification adapter (`modules_to_save=["score"]`).
+HEAD = "base_model.model.score.weight"
+# Fields of an adapter's config with which peft changes the base as it loads the adapter, and the values with which not.
+LEAVES_BASE = {
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    "trainable_token_indices": (None,),
+    "layer_replication": (None,),
+}
+
+
+def adapter_folder(name: str) -> Path:
+    """The local folder of an adapter: itself, or what the hub gives for `owner/name` or `owner/name@revision`, where a
+    revision is a branch, a tag or a commit. Only JSON and safetensors are fetched.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and the hub does not give such an adapter.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
+        raise FileNotFoundError(
+            f"{path / ADAPTER_CONFIG}: no such file. Name the folder that `trainer.save_model` wrote ({ADAPTER_CONFIG} "
+            f"and {WEIGHTS}); an adapter on the hub is `owner/name`, or `owner/name@revision`."
+        )
+    repository, _, revision = name.partition("@")
+    try:
+        return Path(
+            snapshot_download(repository, revision=revision or None, allow_patterns=["*.json", "*.safetensors"])
+        )
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(". ")
+        raise FileNotFoundError(
+            f"{name}: no such folder (looked for {path.absolute()}), and no such adapter on the hub ({reason}). Train the "
+            f"adapter first, or correct the path; a private adapter needs `hf auth login`."
+        ) from error
+
+
+def check_adapter(name: str, *, needs_head: bool | None) -> Path:
+    """Check that a name is that of a LoRA adapter, by its config and the header of its weights; returns the local
+    folder. With `needs_head` it must have a score head (True) or must not (False); None is either.
+
+    Raises:
+        FileNotFoundError: the folder, its config or its safetensors file is missing.
+        ValueError: a file is damaged; not a LoRA adapter, or one that changes its base too; its head is missing, or has
+            no business here.
+    """
+    folder = adapter_folder(name)
+    for file in (ADAPTER_CONFIG, WEIGHTS):
+        if not (folder / file).is_file():
+            model = any(folder.glob("model*.safetensors"))
+            hint = ""
+            if model and needs_head:
+                hint = " This is a whole model; a reward model is read as a LoRA adapter on the backbone alone."
+            elif model:
+                hint = " This is a whole model: a merged one goes into model_name_or_path."
+            raise FileNotFoundError(
+                f"{folder / file}: no such file. Name the folder that `trainer.save_model` wrote ({ADAPTER_CONFIG} "
+                f"and {WEIGHTS}).{hint}"
+            )
+    config = read_json(folder / ADAPTER_CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"{name}: the adapter is of type {config.get('peft_type')}, not LORA.")
+    for field, harmless in LEAVES_BASE.items():
+        value = config.get(field, harmless[0])
+        if value not in harmless:
+            raise ValueError(
+                f"{name}: {ADAPTER_CONFIG} has {field}={value!r}, by which the adapter changes the backbone itself, and all "
+                f"roles share it. Train one with {field}={harmless[0]!r}, or merge this one into a model of its own and name "
+                f"that in model_name_or_path."
+            )
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            head = file.get_slice(HEAD).get_shape() if HEAD in file.keys() else None  # noqa: SIM118 (no mapping)
+    except SafetensorError as error:
+        raise damaged(folder / WEIGHTS, error) from error
+    if needs_head and head is None:
+        raise ValueError(
+            f"{name}: {WEIGHTS} holds no score head ({HEAD}), so it cannot score. Train the reward adapter with "
+            f"modules_to_save=['score'] (pipeline.reward does)."
+        )
+    if needs_head and head[0] != 1:
+        raise ValueError(f"{name}: the score head has {head[0]} outputs; a reward adapter has 1 (num_labels=1).")
+    if head is not None and needs_head is False:
+        raise ValueError(
+            f"{name}: {WEIGHTS} holds a score head ({HEAD}): it is a reward or value adapter, and no policy starts from "
+            f"one. Name the adapter of pipeline.sft, and this one as reward_adapter."
+        )
+    return folder
+
+
+def read_metrics(folder: str | Path) -> dict:
+    """The metrics file beside an adapter, empty when there is none (an adapter made elsewhere)."""
+    path = adapter_folder(str(folder)) / "metrics.json"
+    return read_json(path) if path.is_file() else {}
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter read from its folder: peft's config, the LoRA tensors, and the score head (1, D) if it has one."""
+
+    source: str
+    config: LoraConfig
+    weights: dict[str, Tensor]
+    head: Tensor | None
+
+
+def read_adapter(
+    name: str,
+    *,
+    needs_head: bool | None = None,
+    base: PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Adapter:
+    """Read a standard peft adapter (a folder, a hub id or `owner/name@revision`; safetensors only) and check that it
+    fits: the `base`, the `tokenizer` where one was saved beside the adapter, and its pad token. An adapter that does not
+    say which it was trained with is checked where it has a head: nothing of a policy depends on padding.
+
+    Raises what `check_adapter` raises, and:
+        ValueError: it was trained on another base, or with another tokenizer or pad token; its tensors are not finite.
+    """
+    folder = check_adapter(name, needs_head=needs_head)
+    identity = folder / IDENTITY
+    made_for = read_json(identity) if identity.is_file() else {}
+    if base is not None and identity.is_file():
+        ours = fingerprint(base)
+        theirs = str(made_for.get("fingerprint"))
+        # A reward adapter depends on no language model's head, and older adapters say nothing of theirs.
+        differ = [pair for pair in zip(theirs.split("+"), ours.split("+"), strict=False) if pair[0] != pair[1]]
+        if differ:
+            theirs, ours = differ[0]
+            raise ValueError(
+                f"{name}: the adapter was trained on another base, {made_for.get('model_name_or_path')} "
+                f"({made_for.get('precision', 'not quantised')}, fingerprint {theirs[:12]}), than "
+                f"{base.config._name_or_path} ({precision_of(base.config)}, {ours[:12]}). Train it on this base, or set "
+                f"model_name_or_path, load_in_4bit and bnb_4bit_quant_type to those of that one."
+            )
+    beside = None
+    if tokenizer is not None and (folder / "tokenizer.json").is_file():
+        beside = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        vocabulary, ours = beside.get_vocab(), tokenizer.get_vocab()
+        if vocabulary != ours:
+            odd = next(iter(sorted(vocabulary.items() ^ ours.items())))[0]
+            raise ValueError(
+                f"{name}: the adapter was trained with another tokenizer ({len(vocabulary)} tokens, here {len(ours)}; "
+                f"{odd!r} is one that differs). Train it with this one, or give the model that one."
+            )
+    tensors = load_file(folder / WEIGHTS)
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.isfinite().all():
+            problem = "is not finite" if tensor.is_floating_point() else f"is of {tensor.dtype}, which no weight is"
+            raise ValueError(f"{folder / WEIGHTS}: {key} {problem}. Train the adapter anew.")
+    head = tensors.pop(HEAD, None)
+    stored = made_for.get("pad_token_id")
+    if tokenizer is not None and (stored is not None or (head is not None and (made_for or beside))):
+        check_pad_token(name, stored, beside, tokenizer)
+    return Adapter(name, PeftConfig.from_pretrained(str(folder)), tensors, head)
+
+
+def damaged(path: Path, error: SafetensorError) -> ValueError:
+    return ValueError(
+        f"{path}: damaged, as a copy or a download that was cut short leaves it ({error}). Copy or train it anew."
+    )

@@ -1,0 +1,57 @@
+"""Tell one pretrained model from another, and write beside an adapter which one it belongs to."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from data.json_files import write_json
+
+
+IDENTITY = "backbone.json"
+
+
+def fingerprint(base: PreTrainedModel) -> str:
+    """Return hex digests that tell one pretrained model from another, in float32 or bfloat16: its trunk's, and after a `+`
+    that of a language model's head. A classifier on the same trunk has the first alone.
+
+    LoRA weights are left out. A quantised base has its own: that of its 4-bit codes. Their scales (`weight.absmax` and
+    the like), which another device may round otherwise, are left out too.
+    """
+
+    def of(tensors: dict[str, Tensor]) -> str:
+        ours = ((n, tensor) for n, tensor in sorted(tensors.items()) if "lora_" not in n and ".weight." not in n)
+        return digest((n.replace("base_layer.", ""), tensor) for n, tensor in ours)
+
+    trunk = of(base.base_model.state_dict())
+    if base.get_output_embeddings() is None:
+        return trunk
+    prefix = f"{base.base_model_prefix}."
+    return f"{trunk}+{of({n: tensor for n, tensor in base.state_dict().items() if not n.startswith(prefix)})}"
+
+
+def precision_of(config: PreTrainedConfig) -> str:
+    bits = getattr(config, "quantization_config", None)
+    return f"4-bit {bits.bnb_4bit_quant_type}" if bits else "not quantised"
+
+
+def write_identity(folder: str | Path, config: PreTrainedConfig, digest: str) -> None:
+    """Write beside an adapter which backbone it was trained on, and with which padding, from the backbone's config and
+    its fingerprint."""
+    record = {"model_name_or_path": config._name_or_path, "precision": precision_of(config), "fingerprint": digest}
+    record["pad_token_id"] = config.get_text_config().pad_token_id
+    write_json(Path(folder) / IDENTITY, record)
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """Hex digest of names, shapes and up to 65,536 evenly spaced values of every tensor, rounded to bfloat16."""
+    result = hashlib.sha256()
+    for name, tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(-(-flat.numel() // 65_536), 1)].to("cpu", torch.bfloat16)
+        result.update(f"{name} {tuple(tensor.shape)}".encode())
+        result.update(sample.view(torch.int16).numpy().tobytes())
+    return result.hexdigest()

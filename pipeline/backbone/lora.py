@@ -1,0 +1,96 @@
+"""What a LoRA adapter adapts: options, peft's config, and whether a saved adapter is as they say."""
+
+from dataclasses import dataclass, field
+
+from peft import LoraConfig
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from trl import ModelConfig
+
+from pipeline.backbone.trunk import decoder_layers
+
+
+@dataclass
+class LoraArguments:
+    """Where an adapter reaches, beside `lora_target_modules`."""
+
+    lora_top_layers: int | None = field(
+        default=None,
+        metadata={
+            "help": "Adapt the top so many decoder layers; PPO computes those below once a rollout. Unset: all."
+        },
+    )
+    lora_embeddings: bool = field(
+        default=False,
+        metadata={"help": "LoRA on the input embeddings as well: a small backbone's words are taught their worth."},
+    )
+
+
+def lora_config(
+    model: ModelConfig, *, task_type: str, reach: LoraArguments | None = None, base: PreTrainedModel | None = None
+) -> LoraConfig:
+    """LoRA as `lora_*` in ModelConfig says, as far as `reach` takes it on `base`.
+
+    A reward adapter (SEQ_CLS) trains and saves its head too.
+
+    Raises:
+        ValueError: the model has fewer layers than are to be adapted; or an option of ModelConfig has no effect here.
+    """
+    for option in ("use_dora", "lora_modules_to_save", "lora_target_parameters"):
+        if getattr(model, option):
+            raise ValueError(f"{option}={getattr(model, option)!r} is not supported; leave it unset.")
+    modules, layers = model.lora_target_modules, {}
+    if isinstance(modules, str) and modules != "all-linear":
+        modules = [modules]  # ModelConfig unwraps a list of one, and peft would take the bare name for a pattern
+    if reach and (reach.lora_embeddings or reach.lora_top_layers):
+        named = dict(base.named_modules())
+        if modules in (None, "all-linear"):  # peft takes that word alone: not in a list, not for some layers
+            linear = {name.split(".")[-1] for name, layer in named.items() if isinstance(layer, (nn.Linear, Conv1D))}
+            heads = (base.get_output_embeddings(), getattr(base, "score", None))
+            modules = sorted(linear - {name.split(".")[-1] for name, layer in named.items() if layer in heads})
+        if reach.lora_embeddings:
+            # By its full name: peft would store the frozen embeddings with an adapter of a bare `embed_tokens`.
+            modules = [*modules, next(n for n, layer in named.items() if layer is base.get_input_embeddings())]
+        if reach.lora_top_layers:
+            _, pattern, decoder = decoder_layers(base)
+            if not 0 < reach.lora_top_layers <= len(decoder):
+                raise ValueError(f"lora_top_layers={reach.lora_top_layers}: the model has {len(decoder)} layers.")
+            top = list(range(len(decoder)))[-reach.lora_top_layers :]
+            layers = {"layers_to_transform": top, "layers_pattern": pattern}
+    return LoraConfig(
+        task_type=task_type,
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=modules,
+        modules_to_save=["score"] if task_type == "SEQ_CLS" else None,
+        use_rslora=model.use_rslora,
+        **layers,
+    )
+
+
+def check_lora(
+    found: LoraConfig, model: ModelConfig, reach: LoraArguments, base: PreTrainedModel, source: str
+) -> None:
+    """Raise a ValueError for a `lora_*` option that was set, and says otherwise than `found`, the config of the adapter
+    `source` that training goes on from: it would have no effect."""
+    wanted = lora_config(model, task_type=found.task_type, reach=reach, base=base)
+    fields = {
+        "lora_r": "r",
+        "lora_alpha": "lora_alpha",
+        "use_rslora": "use_rslora",
+        "lora_top_layers": "layers_to_transform",
+        "lora_target_modules": "target_modules",
+        "lora_embeddings": "target_modules",
+    }
+    default, given = vars(ModelConfig()) | vars(LoraArguments()), vars(model) | vars(reach)
+    for option, field_name in fields.items():
+        values = (getattr(config, field_name) for config in (wanted, found))
+        ours, theirs = (sorted(value) if isinstance(value, (list, set)) else value for value in values)
+        # "all-linear" peft stores as the layers that it took it for.
+        if given[option] != default[option] and ours not in (theirs, "all-linear"):
+            raise ValueError(
+                f"{option}={given[option]!r} describes a fresh adapter, and {source} is one with {field_name}={theirs}. "
+                f"Leave {option} unset, or train {source} anew with it."
+            )

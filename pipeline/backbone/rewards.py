@@ -1,0 +1,69 @@
+"""Reward adapters on the backbone: take them up as roles, and measure the scale of their scores."""
+
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from data.prompts import tokenize_prompts
+from pipeline.backbone.adapters import adapter_folder, read_adapter
+from pipeline.backbone.roles import Backbone
+from pipeline.backbone.sampling import gathered, sample
+from reward_models.functions import RewardArguments
+from reward_models.learned import LearnedReward, score_rows
+from reward_models.normalization import Normalization, read_normalization
+
+
+def learned_rewards(
+    rewards: RewardArguments, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
+) -> list[LearnedReward]:
+    """Each adapter as a role of the backbone (`reward`, `reward_2`, ...) with a head of its own, called as its folder.
+
+    Normalised, the head in memory gives scores of deviation 1, and a value that starts from it values of that scale.
+
+    Raises what `read_adapter` and `read_normalization` raise.
+    """
+    learned = []
+    for number, folder in enumerate(rewards.reward_adapter, 1):
+        role = "reward" if number == 1 else f"reward_{number}"
+        backbone.add_role(
+            role, read_adapter(folder, needs_head=True, base=backbone.get_base_model(), tokenizer=tokenizer)
+        )
+        shift = 0.0
+        if rewards.normalize_scores:
+            scale = read_normalization(adapter_folder(folder))
+            backbone.heads[role].weight.data /= scale.std
+            shift = scale.mean / scale.std
+        learned.append(LearnedReward(backbone, tokenizer, role=role, name=Path(folder).absolute().name, shift=shift))
+    return learned
+
+
+def measure(
+    backbone: Backbone,
+    prompts: list,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
+    max_completion_length: int,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+) -> Normalization:
+    """Sample a completion to each prompt as the policy role, and score it as the reward role; processes share the work."""
+    prompt_ids = tokenize_prompts(prompts, tokenizer)
+    options = {"max_completion_length": max_completion_length, "temperature": temperature, "batch_size": batch_size}
+    batches = sample(backbone, "policy", prompt_ids, tokenizer, **options, share_seed=(seed,))
+    (completions,) = gathered([(batch.first, batch.rows()) for batch in batches])
+    scores = score_rows(
+        backbone.scores,
+        [prompt + chosen for prompt, chosen in zip(prompt_ids, completions, strict=True)],
+        pad_token_id=tokenizer.pad_token_id,
+        batch_size=batch_size,
+        device=backbone.get_base_model().device,
+        share=True,
+    )
+    if not np.isfinite(scores).all():
+        raise FloatingPointError(
+            "A score of the reward adapter on the SFT policy's completions is not finite: the adapter is of no use. Train it "
+            "anew with a lower learning_rate."
+        )
+    return Normalization(float(np.mean(scores)), float(np.std(scores)), len(scores))

@@ -1,0 +1,1 @@
+"""What every run has: arguments, launch, checkpoints, output folders."""

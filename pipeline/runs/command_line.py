@@ -1,0 +1,87 @@
+"""Read a stage's options from its recipe and the command line, and take no typo silently."""
+
+import difflib
+import os
+import sys
+import warnings
+from io import TextIOWrapper
+
+from transformers.integrations import get_reporting_integration_callbacks
+from trl import TrlParser
+
+from pipeline.runs.recipe import check_ranges, check_types, read_recipe
+
+
+def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
+    """Dataclasses from `--config recipe.yaml` and the command line, which overrides it.
+
+    Raises:
+        FileNotFoundError: there is no such recipe.
+        ValueError: the recipe is not YAML; a key that no dataclass has, and the message names the nearest one; a value
+            that is not of the key's type, or outside of its range.
+    """
+    runs = args is None
+    if runs:
+        args = sys.argv[1:]
+        _report_errors_once()
+        for stream in (sys.stdout, sys.stderr):  # in an ASCII locale a token or a path may hold what cannot be printed
+            if isinstance(stream, TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+    args = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
+    parser = TrlParser(dataclass_types)
+    parser.error = _refuse  # argparse would print all options of the stage before what is wrong
+    options = [word.lstrip("-").replace("-", "_") for action in parser._actions for word in action.option_strings]
+    known = {"config", "env", *options}
+    given = [(word[2:].split("=")[0].replace("-", "_"), "command line") for word in args if word.startswith("--")]
+    recipe, path, rest = {}, None, list(args)
+    if "--config" in args:
+        if args[-1] == "--config":
+            raise ValueError("command line: --config needs the path of a recipe after it.")
+        at = rest.index("--config")
+        path = rest[at + 1]
+        del rest[at : at + 2]
+        recipe = read_recipe(path)
+        given += [(str(key), path) for key in recipe]
+    for key, source in given:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"{source}: unknown key {key!r}.{hint}")
+    check_types(recipe, dataclass_types, path)
+    parser.set_defaults_with_config(**recipe)
+    check_ranges(vars(parser.parse_known_args(rest)[0]))
+    with warnings.catch_warnings():  # TRL would have the tokenizer's set instead, which `load_pretrained` does
+        warnings.filterwarnings("ignore", message="`pad_token` is deprecated")
+        parts = parser.parse_args_and_config(args)
+    for part in parts:
+        for name in ("eos_token", "chat_template_path"):
+            if value := getattr(part, name, None):
+                raise ValueError(
+                    f"{name}={value!r} would hold for this stage alone, and all stages read the model's tokenizer. Set it "
+                    f"there: in the tokenizer of a local copy of the model, which model_name_or_path names."
+                )
+    if runs:
+        for part in parts:
+            _check_trackers(getattr(part, "report_to", None))
+    return parts
+
+
+def _check_trackers(report_to: list[str] | None) -> None:
+    """Raise a ValueError for a tracker that is not installed: Trainer does so after the model is loaded."""
+    try:
+        for callback in get_reporting_integration_callbacks(report_to):
+            callback()
+    except (RuntimeError, ImportError, ValueError) as error:
+        raise ValueError(f"report_to={report_to}: {error}") from error
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(f"command line: {message}")
+
+
+def _report_errors_once() -> None:
+    """Where several processes run a stage, all but the first tell their errors in a line each: most have the same, and
+    as many tracebacks printed at once can be read by no one."""
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        sys.excepthook = lambda kind, error, trace: sys.stderr.write(f"[rank {rank}] {kind.__name__}: {error}\n")
