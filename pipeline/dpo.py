@@ -13,18 +13,18 @@ from transformers import set_seed
 from trl import DPOConfig, DPOTrainer, ModelConfig
 
 from data.preferences import explicit_prompts, load_preferences
-from data.tokens import check_max_length, prepare_tokens
-from pipeline.backbone.architecture import check_dropout_is_off, switch_off_dropout
-from pipeline.backbone.identity import fingerprint
+from data.tokens import check_max_length
+from pipeline.backbone.architecture import without_dropout
 from pipeline.backbone.loading import context_length
 from pipeline.backbone.lora import LoraArguments
-from pipeline.backbone.roles import backbone_copies, load_backbone
+from pipeline.backbone.roles import load_backbone
 from pipeline.runs.arguments import DataArguments, PolicyArguments
-from pipeline.runs.checkpoints import Checkpointed, find_checkpoint
+from pipeline.runs.checkpoints import Checkpointed
 from pipeline.runs.command_line import parse
-from pipeline.runs.folders import check_folders
-from pipeline.runs.launch import check_launch, check_wrapper
-from pipeline.runs.outputs import finish_stage, rows_report
+from pipeline.runs.launch import check_wrapper
+from pipeline.runs.opening import open_run
+from pipeline.runs.outputs import finish_stage
+from pipeline.runs.rows import prepare_rows
 
 
 @dataclass
@@ -35,49 +35,43 @@ class PairArguments(PolicyArguments):
 
 
 class DPO(Checkpointed, DPOTrainer):
-    """TRL's, with our checkpoints."""
+    """TRL's DPOTrainer, with our checkpoints."""
 
 
 def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DPOConfig) -> None:
-    check_launch(args)
-    check_folders(args.output_dir, model.model_name_or_path, policies=(start.sft_adapter,), leaves_reward=False)
-    checkpoint = find_checkpoint(args)
+    checkpoint = open_run(args, model, policies=(start.sft_adapter,), leaves_reward=False)
     pairs = load_preferences(data.dataset_name, data.dataset_train_split, drop=data.drop_bad_rows)
     pairs = explicit_prompts(pairs, data.dataset_name, drop=data.drop_bad_rows)
     if start.max_pairs:  # pairs of one ranking follow each other
         pairs = pairs.shuffle(seed=args.seed).select(range(min(start.max_pairs, len(pairs))))
-    pairs = pairs.select_columns(["prompt", "chosen", "rejected"])
+    parts = {"train": (data.dataset_name, pairs.select_columns(["prompt", "chosen", "rejected"]))}
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
     backbone, tokenizer = load_backbone(
         model,
         start.sft_adapter,
-        reach=LoraArguments(),
+        lora=LoraArguments(),
         trust_remote_code=args.trust_remote_code,
         pad_token=args.pad_token,
     )
     check_max_length(args.max_length, context_length(backbone))
-    pairs, lengths = prepare_tokens(pairs, tokenizer, data.dataset_name, drop=data.drop_bad_rows)
-    found = lengths.counts(args.max_length, needs_rest=args.truncation_mode == "keep_start")
-    rows = rows_report({"train": (data.dataset_name, found)})
-    found.check(data.dataset_name, args.max_length, data.min_kept, "pair")
-    identity = fingerprint(backbone.get_base_model())
+    needs_rest = args.truncation_mode == "keep_start"
+    rows, report = prepare_rows(parts, tokenizer, data, max_length=args.max_length, needs_rest=needs_rest, row="pair")
     trainer = DPO(
         model=backbone,  # TRL clones its policy adapter as the reference
         args=args,
-        train_dataset=pairs,
+        train_dataset=rows["train"],
         processing_class=tokenizer,
     )
     if args.disable_dropout:
-        switch_off_dropout(backbone)
-        check_dropout_is_off(backbone.get_base_model(), model.model_name_or_path)
+        without_dropout(backbone.get_base_model(), model.model_name_or_path)
     backbone.train_only("policy")  # adding adapters toggles requires_grad
     set_seed(args.seed)
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     read = 2 * min(trainer.state.global_step * batch, len(trainer.train_dataset))
-    summary = {"backbone_copies": backbone_copies(backbone), "completions": read}
-    finish_stage(trainer, identity, {**summary, "rows": rows, "history": trainer.state.log_history})
+    summary = {"completions": read, "rows": report, "history": trainer.state.log_history}
+    finish_stage(trainer, backbone.fingerprint, summary)
     trainer.end()
 
 

@@ -28,10 +28,9 @@ from pipeline.backbone.logprobs import LOGITS
 from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.backbone.roles import ADAPTERS, Backbone
 from pipeline.backbone.trunk import decoder_layers
-from pipeline.ppo import RoleArguments
 from pipeline.reports.report import markdown_table
 from pipeline.rl.config import PPOConfig
-from pipeline.runs.arguments import DataArguments
+from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
 from reward_models.functions import RewardArguments
 
@@ -68,7 +67,7 @@ class Item:
     bytes: int
 
 
-def roles(rewards: RewardArguments, reach: LoraArguments, model: ModelConfig, args: PPOConfig, policy) -> Backbone:
+def roles(rewards: RewardArguments, lora: LoraArguments, model: ModelConfig, args: PPOConfig, policy) -> Backbone:
     """The roles of a PPO run on the meta device; adapters are as `lora_*` says, wherever they would be read from."""
     source = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(model_source(model.model_name_or_path), **source)
@@ -81,7 +80,7 @@ def roles(rewards: RewardArguments, reach: LoraArguments, model: ModelConfig, ar
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code, **options)
         fuse_gelu(base).requires_grad_(False)
-        adapter = lora_config(model, task_type="CAUSAL_LM", reach=reach, base=base)
+        adapter = lora_config(model, task_type="CAUSAL_LM", lora=lora, base=base)
         backbone = Backbone(base, adapter)
         if policy:  # one that was trained is not the bare backbone
             backbone.add_adapter(ADAPTERS["reference"], adapter)
@@ -230,15 +229,15 @@ def gathered(backbone: Backbone, layout: str) -> Iterator[Item]:
 
 
 def plan(
-    roles_: RoleArguments,
+    start: PolicyArguments,
     rewards: RewardArguments,
-    reach: LoraArguments,
+    lora: LoraArguments,
     model: ModelConfig,
     args: PPOConfig,
     asked: PlanArguments,
 ) -> dict[str, list[Item]]:
     """Items of one process under each layout; a base in 4 bits is not sharded."""
-    backbone = roles(rewards, reach, model, args, roles_.sft_adapter)
+    backbone = roles(rewards, lora, model, args, start.sft_adapter)
     standing = list(state(backbone))
     layouts = [layout for layout in LAYOUTS if not (model.load_in_4bit and "weights" in SHARDED[layout])]
     whole = {layout: list(gathered(backbone, layout)) for layout in layouts}
@@ -285,17 +284,27 @@ def table(planned: dict[str, list[Item]]) -> str:
 
 def main(
     data: DataArguments,
-    roles_: RoleArguments,
+    start: PolicyArguments,
+    texts: TextArguments,
     rewards: RewardArguments,
-    reach: LoraArguments,
+    lora: LoraArguments,
     model: ModelConfig,
     args: PPOConfig,
     asked: PlanArguments,
 ) -> None:
-    print(table(plan(roles_, rewards, reach, model, args, asked)))
+    print(table(plan(start, rewards, lora, model, args, asked)))
 
 
 if __name__ == "__main__":
-    kinds = (DataArguments, RoleArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig, PlanArguments)
+    kinds = (
+        DataArguments,
+        PolicyArguments,
+        TextArguments,
+        RewardArguments,
+        LoraArguments,
+        ModelConfig,
+        PPOConfig,
+        PlanArguments,
+    )
     # The machine that plans need not have the GPUs that are planned for.
     main(*parse(*kinds, args=[*sys.argv[1:], "--use_cpu", "true"]))

@@ -16,7 +16,7 @@ from trl import ModelConfig, RewardConfig
 
 from data.preferences import explicit_prompts, load_preferences
 from data.prompts import check_prompt_lengths
-from data.tokens import check_max_length, prepare_tokens
+from data.tokens import check_max_length
 from pipeline.backbone.adapters import read_adapter
 from pipeline.backbone.identity import fingerprint
 from pipeline.backbone.loading import context_length, load_pretrained, train_in_float32
@@ -24,11 +24,12 @@ from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.backbone.rewards import measure
 from pipeline.backbone.roles import load_backbone
 from pipeline.runs.arguments import DataArguments
-from pipeline.runs.checkpoints import Checkpointed, find_checkpoint
+from pipeline.runs.checkpoints import Checkpointed
 from pipeline.runs.command_line import parse
-from pipeline.runs.folders import check_folders
-from pipeline.runs.launch import check_launch, check_wrapper
-from pipeline.runs.outputs import finish_stage, push, rows_report
+from pipeline.runs.launch import check_wrapper
+from pipeline.runs.opening import open_run
+from pipeline.runs.outputs import finish_stage, push
+from pipeline.runs.rows import prepare_rows
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows
 from reward_models.normalization import FILE, Normalization
@@ -54,7 +55,7 @@ class RewardModelArguments:
 
 
 class RewardModel(Checkpointed, RankingTrainer):
-    """Ours, with checkpoints."""
+    """Our RankingTrainer, with checkpoints."""
 
 
 def held_out_report(trainer: RewardModel) -> dict:
@@ -100,72 +101,52 @@ def normalization_of(
 
 
 def main(
-    data: DataArguments, pairs: RewardModelArguments, reach: LoraArguments, model: ModelConfig, args: RewardConfig
+    data: DataArguments, pairs: RewardModelArguments, lora: LoraArguments, model: ModelConfig, args: RewardConfig
 ) -> None:
-    check_launch(args)
     if args.train_sampling_strategy not in ("random", "group_by_length"):
         raise ValueError(
             f"train_sampling_strategy={args.train_sampling_strategy!r} is not supported: pairs of a ranking are batched "
             f"together. Name random or group_by_length."
         )
-    check_folders(args.output_dir, model.model_name_or_path, policies=(pairs.sft_adapter,), leaves_reward=True)
-    checkpoint = find_checkpoint(args)
-    train = load_preferences(data.dataset_name, data.dataset_train_split, drop=data.drop_bad_rows)
-    held_out = None
-    if data.eval_source:
-        held_out = load_preferences(data.eval_source, data.dataset_eval_split, drop=data.drop_bad_rows)
+    checkpoint = open_run(args, model, policies=(pairs.sft_adapter,), leaves_reward=True)
+    parts = data.load(load_preferences)
+    source, train = parts["train"]
     if pairs.sft_adapter:  # whose completions of the prompts are scored
-        train = explicit_prompts(train, data.dataset_name, drop=data.drop_bad_rows)
+        train = explicit_prompts(train, source, drop=data.drop_bad_rows)
     if not pairs.use_margin and "margin" in train.column_names:
         train = train.remove_columns("margin")
+    parts["train"] = source, train
     torch.manual_seed(args.seed)  # the score head is drawn here
     base, tokenizer = load_pretrained(
         model, head=True, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
     )
     check_max_length(args.max_length, context_length(base))
-    counts = {}
-    train, lengths = prepare_tokens(train, tokenizer, data.dataset_name, drop=data.drop_bad_rows)
-    counts["train"] = data.dataset_name, lengths.counts(args.max_length, drops=True)
-    if held_out:
-        held_out, lengths = prepare_tokens(held_out, tokenizer, data.eval_source, drop=data.drop_bad_rows)
-        counts["held_out"] = data.eval_source, lengths.counts(args.max_length, drops=True)
-    rows = rows_report(counts)
-    for source, found in counts.values():
-        found.check(source, args.max_length, data.min_kept, "pair")
+    rows, report = prepare_rows(parts, tokenizer, data, max_length=args.max_length, drops=True, row="pair")
     identity = fingerprint(base)
     if pairs.sft_adapter:
         # One that does not fit is refused before training.
         read_adapter(pairs.sft_adapter, needs_head=False, base=base, tokenizer=tokenizer)
         # Drawn at random: pairs of one ranking follow each other.
+        train = rows["train"]
         completed = train.shuffle(seed=args.seed).select(range(min(pairs.sft_completions, len(train))))
-        completed, _ = check_prompt_lengths(
-            completed,
-            tokenizer,
-            context_length(base),
-            pairs.max_completion_length,
-            data.dataset_name,
-            drop=data.drop_bad_rows,
-        )
+        limits = context_length(base), pairs.max_completion_length
+        completed, _ = check_prompt_lengths(completed, tokenizer, *limits, source, drop=data.drop_bad_rows)
     trainer = RewardModel(
         model=base,
         args=args,
-        train_dataset=train,
-        eval_dataset=held_out,
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("held_out"),
         processing_class=tokenizer,
-        peft_config=lora_config(model, task_type="SEQ_CLS", reach=reach, base=base),
+        peft_config=lora_config(model, task_type="SEQ_CLS", lora=lora, base=base),
     )
     if model.load_in_4bit:
         train_in_float32(trainer.model)
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = held_out_report(trainer) if held_out else {}
+    metrics = held_out_report(trainer) if "held_out" in rows else {}
     (Path(args.output_dir) / FILE).unlink(missing_ok=True)  # an earlier run's scale is not that of these scores
-    finish_stage(
-        trainer,
-        identity,
-        {**metrics, "rows": rows, "history": trainer.state.log_history},
-        complete=not pairs.sft_adapter,
-    )
+    metrics |= {"rows": report, "history": trainer.state.log_history}
+    finish_stage(trainer, identity, metrics, complete=not pairs.sft_adapter)
     accelerator, repository = trainer.accelerator, trainer.hub_model_id
     if pairs.sft_adapter:
         accelerator.free_memory()

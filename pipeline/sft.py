@@ -11,33 +11,29 @@ from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from trl import ModelConfig, SFTConfig, SFTTrainer
 
 from data.texts import load_texts
-from data.tokens import check_max_length, prepare_tokens
+from data.tokens import check_max_length
 from pipeline.backbone.identity import fingerprint
 from pipeline.backbone.loading import context_length, load_pretrained, train_in_float32
 from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.runs.arguments import DataArguments
-from pipeline.runs.checkpoints import Checkpointed, find_checkpoint
+from pipeline.runs.checkpoints import Checkpointed
 from pipeline.runs.command_line import parse
-from pipeline.runs.folders import check_folders
-from pipeline.runs.launch import check_launch, check_wrapper
-from pipeline.runs.outputs import finish_stage, rows_report
+from pipeline.runs.launch import check_wrapper
+from pipeline.runs.opening import open_run
+from pipeline.runs.outputs import finish_stage
+from pipeline.runs.rows import prepare_rows
 
 
 logger = get_logger(__name__)
 
 
 class SFT(Checkpointed, SFTTrainer):
-    """TRL's, with our checkpoints."""
+    """TRL's SFTTrainer, with our checkpoints."""
 
 
-def main(data: DataArguments, reach: LoraArguments, model: ModelConfig, args: SFTConfig) -> None:
-    check_launch(args)
-    check_folders(args.output_dir, model.model_name_or_path, leaves_reward=False)
-    checkpoint = find_checkpoint(args)
-    train = load_texts(data.dataset_name, data.dataset_train_split, drop=data.drop_bad_rows)
-    held_out = None
-    if data.eval_source:
-        held_out = load_texts(data.eval_source, data.dataset_eval_split, drop=data.drop_bad_rows)
+def main(data: DataArguments, lora: LoraArguments, model: ModelConfig, args: SFTConfig) -> None:
+    checkpoint = open_run(args, model, leaves_reward=False)
+    parts = data.load(load_texts)
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token)
     check_max_length(args.max_length, context_length(base))
     if type(base.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:  # better known now than after SFT
@@ -45,33 +41,25 @@ def main(data: DataArguments, reach: LoraArguments, model: ModelConfig, args: SF
             f"{model.model_name_or_path}: transformers has no sequence classifier of the family {base.config.model_type!r}: "
             f"pipeline.reward cannot train a reward model on it, and PPO takes reward functions (reward_funcs)."
         )
-    counts = {}
-    train, lengths = prepare_tokens(train, tokenizer, data.dataset_name, drop=data.drop_bad_rows)
     # A row whose completion is cut off whole is dropped by TRL.
     needs_rest = args.completion_only_loss is not False and args.truncation_mode == "keep_start"
-    counts["train"] = data.dataset_name, lengths.counts(args.max_length, needs_rest=needs_rest)
-    if held_out:
-        held_out, lengths = prepare_tokens(held_out, tokenizer, data.eval_source, drop=data.drop_bad_rows)
-        counts["held_out"] = data.eval_source, lengths.counts(args.max_length, needs_rest=needs_rest)
-    rows = rows_report(counts)
-    for source, found in counts.values():
-        found.check(source, args.max_length, data.min_kept)
+    rows, report = prepare_rows(parts, tokenizer, data, max_length=args.max_length, needs_rest=needs_rest)
     identity = fingerprint(base)
     torch.manual_seed(args.seed)  # the adapter is drawn here
     trainer = SFT(
         model=base,
         args=args,
-        train_dataset=train,
-        eval_dataset=held_out,
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("held_out"),
         processing_class=tokenizer,
-        peft_config=lora_config(model, task_type="CAUSAL_LM", reach=reach, base=base),
+        peft_config=lora_config(model, task_type="CAUSAL_LM", lora=lora, base=base),
     )
     if model.load_in_4bit:
         train_in_float32(trainer.model)
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
-    metrics = trainer.evaluate() if held_out else {}
-    finish_stage(trainer, identity, {**metrics, "rows": rows, "history": trainer.state.log_history})
+    metrics = trainer.evaluate() if "held_out" in rows else {}
+    finish_stage(trainer, identity, {**metrics, "rows": report, "history": trainer.state.log_history})
     trainer.end()
 
 

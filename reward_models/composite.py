@@ -18,6 +18,7 @@ from trl.trainer.utils import get_callable_name, is_async_callable
 
 from data.files import shorten
 from reward_models.functions import HIDDEN, RAISED, check_weights_count, extra_columns
+from reward_models.learned import KNOWN_SCORES, LearnedReward
 
 
 LARGEST = torch.finfo(torch.float32).max  # rewards are kept in float32
@@ -74,13 +75,13 @@ class Composite:
 
         def call(**given):
             try:
-                return finish(function(**_own(given)), given)
+                return finish(function(**_own(function, given)), given)
             except RAISED as error:  # whatever it is, all processes must hear of it
                 return raised(error, given)
 
         async def call_async(**given):
             try:
-                return finish(await function(**_own(given)), given)
+                return finish(await function(**_own(function, given)), given)
             except RAISED as error:
                 return raised(error, given)
 
@@ -146,11 +147,15 @@ def _is_finite(value: object) -> bool:
         return False
 
 
-def _own(given: dict) -> dict:
+def _own(function: Callable, given: dict) -> dict:
     """Return what one function gets: copies, so that one which edits its lists changes nothing for the others, for what is
     learned or for what is logged."""
     own = {}
     for name, value in given.items():
+        if name == KNOWN_SCORES:
+            if isinstance(function, LearnedReward):
+                own["known_scores"] = value
+            continue
         if isinstance(value, TrainerState):  # not its history's every figure: that grows with the run
             value = copy.copy(value)
             value.log_history = [dict(row) for row in value.log_history]

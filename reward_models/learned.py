@@ -14,6 +14,18 @@ from trl.trainer.utils import pad
 from data.prompts import tokenize_prompts
 
 
+# Column in which PPO hands a learned reward the scores that it has measured: a role's score by its name, in each row.
+KNOWN_SCORES = "scores:known"
+
+
+def with_known_scores(rows: list[dict], scores: dict[str, Tensor]) -> list[dict]:
+    """Add to dataset rows (B) the scores that were measured already, by role, each (B,), where `LearnedReward` finds them."""
+    if not scores:
+        return rows
+    known = {role: values.tolist() for role, values in scores.items()}
+    return [{**row, KNOWN_SCORES: {role: known[role][i] for role in known}} for i, row in enumerate(rows)]
+
+
 @torch.no_grad()
 def score_rows(
     score: Callable[[Tensor, Tensor], Tensor],
@@ -77,11 +89,15 @@ class LearnedReward:
         self.backbone, self.tokenizer, self.batch_size, self.role = backbone, tokenizer, batch_size, role
         self.shift = shift  # taken from every score
         self.__name__ = name  # TRL logs a reward function under it
-        self.known: list[float] | None = None  # scores of the next completions, where PPO has them from the trunk
 
-    def __call__(self, prompts: list, completion_ids: list[list[int]], **kwargs) -> list[float]:
-        known, self.known = self.known, None
-        scores = self._scores(prompts, completion_ids) if known is None else known
+    def __call__(
+        self, prompts: list, completion_ids: list[list[int]], known_scores: list[dict] | None = None, **kwargs
+    ) -> list[float]:
+        """Return a score for each completion. `known_scores` are those that are there already, by role."""
+        if known_scores and self.role in known_scores[0]:
+            scores = [row[self.role] for row in known_scores]
+        else:
+            scores = self._scores(prompts, completion_ids)
         return [score - self.shift for score in scores]
 
     def _scores(self, prompts: list, completion_ids: list[list[int]]) -> list[float]:

@@ -41,8 +41,8 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from pipeline.runs import launch
-from pipeline.runs.checkpoints import MANIFEST, _sha256, _sha256_of
 from pipeline.runs.command_line import parse
+from pipeline.runs.manifest import MANIFEST, file_digest, manifest_digest
 
 
 seen = {}
@@ -128,8 +128,8 @@ def plant(source: str, target: str, names: list[str]) -> None:
                 path.write_text("global_step2")
             else:
                 path.write_bytes(pickle.dumps(Payload(executed)))
-            manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": _sha256_of(manifest)}))
+            manifest["files"][name] = {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": manifest_digest(manifest)}))
     PartialState().wait_for_everyone()
 
 

@@ -413,8 +413,7 @@ def assert_close(ours, theirs, name: str) -> None:
     if isinstance(theirs, dict):
         assert ours.keys() == theirs.keys(), name
         for key in theirs:
-            if key != "backbone_copies":
-                assert_close(ours[key], theirs[key], f"{name}: {key}")
+            assert_close(ours[key], theirs[key], f"{name}: {key}")
     elif isinstance(theirs, list):
         assert len(ours) == len(theirs), name
         for i, pair in enumerate(zip(ours, theirs, strict=True)):

@@ -213,6 +213,12 @@ def switch_off_dropout(model: nn.Module) -> None:
                 setattr(config, name, 0.0)
 
 
+def without_dropout(model: PreTrainedModel, source: str) -> None:
+    """Switch off all dropout of a model, and check that nothing random is left; raises what `check_dropout_is_off` raises."""
+    switch_off_dropout(model)
+    check_dropout_is_off(model, source)
+
+
 @torch.no_grad()
 def check_dropout_is_off(model: PreTrainedModel, source: str) -> None:
     """Check that two passes in training mode agree, and leave mode and random state as they were.

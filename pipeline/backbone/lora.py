@@ -28,9 +28,9 @@ class LoraArguments:
 
 
 def lora_config(
-    model: ModelConfig, *, task_type: str, reach: LoraArguments | None = None, base: PreTrainedModel | None = None
+    model: ModelConfig, *, task_type: str, lora: LoraArguments | None = None, base: PreTrainedModel | None = None
 ) -> LoraConfig:
-    """LoRA as `lora_*` in ModelConfig says, as far as `reach` takes it on `base`.
+    """LoRA as `lora_*` in ModelConfig says, as far as `lora` takes it on `base`.
 
     A reward adapter (SEQ_CLS) trains and saves its head too.
 
@@ -43,20 +43,20 @@ def lora_config(
     modules, layers = model.lora_target_modules, {}
     if isinstance(modules, str) and modules != "all-linear":
         modules = [modules]  # ModelConfig unwraps a list of one, and peft would take the bare name for a pattern
-    if reach and (reach.lora_embeddings or reach.lora_top_layers):
+    if lora and (lora.lora_embeddings or lora.lora_top_layers):
         named = dict(base.named_modules())
         if modules in (None, "all-linear"):  # peft takes that word alone: not in a list, not for some layers
             linear = {name.split(".")[-1] for name, layer in named.items() if isinstance(layer, (nn.Linear, Conv1D))}
             heads = (base.get_output_embeddings(), getattr(base, "score", None))
             modules = sorted(linear - {name.split(".")[-1] for name, layer in named.items() if layer in heads})
-        if reach.lora_embeddings:
+        if lora.lora_embeddings:
             # By its full name: peft would store the frozen embeddings with an adapter of a bare `embed_tokens`.
             modules = [*modules, next(n for n, layer in named.items() if layer is base.get_input_embeddings())]
-        if reach.lora_top_layers:
+        if lora.lora_top_layers:
             _, pattern, decoder = decoder_layers(base)
-            if not 0 < reach.lora_top_layers <= len(decoder):
-                raise ValueError(f"lora_top_layers={reach.lora_top_layers}: the model has {len(decoder)} layers.")
-            top = list(range(len(decoder)))[-reach.lora_top_layers :]
+            if not 0 < lora.lora_top_layers <= len(decoder):
+                raise ValueError(f"lora_top_layers={lora.lora_top_layers}: the model has {len(decoder)} layers.")
+            top = list(range(len(decoder)))[-lora.lora_top_layers :]
             layers = {"layers_to_transform": top, "layers_pattern": pattern}
     return LoraConfig(
         task_type=task_type,
@@ -70,12 +70,10 @@ def lora_config(
     )
 
 
-def check_lora(
-    found: LoraConfig, model: ModelConfig, reach: LoraArguments, base: PreTrainedModel, source: str
-) -> None:
+def check_lora(found: LoraConfig, model: ModelConfig, lora: LoraArguments, base: PreTrainedModel, source: str) -> None:
     """Raise a ValueError for a `lora_*` option that was set, and says otherwise than `found`, the config of the adapter
     `source` that training goes on from: it would have no effect."""
-    wanted = lora_config(model, task_type=found.task_type, reach=reach, base=base)
+    wanted = lora_config(model, task_type=found.task_type, lora=lora, base=base)
     fields = {
         "lora_r": "r",
         "lora_alpha": "lora_alpha",
@@ -84,7 +82,7 @@ def check_lora(
         "lora_target_modules": "target_modules",
         "lora_embeddings": "target_modules",
     }
-    default, given = vars(ModelConfig()) | vars(LoraArguments()), vars(model) | vars(reach)
+    default, given = vars(ModelConfig()) | vars(LoraArguments()), vars(model) | vars(lora)
     for option, field_name in fields.items():
         values = (getattr(config, field_name) for config in (wanted, found))
         ours, theirs = (sorted(value) if isinstance(value, (list, set)) else value for value in values)

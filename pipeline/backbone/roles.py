@@ -419,7 +419,7 @@ def load_backbone(
     model: ModelConfig,
     policy: str | None,
     *,
-    reach: LoraArguments | None = None,
+    lora: LoraArguments | None = None,
     trust_remote_code: bool = False,
     pad_token: str | None = None,
 ) -> tuple[Backbone, PreTrainedTokenizerBase]:
@@ -427,14 +427,14 @@ def load_backbone(
     from torch's generator, which changes nothing until it is trained.
 
     Raises what `load_pretrained` and `read_adapter` raise, and:
-        ValueError: `reach` or `model` describe another adapter than the one that was saved.
+        ValueError: `lora` or `model` describe another adapter than the one that was saved.
     """
     base, tokenizer = load_pretrained(model, trust_remote_code=trust_remote_code, pad_token=pad_token)
     if not policy:
-        return Backbone(base, lora_config(model, task_type="CAUSAL_LM", reach=reach, base=base)), tokenizer
+        return Backbone(base, lora_config(model, task_type="CAUSAL_LM", lora=lora, base=base)), tokenizer
     adapter = read_adapter(policy, needs_head=False, base=base, tokenizer=tokenizer)
-    if reach:
-        check_lora(adapter.config, model, reach, base, policy)
+    if lora:
+        check_lora(adapter.config, model, lora, base, policy)
     return Backbone(base, adapter), tokenizer
 
 

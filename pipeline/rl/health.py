@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 
 @dataclass
-class Watch:
+class Health:
     """Looks at each update's figures, remembers what it has said, and says everything once.
 
     `observe` returns the messages that are new. What is not finite ends training: `pipeline.runs.divergence`.

@@ -1,20 +1,21 @@
-"""What one round of sampling leaves behind for the update: one frozen record, one shape a field."""
+"""The record of one round of sampling, from the sampled tokens to the minibatches that the loss reads."""
 
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 
-# The width of every pass is a multiple of so many tokens: torch's fused attention on a CPU then gives a token the same
-# numbers to the bit in passes of different widths, as the ratio of exactly 1 wants it.
+# The width of every pass is a multiple of so many tokens. torch's fused attention on a CPU then gives a token the same
+# numbers to the bit in passes of different widths, so that importance ratios start at exactly 1.
 WIDTH = 16
 
 
-class Rollout(NamedTuple):
+@dataclass(frozen=True)
+class Rollout:
     """B completions of at most T tokens to prompts of at most P tokens; P + T is a multiple of `WIDTH`.
 
-    Prompts are padded at the left, completions at the right; masks are True on real tokens, and a completion's
+    Prompts are padded at the left, completions at the right. Masks are True on real tokens, and a completion's
     end-of-text token is real.
     """
 
@@ -29,16 +30,47 @@ class Rollout(NamedTuple):
     weights: Tensor | None = None  # (B, T) of the policy loss, where the sampler's logprobs are corrected for
     trunk: Tensor | None = None  # (B, P + T, D) states below the policy's adapter, where it leaves layers as they are
     value_trunk: Tensor | None = None  # (B, P + T, D) the same of the value, where its adapter begins lower
+    share: Tensor | None = None  # () weight of a minibatch in its optimizer step; None is 1
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids)
+
+    def rows(self, index: Tensor | slice) -> "Rollout":
+        """Return some of the rows, in the order of `index`."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "share"}
+        return Rollout(**{name: x if x is None else x[index] for name, x in tensors.items()})
+
+    def trimmed(self) -> "Rollout":
+        """Return the same rows without the columns that are padding in all of them."""
+        begin, end = columns(self.prompt_mask, self.completion_mask)
+        whole = slice(begin, self.prompt_mask.shape[1] + end)
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids[:, begin:],
+            prompt_mask=self.prompt_mask[:, begin:],
+            completion_ids=self.completion_ids[:, :end],
+            completion_mask=self.completion_mask[:, :end],
+            logprobs=self.logprobs[:, :end],
+            values=self.values[:, :end],
+            advantages=self.advantages[:, :end],
+            returns=self.returns[:, :end],
+            weights=None if self.weights is None else self.weights[:, :end],
+            trunk=None if self.trunk is None else self.trunk[:, whole],
+            value_trunk=None if self.value_trunk is None else self.value_trunk[:, whole],
+        )
 
 
 def row_lengths(prompt_mask: Tensor, completion_mask: Tensor) -> Tensor:
-    """Real tokens of each row, (B, P) and (B, T) -> (B,)."""
+    """Count the real tokens of each row, (B, P) and (B, T) -> (B,)."""
     return prompt_mask.sum(dim=1) + completion_mask.sum(dim=1)
 
 
 def columns(prompt_mask: Tensor, completion_mask: Tensor) -> tuple[int, int]:
-    """Where a pass over these rows begins in the prompts' columns and ends in the completions': what lies beyond is padding
-    in all of them. (B, P) and (B, T), together a multiple of `WIDTH` wide as what remains is, -> two numbers."""
+    """Find the columns that a pass over these rows needs, (B, P) and (B, T) -> two numbers.
+
+    The pass begins at the first number in the prompts and ends before the second in the completions. What lies beyond
+    is padding in all rows. The width that is left is a multiple of `WIDTH`, as P + T is.
+    """
     (_, prompts), (_, completions) = prompt_mask.shape, completion_mask.shape
     prompt, completion = (int(mask.sum(dim=1).max()) for mask in (prompt_mask, completion_mask))
     spare = (prompts + completions - prompt - completion) // WIDTH * WIDTH
@@ -46,20 +78,21 @@ def columns(prompt_mask: Tensor, completion_mask: Tensor) -> tuple[int, int]:
     return min(prompts - prompt, spare - right), completions - right
 
 
-def trimmed(rows: dict[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Fields of a `Rollout` for some rows, without the columns that are padding in all of them."""
-    begin, end = columns(rows["prompt_mask"], rows["completion_mask"])
-    whole = rows["prompt_mask"].shape[1] + end
-
-    def cut(name: str, field: Tensor) -> Tensor:
-        if name.startswith("prompt"):
-            return field[:, begin:]
-        return field[:, begin:whole] if name.endswith("trunk") else field[:, :end]
-
-    return {name: field if field is None else cut(name, field) for name, field in rows.items()}
-
-
 def sorted_steps(order: Tensor, lengths: Tensor, size: int) -> Tensor:
-    """An order of rows (N,) in which each `size` that follow each other stay together, the shortest first: cut to pieces,
-    each piece has rows of about one length (`lengths`, (N,))."""
+    """Sort each `size` rows that follow each other in `order` (N,) by their `lengths` (N,), the shortest first.
+
+    Cut into pieces, each piece then has rows of about one length, and needs little padding.
+    """
     return torch.cat([step[lengths[step].argsort(stable=True)] for step in order.split(size)])
+
+
+def minibatches(rollout: Rollout, order: Tensor, *, pieces: int, accumulation: int) -> list[Rollout]:
+    """Cut a rollout, its rows in `order` (B,), into `pieces` of equal size; `accumulation` of them make an optimizer step.
+
+    The pieces of a step hold rows of about one length. Each is trimmed to the columns that it needs.
+    """
+    size = len(rollout) // pieces
+    if accumulation > 1:
+        lengths = row_lengths(rollout.prompt_mask, rollout.completion_mask).cpu()
+        order = sorted_steps(order, lengths, accumulation * size)
+    return [rollout.rows(order[start : start + size]).trimmed() for start in range(0, pieces * size, size)]

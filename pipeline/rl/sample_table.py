@@ -62,7 +62,7 @@ class SampleTable(TrainerCallback):
         fresh.replace(self.path)
 
     def _add(self, step: int) -> None:
-        with self.trainer.whole():  # on all processes, since the model may be sharded over them
+        with self.trainer.gathered_weights():  # on all processes, since the model may be sharded over them
             rows = self._rows(step)
         if self.trainer.is_world_process_zero():
             with self.path.open("a", encoding="utf-8") as file:

@@ -1,5 +1,6 @@
-"""The stages' arguments: TRL's own config classes, what PPO adds to them, and a parser that takes no typo silently."""
+"""What stages take from a recipe beside TRL's own configs: data, adapters, prompts to complete."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,6 +44,16 @@ class DataArguments:
             return self.eval_dataset_name or None
         return self.dataset_name if has_splits(self.dataset_name) else None
 
+    def load(self, read: Callable[..., Dataset]) -> dict[str, tuple[str, Dataset]]:
+        """Read the rows to train on and, if there are any, those held out, each with where they come from.
+
+        `read` is a reader of `data`, such as `data.texts.load_texts`; raises what it raises.
+        """
+        parts = {"train": (self.dataset_name, self.dataset_train_split)}
+        if self.eval_source:
+            parts["held_out"] = self.eval_source, self.dataset_eval_split
+        return {part: (name, read(name, split, drop=self.drop_bad_rows)) for part, (name, split) in parts.items()}
+
 
 # SFTConfig, RewardConfig and DPOConfig of TRL have an option `pad_token`; the other stages get one of that name.
 PAD_TOKEN = {
@@ -57,6 +68,17 @@ class PolicyArguments:
     sft_adapter: str | None = field(
         default=None, metadata={"help": "Adapter the policy starts from and is held to; unset: the bare backbone."}
     )
+
+
+@dataclass
+class TextArguments:
+    """The texts of the language-model loss (PTX), which keep the policy from forgetting."""
+
+    ptx_dataset_name: str | None = field(
+        default=None, metadata={"help": "Texts of the language-model loss (ptx_coef)."}
+    )
+    ptx_dataset_split: str = field(default="train", metadata={"help": "Split of them (a single file has none)."})
+    ptx_max_length: int = field(default=1024, metadata={"help": "Tokens that they are cut at."})
 
 
 @dataclass

@@ -6,8 +6,15 @@ looks at every step of every stage, and says with these words why it ended.
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
+import torch
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pipeline.backbone.architecture import all_finite
 
 
 def learns_from(inputs: object) -> bool:
@@ -32,3 +39,102 @@ def remedy(args: TrainingArguments) -> str:
         more.append("bf16: false" if args.bf16 else "fp16: false")
     also = f" Where that is not enough, set {' and '.join(more)}." if more else ""
     return f"Start anew with a lower learning_rate (it was {args.learning_rate:g}).{also}"
+
+
+class EndsAtDivergence:
+    """Put before one of TRL's trainers: a loss, a gradient or a weight that is not finite ends training with an error.
+
+    The step is not taken, a checkpoint of the one before is left, and an adapter of an earlier run is not written over.
+    """
+
+    diverged: str | None = None  # what is not finite, once something is
+    _loss = 0.0  # of the optimizer step under way, where it is not finite
+    _within_step = False  # whether a part of an optimizer step is done
+    _written = 0  # the step of the last checkpoint that this run wrote
+    _left_out = False  # whether that step was not taken, and the weights before it are still to be saved
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """Override `training_step`: note a loss that is not finite. Trainer would log the mean of those before it."""
+        learns = learns_from(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._within_step = True
+        if learns and not loss.isfinite():
+            self._loss = loss.item()
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """Override `_get_grad_norm`, which Trainer calls just before the optimizer steps: where the loss or a gradient is
+        not finite on any process, that step is not taken and training ends.
+
+        DeepSpeed steps as one with the backward pass. With float16, a gradient that is not finite lowers the loss's scale,
+        and is no divergence until nothing is left of the scale.
+
+        Raises:
+            FloatingPointError: under DeepSpeed; elsewhere `_finalize_training` raises it, once a checkpoint is written.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        scaler = self.accelerator.scaler
+        ignored = norm is None or (scaler is not None and scaler.get_scale() >= 1)
+        step = torch.tensor([[self._loss, 0.0 if ignored else float(norm)]], device=self.args.device)
+        problems = [first_problem(*row) for row in self.accelerator.gather(step).tolist()]
+        problem = next(filter(None, problems), None)
+        if problem is None:
+            return norm
+        self.diverged = f"{problem} at step {self.state.global_step + 1}"
+        if self.is_deepspeed_enabled:
+            if not self.accelerator.optimizer_step_was_skipped:
+                self.diverged += ", which DeepSpeed has taken"
+            raise self.divergence()
+        model.zero_grad(set_to_none=True)  # so that the optimizer leaves weights and its own state as they are
+        self._tr_loss.nan_to_num_(0.0)  # it and the metrics since the last log go into the checkpoint
+        self._metrics["train"].clear()
+        self._left_out = self.control.should_training_stop = True
+        return 0.0
+
+    def _look_at_weights(self) -> None:
+        """Before Trainer saves or evaluates: refuse weights that are not finite. Where a step was left out, save the weights
+        before it, once, and log nothing of it."""
+        control = self.control
+        if not self.diverged and not (control.should_save or control.should_evaluate or control.should_training_stop):
+            return
+        mine = torch.tensor([int(all_finite(p for p in self.model.parameters() if p.requires_grad))])
+        finite = bool(self.accelerator.gather(mine.to(self.args.device)).all())
+        if not self.diverged and not finite:
+            self.diverged = f"A trained weight is not finite after step {self.state.global_step}"
+        if self.diverged:
+            control.should_training_stop = True
+            control.should_log = control.should_evaluate = False
+            control.should_save, self._left_out = self._left_out and finite, False
+
+    def _look_at_outputs(self) -> None:
+        """After the last step: refuse weights that are finite and give a token logits that are not."""
+        model, ids = self.model_wrapped, torch.ones(1, 1, dtype=torch.long, device=self.args.device)
+        training = model.training  # TRL's logs go by it
+        model.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(input_ids=ids, attention_mask=ids).logits
+        model.train(training)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # the best checkpoint, which may be loaded next, goes into the shards
+        if not self.accelerator.gather(logits.isfinite().all().int().view(1)).all():
+            self.diverged = f"An output of the model is not finite after step {self.state.global_step}"
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Override `evaluate`: raise a FloatingPointError where no batch has a finite loss."""
+        metrics = super().evaluate(*args, **kwargs)
+        losses = [value for name, value in metrics.items() if name.endswith("_loss") and not math.isfinite(value)]
+        if losses:
+            self.diverged = f"The loss on held-out rows is {losses[0]} after step {self.state.global_step}"
+            raise self.divergence()
+        return metrics
+
+    def divergence(self) -> FloatingPointError:
+        """Say what is not finite, what is left, and what to do."""
+        folder = Path(self.args.output_dir)
+        kept = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        left = f"{kept} has the weights before that step. " if self._written == self.state.global_step > 0 else ""
+        return FloatingPointError(
+            f"{self.diverged}: training has diverged and ends. {left}No adapter is saved, so that one of an earlier run in "
+            f"{folder} is as it was. {remedy(self.args)}"
+        )

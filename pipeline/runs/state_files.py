@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,12 @@ def load_state(path: Path) -> Any:
 
 def local_part(value: Tensor) -> Tensor:
     return value.tolocal_part() if isinstance(value, DTensor) else value
+
+
+def sync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

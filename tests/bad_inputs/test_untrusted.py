@@ -27,7 +27,7 @@ from data.files import load_rows
 from pipeline.backbone.adapters import WEIGHTS, read_adapter
 from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.roles import load_backbone
-from pipeline.runs import folders
+from pipeline.backbone import adapters
 
 
 class Payload:
@@ -361,7 +361,7 @@ def test_an_adapter_on_the_hub_is_checked_as_a_folder_is(hub, world, refuses):
 def test_only_json_and_safetensors_are_fetched(monkeypatch, world):
     asked = {}
     monkeypatch.setattr(
-        folders, "snapshot_download", lambda name, **given: asked.update(given, name=name) or world.sft
+        adapters, "snapshot_download", lambda name, **given: asked.update(given, name=name) or world.sft
     )
     read_adapter("owner/sft@v1")
     assert asked == {"name": "owner/sft", "revision": "v1", "allow_patterns": ["*.json", "*.safetensors"]}

@@ -52,7 +52,7 @@ from pipeline.plan import PlanArguments, peak, plan
 from pipeline.reports.report import markdown_table, number
 from pipeline.rl.config import PPOConfig
 from pipeline.rl.preflight import preflight
-from pipeline.runs.arguments import DataArguments
+from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
 from pipeline.runs.launch import check_wrapper
 from reward_models.functions import RewardArguments
@@ -142,7 +142,7 @@ def make_reward(model: str, top: int, folder: Path) -> None:
     arguments = ModelConfig(model, dtype="bfloat16", lora_r=16, lora_alpha=32, lora_target_modules=["all-linear"])
     base, _ = load_pretrained(arguments, head=True)
     identity = fingerprint(base)
-    config = lora_config(arguments, task_type="SEQ_CLS", reach=LoraArguments(lora_top_layers=top), base=base)
+    config = lora_config(arguments, task_type="SEQ_CLS", lora=LoraArguments(lora_top_layers=top), base=base)
     config.init_lora_weights = False
     get_peft_model(base, config).save_pretrained(folder)
     write_identity(folder, base.config, identity)
@@ -339,7 +339,14 @@ def run_ppo(task: dict) -> dict:
     """Run the stage by the row's recipe, and plan it -> what was found in this process."""
     meter, recipe = Meter(task["device"]), ["--config", str(Path(task["folder"]) / "recipe.yaml")]
     parsed = parse(
-        DataArguments, ppo.RoleArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig, args=recipe
+        DataArguments,
+        PolicyArguments,
+        TextArguments,
+        RewardArguments,
+        LoraArguments,
+        ModelConfig,
+        PPOConfig,
+        args=recipe,
     )
     with patch.multiple(ppo, preflight=meter.preflight, check_wrapper=meter.watch):
         ppo.main(*parsed)

@@ -47,7 +47,7 @@ def load(name: str, dtype: str, attention: str, policy: str | None, reward: str 
         backbone = Backbone(base, read_adapter(policy, base=base))
     else:
         top = LoraArguments(lora_top_layers=max(1, len(decoder_layers(base)[2]) // 3))
-        backbone = Backbone(base, lora_config(model, task_type="CAUSAL_LM", reach=top, base=base))
+        backbone = Backbone(base, lora_config(model, task_type="CAUSAL_LM", lora=top, base=base))
         for name, parameter in backbone.named_parameters():
             if "lora_B" in name:
                 parameter.data.normal_(std=0.05)

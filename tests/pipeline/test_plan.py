@@ -9,8 +9,8 @@ from trl import ModelConfig
 from pipeline.backbone.lora import LoraArguments
 from pipeline.backbone.roles import load_backbone
 from pipeline.plan import LAYOUTS, Item, PlanArguments, _kept, activations, peak, phases, plan, roles, state, table
-from pipeline.ppo import RoleArguments
 from pipeline.rl.config import PPOConfig
+from pipeline.runs.arguments import PolicyArguments
 from pipeline.runs.command_line import parse
 from reward_models.functions import RewardArguments
 
@@ -63,9 +63,9 @@ def test_a_fresh_policy_and_a_critic_that_is_a_head(tiny):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_activations_are_what_autograd_keeps(tiny, top, bf16, attention):
     """Planned without weights, measured on the model itself."""
-    args, reach, of_recipe = config(), LoraArguments(lora_top_layers=top), model(tiny, attn_implementation=attention)
-    planned = roles(REWARDS, reach, of_recipe, args, policy="runs/sft")
-    real, _ = load_backbone(of_recipe, None, reach=reach)
+    args, lora, of_recipe = config(), LoraArguments(lora_top_layers=top), model(tiny, attn_implementation=attention)
+    planned = roles(REWARDS, lora, of_recipe, args, policy="runs/sft")
+    real, _ = load_backbone(of_recipe, None, lora=lora)
     real.add_value(init="policy")
     real.train_only("policy", "value")
     real.share_trunk()
@@ -105,7 +105,7 @@ def test_the_cache_is_what_sampling_fills(tiny):
 
 def test_layouts_and_peak(tiny):
     asked = PlanArguments(prompt_tokens=10, processes=4)
-    planned = plan(RoleArguments(), REWARDS, LoraArguments(), model(tiny), config(), asked)
+    planned = plan(PolicyArguments(), REWARDS, LoraArguments(), model(tiny), config(), asked)
     assert list(planned) == list(LAYOUTS)
     bytes_of = {layout: {(i.who, i.kind): i.bytes for i in items} for layout, items in planned.items()}
     for layout, kinds in (("DDP", ()), ("ZeRO-2", ("gradients", "optimizer")), ("ZeRO-3", ("weights", "optimizer"))):
@@ -148,7 +148,7 @@ def test_a_recipe_says_what_it_takes(name, tmp_path):
     """The model's config stands in for the hub's."""
     PUBLISHED[name].save_pretrained(tmp_path)
     recipe = RECIPES / name / "ppo.yaml"
-    kinds = (RoleArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig, PlanArguments)
+    kinds = (PolicyArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig, PlanArguments)
     given = ["--config", str(recipe), "--model_name_or_path", str(tmp_path), "--use_cpu", "true"]
     text = recipe.read_text()
     stripped = tmp_path / "ppo.yaml"  # the dataset's arguments have no part in the plan

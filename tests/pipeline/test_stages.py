@@ -16,17 +16,19 @@ from pipeline.backbone.adapters import WEIGHTS, read_adapter
 from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.lora import LoraArguments
 from pipeline.reward import RewardModelArguments
+from pipeline.rl import online
 from pipeline.rl.config import PPOConfig
 from pipeline.runs import outputs as artifacts
-from pipeline.runs.arguments import DataArguments, OnlineArguments, PolicyArguments
+from pipeline.runs.arguments import DataArguments, OnlineArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
 from reward_models.functions import RewardArguments
+from tests.backbone_copies import backbone_copies
 
 
 TYPES = {
     "sft": (DataArguments, LoraArguments, ModelConfig, SFTConfig),
     "reward": (DataArguments, RewardModelArguments, LoraArguments, ModelConfig, RewardConfig),
-    "ppo": (DataArguments, ppo.RoleArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig),
+    "ppo": (DataArguments, PolicyArguments, TextArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig),
     "rloo": (DataArguments, OnlineArguments, RewardArguments, ModelConfig, RLOOConfig),
     "grpo": (DataArguments, OnlineArguments, RewardArguments, ModelConfig, GRPOConfig),
     "dpo": (DataArguments, dpo.PairArguments, ModelConfig, DPOConfig),
@@ -75,6 +77,8 @@ def test_the_backbone_is_bit_identical_after_the_stage(stage, run, tiny, monkeyp
     original = MODULES[stage].finish_stage
 
     def finish(trainer, identity, metrics, **options):
+        if stage == "ppo":
+            assert backbone_copies(trainer.model) == 1.0
         kept.update({name: p.detach().clone() for name, p in trainer.model.named_parameters()})
         original(trainer, identity, metrics, **options)
 
@@ -184,11 +188,12 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def test_a_baseline_trains_the_policy_alone_and_leaves_a_standard_adapter(
     method, run, tiny, sft_adapter, reward_adapter, tmp_path, monkeypatch
 ):
-    module, kept = rloo if method == "grpo" else MODULES[method], {}
+    module, kept = online if method in ("rloo", "grpo") else MODULES[method], {}
     original = module.finish_stage
 
     def finish(trainer, identity, metrics, **options):
         kept["trainer"] = trainer
+        assert backbone_copies(trainer.model) == 1.0
         original(trainer, identity, metrics, **options)
 
     monkeypatch.setattr(module, "finish_stage", finish)
@@ -214,7 +219,6 @@ def test_a_baseline_trains_the_policy_alone_and_leaves_a_standard_adapter(
     assert all(torch.equal(now[name], parameter) for name, parameter in base.named_parameters())
 
     metrics = json.loads((out / "metrics.json").read_text())
-    assert metrics["backbone_copies"] == 1.0
     # 2 steps are of one update of 64 completions; or of 16 pairs each, 2 completions a pair.
     assert metrics["completions"] == 64
     first = metrics["history"][0]  # policy and reference are still one: log 2, and no KL

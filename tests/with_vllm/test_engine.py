@@ -25,7 +25,7 @@ from pipeline.backbone.gguf import model_source
 from pipeline.backbone.lora import LoraArguments
 from pipeline.rl.config import PPOConfig
 from pipeline.rl.trainer import PPOTrainer
-from pipeline.runs.arguments import DataArguments
+from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
 from reward_models.functions import RewardArguments
 
@@ -172,7 +172,7 @@ def run(engines, monkeypatch, tmp_path):
             "output_dir": tmp_path / name,
             **options,
         }
-        stage = (DataArguments, ppo.RoleArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig)
+        stage = (DataArguments, PolicyArguments, TextArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig)
         ppo.main(*parse(*stage, args=[word for key, value in given.items() for word in (f"--{key}", str(value))]))
         return used[0], Path(model), tmp_path / name
 

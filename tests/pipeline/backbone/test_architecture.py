@@ -40,9 +40,9 @@ PLAIN = ("gpt2", "llama", "qwen3", "mistral", "gpt_neox", "biogpt", "opt")
 
 def backbone_of(base: PreTrainedModel, top: int | None = None) -> Backbone:
     """Return a backbone whose policy has learned something, on all layers or the top ones."""
-    reach = LoraArguments(lora_top_layers=top or 2)
+    lora = LoraArguments(lora_top_layers=top or 2)
     model = ModelConfig("", lora_r=2, lora_target_modules="all-linear")
-    config = lora_config(model, task_type="CAUSAL_LM", reach=reach if top else None, base=base)
+    config = lora_config(model, task_type="CAUSAL_LM", lora=lora if top else None, base=base)
     config.init_lora_weights = False
     backbone = Backbone(base, config)
     backbone.add_value(init="policy")

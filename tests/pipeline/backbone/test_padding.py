@@ -28,11 +28,12 @@ from pipeline.backbone.roles import Backbone, load_backbone
 from pipeline.backbone.sampling import sample
 from pipeline.reward import RewardModelArguments
 from pipeline.rl.config import PPOConfig
+from pipeline.rl.measuring import measure
 from pipeline.rl.trainer import PPOTrainer
-from pipeline.runs.arguments import DataArguments
+from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
 from reward_models.functions import RewardArguments
-from reward_models.learned import LearnedReward
+from reward_models.learned import KNOWN_SCORES, LearnedReward, with_known_scores
 
 
 ROOT = Path(__file__).parents[3]
@@ -205,7 +206,7 @@ def train(stage, types: tuple, folder: Path, model: str, rows: list[dict], **opt
 
 REWARD = (DataArguments, RewardModelArguments, LoraArguments, ModelConfig, RewardConfig)
 SFT = (DataArguments, LoraArguments, ModelConfig, SFTConfig)
-PPO = (DataArguments, ppo.RoleArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig)
+PPO = (DataArguments, PolicyArguments, TextArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig)
 
 
 @pytest.fixture(scope="module")
@@ -266,7 +267,7 @@ def roles(chat_model, rewards):
         folder = rewards[case]["folder"]
         torch.manual_seed(1)
         backbone, tokenizer = load_backbone(
-            ModelConfig(chat_model), None, reach=LoraArguments(lora_top_layers=1), pad_token=case[1]
+            ModelConfig(chat_model), None, lora=LoraArguments(lora_top_layers=1), pad_token=case[1]
         )
         learned = learned_rewards(RewardArguments(reward_adapter=[folder]), backbone, tokenizer)
         args = PPOConfig(
@@ -295,9 +296,11 @@ def test_all_read_the_same_score_at_the_same_place(case, rewards, roles, tmp_pat
     scores = {"reward": rewards[case]["stage"], "plain": rewards[case]["plain"]}
     scores["evaluation"] = torch.tensor(learned(prompts, completions))
     with torch.no_grad():
-        trainer._measure(*trainer._pad(prompt_ids, side="left"), *trainer._pad(completions, side="right"))
-        assert trainer._scored_on_trunk == [learned] and learned.known is not None
-        scores["ppo"] = torch.tensor(learned(prompts, completions))
+        rows = *trainer._pad(prompt_ids, side="left"), *trainer._pad(completions, side="right")
+        assert trainer._roles_on_trunk == [learned.role]
+        found = measure(backbone, *rows, temperature=1.0, batch_size=len(ids), reward_roles=[learned.role])
+        known = [row[KNOWN_SCORES] for row in with_known_scores([{}] * len(ids), found.scores)]
+        scores["ppo"] = torch.tensor(learned(prompts, completions, known_scores=known))
         hidden = [backbone.hidden_states("reward", torch.tensor([row]), torch.ones(1, len(row)))[0] for row in ids]
         place = -1 if case[1] == TEXT_END else -2  # the token that ends it, or the one before
         scores["by hand"] = torch.stack([backbone._read("reward", row[place]) for row in hidden])
@@ -329,7 +332,7 @@ def test_nothing_depends_on_what_padding_is_made_of(chat_model, rewards, tmp_pat
     def outcome(embedding: float | None) -> list[torch.Tensor]:
         torch.manual_seed(3)
         model = ModelConfig(chat_model, lora_target_modules=["q_proj", "v_proj"])
-        backbone, tokenizer = load_backbone(model, None, reach=LoraArguments())
+        backbone, tokenizer = load_backbone(model, None, lora=LoraArguments())
         assert tokenizer.pad_token == TEXT_END
         adapter = read_adapter(rewards[case]["folder"], needs_head=True, base=backbone.get_base_model())
         if embedding is not None:

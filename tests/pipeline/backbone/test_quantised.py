@@ -11,18 +11,19 @@ from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig, RewardConfig, SFTConfig
 
-from pipeline import evaluation, ppo
+from pipeline import evaluation
 from pipeline.backbone.adapters import read_adapter
 from pipeline.backbone.identity import IDENTITY, fingerprint
 from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.lora import LoraArguments
-from pipeline.backbone.roles import Backbone, backbone_copies, load_backbone
+from pipeline.backbone.roles import Backbone, load_backbone
 from pipeline.plan import in_4_bits, roles, state
 from pipeline.reward import RewardModelArguments
 from pipeline.rl.config import PPOConfig
-from pipeline.runs.arguments import DataArguments
+from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
 from reward_models.functions import RewardArguments
+from tests.backbone_copies import backbone_copies
 
 
 pytest.importorskip("bitsandbytes")
@@ -30,7 +31,7 @@ pytest.importorskip("bitsandbytes")
 TYPES = {
     "sft": (DataArguments, LoraArguments, ModelConfig, SFTConfig),
     "reward": (DataArguments, RewardModelArguments, LoraArguments, ModelConfig, RewardConfig),
-    "ppo": (DataArguments, ppo.RoleArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig),
+    "ppo": (DataArguments, PolicyArguments, TextArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig),
     "evaluation": (evaluation.EvaluationArguments, RewardArguments, ModelConfig),
 }
 
@@ -64,7 +65,7 @@ def model(folder: str, **options) -> ModelConfig:
 
 def make(folder: str, top: int | None = None) -> Backbone:
     """Policy and value with weights, dropout off."""
-    backbone, _ = load_backbone(model(folder), None, reach=LoraArguments(lora_top_layers=top))
+    backbone, _ = load_backbone(model(folder), None, lora=LoraArguments(lora_top_layers=top))
     backbone.add_value(init="policy")
     backbone.train_only("policy", "value")
     for parameter in backbone.role_parameters("policy", "value"):

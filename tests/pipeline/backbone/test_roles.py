@@ -14,8 +14,9 @@ from trl.trainer.utils import pad
 from pipeline.backbone.adapters import HEAD, WEIGHTS, read_adapter
 from pipeline.backbone.identity import fingerprint
 from pipeline.backbone.loading import context_length, load_pretrained
-from pipeline.backbone.roles import ADAPTERS, SWITCHES, Backbone, backbone_copies
+from pipeline.backbone.roles import ADAPTERS, SWITCHES, Backbone
 from pipeline.rl.losses import text_loss
+from tests.backbone_copies import backbone_copies
 
 
 TEXTS = ["A film of wit", "It's dull", "One of the best, and the funniest, of the year"]

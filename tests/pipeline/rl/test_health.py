@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from pipeline.rl.health import Watch
+from pipeline.rl.health import Health
 
 
 SYMPTOMS = {
@@ -19,20 +19,20 @@ SYMPTOMS = {
 @pytest.mark.parametrize("name", SYMPTOMS)
 def test_a_symptom_is_said_once(name):
     observations, message = SYMPTOMS[name]
-    watch = Watch()
+    health = Health()
     for observed in observations[:-1]:
-        assert watch.observe(**observed) == []
-    (said,) = watch.observe(**observations[-1])
+        assert health.observe(**observed) == []
+    (said,) = health.observe(**observations[-1])
     assert re.search(message, said)
-    assert watch.said == {name}
+    assert health.said == {name}
     for observed in observations * 3:
-        assert watch.observe(**observed) == []
+        assert health.observe(**observed) == []
 
 
 def test_what_is_wrong_together_is_said_together():
     everything = {"kl": [-50.0, -50.0], "scores": [0.0, 1.0], "length": 10.0, "entropy": 5.0}
-    watch = Watch(first_entropy=100.0)
-    assert len(watch.observe(**everything)) == 2
+    health = Health(first_entropy=100.0)
+    assert len(health.observe(**everything)) == 2
 
 
 @pytest.mark.parametrize(
@@ -51,17 +51,17 @@ def test_what_is_wrong_together_is_said_together():
     ids=str,
 )
 def test_nothing_is_said_of_what_is_no_symptom(observed):
-    watch = Watch()
-    assert watch.observe(**observed) == []
+    health = Health()
+    assert health.observe(**observed) == []
 
 
 def test_the_noise_of_the_kl_by_hand():
     # Mean -1 in both; the standard error of -1.2, -0.8 is 0.28 / sqrt(2) = 0.2, a fifth; of -3, 1 it is 2, the double.
-    assert len(Watch().observe(kl=[-1.2, -0.8])) == 1
-    assert Watch().observe(kl=[-3.0, 1.0]) == []
+    assert len(Health().observe(kl=[-1.2, -0.8])) == 1
+    assert Health().observe(kl=[-3.0, 1.0]) == []
 
 
 def test_flat_rollouts_are_counted_in_a_row():
-    watch = Watch()
+    health = Health()
     for scores in ([[1.0, 1.0]] * 4 + [[1.0, 2.0]]) * 3:
-        assert watch.observe(scores=scores) == []
+        assert health.observe(scores=scores) == []

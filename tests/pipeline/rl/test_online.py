@@ -10,8 +10,7 @@ from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer
 from pipeline.backbone.adapters import read_adapter
 from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.roles import Backbone
-from pipeline.grpo import GRPO
-from pipeline.rloo import RLOO
+from pipeline.rl.online import GRPO, RLOO
 from reward_models.composite import RewardError
 from reward_models.rules import get_length
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeline.rl.rollout import Rollout, columns, row_lengths, sorted_steps, trimmed
+from pipeline.rl.rollout import Rollout, columns, row_lengths, sorted_steps
 
 
 def masks(prompts: list[int], completions: list[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,16 +36,16 @@ def test_trimming_leaves_all_real_tokens_in_their_places():
     prompt_ids, completion_ids = ids.split(32, dim=1)
     states = ids.unsqueeze(2).expand(2, 64, 3)
     tokens = [completion_ids.float() + number for number in range(4)]
-    rollout = Rollout(prompt_ids, prompt_mask, completion_ids, mask, *tokens, trunk=states)._asdict()
-    cut = trimmed(rollout)
-    assert cut["prompt_ids"].shape == (2, 20) and cut["completion_ids"].shape == (2, 12)
-    assert cut["value_trunk"] is None and cut["trunk"].shape == (2, 32, 3)
+    rollout = Rollout(prompt_ids, prompt_mask, completion_ids, mask, *tokens, trunk=states)
+    cut = rollout.trimmed()
+    assert cut.prompt_ids.shape == (2, 20) and cut.completion_ids.shape == (2, 12)
+    assert cut.value_trunk is None and cut.trunk.shape == (2, 32, 3)
     for name in ("prompt_ids", "prompt_mask"):
-        assert torch.equal(cut[name], rollout[name][:, 12:])
+        assert torch.equal(getattr(cut, name), getattr(rollout, name)[:, 12:])
     for name in ("completion_ids", "completion_mask", "logprobs", "values", "advantages", "returns"):
-        assert torch.equal(cut[name], rollout[name][:, :12])
-    assert torch.equal(cut["trunk"][..., 0], torch.cat([cut["prompt_ids"], cut["completion_ids"]], dim=1))
-    assert row_lengths(cut["prompt_mask"], cut["completion_mask"]).tolist() == [8, 14]
+        assert torch.equal(getattr(cut, name), getattr(rollout, name)[:, :12])
+    assert torch.equal(cut.trunk[..., 0], torch.cat([cut.prompt_ids, cut.completion_ids], dim=1))
+    assert row_lengths(cut.prompt_mask, cut.completion_mask).tolist() == [8, 14]
 
 
 def test_steps_keep_their_rows_and_sort_them():

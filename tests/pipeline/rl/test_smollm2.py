@@ -65,8 +65,8 @@ def make_real_trainer(fetched, tmp_path):
         model = ModelConfig("smollm2", dtype="bfloat16", attn_implementation=attention, lora_r=8)
         base, tokenizer = load_pretrained(model)
         torch.manual_seed(0)
-        reach = LoraArguments(lora_top_layers=4)
-        backbone = Backbone(base, lora_config(model, task_type="CAUSAL_LM", reach=reach, base=base))
+        lora = LoraArguments(lora_top_layers=4)
+        backbone = Backbone(base, lora_config(model, task_type="CAUSAL_LM", lora=lora, base=base))
         backbone.policy_is_bare = False
         with torch.no_grad():
             for name, parameter in backbone.named_parameters():
@@ -100,7 +100,7 @@ def make_real_trainer(fetched, tmp_path):
 
 
 def checked(trainer):
-    with trainer.whole(), trainer.accelerator.autocast():
+    with trainer.gathered_weights(), trainer.accelerator.autocast():
         return preflight(trainer.model, PROMPTS, trainer.processing_class, trainer.args)
 
 

@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,11 +16,10 @@ from trl import RLOOTrainer
 from pipeline.backbone.adapters import read_adapter
 from pipeline.rl import rollout
 from pipeline.rl import trainer as ppo_trainer
-from pipeline.rl.rollout import Rollout
 from pipeline.rl.trainer import PPOTrainer
 from reward_models.composite import RewardError
 from reward_models.functions import PROTOCOL
-from reward_models.learned import LearnedReward
+from reward_models.learned import KNOWN_SCORES, LearnedReward
 
 
 def words(completions, **kwargs):
@@ -63,8 +63,8 @@ def test_the_trunk_changes_no_result(make_trainer, options, caplog):
         if not share:
             trainer.model.trunk_depth, trainer.model.value_has_trunk = 0, False
         trainer.train()
-        assert (trainer._rollout["trunk"] is not None) == share
-        of_value = trainer._rollout["value_trunk"]
+        assert (trainer._rollout.trunk is not None) == share
+        of_value = trainer._rollout.value_trunk
         assert (of_value is not None) == (share and options.get("value_init") == "reward")
         results.append({n: p for n, p in trainer.model.named_parameters() if p.requires_grad})
     for name, parameter in results[0].items():
@@ -114,7 +114,7 @@ def test_every_epoch_reshuffles_the_same_rollout(make_trainer):
     trainer.train()
 
     def rows(batches):
-        return [tuple(row) for batch in batches for row in batch["completion_ids"].tolist()]
+        return [tuple(row) for batch in batches for row in batch.completion_ids.tolist()]
 
     epochs = [rows(seen[start : start + 4]) for start in range(0, 16, 4)]
     assert sorted(epochs[0]) == sorted(epochs[1]) and sorted(epochs[2]) == sorted(epochs[3])
@@ -152,16 +152,14 @@ def test_a_rollout_holds_what_it_says(make_trainer, tokenizer):
             if "lora_B.default" in name:
                 parameter += 0.05 * torch.randn_like(parameter)
     rollout = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS])
-    mask = rollout["completion_mask"]
-    for prompt, ids, real in zip(PROMPTS, rollout["prompt_ids"], rollout["prompt_mask"], strict=True):
+    mask = rollout.completion_mask
+    for prompt, ids, real in zip(PROMPTS, rollout.prompt_ids, rollout.prompt_mask, strict=True):
         assert tokenizer.decode(ids[real]) == prompt
-    ends = rollout["completion_ids"] == tokenizer.eos_token_id
+    ends = rollout.completion_ids == tokenizer.eos_token_id
     assert (ends & mask).sum() == ends.any(dim=1).sum()  # the end-of-text token is real, and only the first one
     rows = [
         torch.cat([p[pm], c[cm]]).tolist()
-        for p, pm, c, cm in zip(
-            rollout["prompt_ids"], rollout["prompt_mask"], rollout["completion_ids"], mask, strict=True
-        )
+        for p, pm, c, cm in zip(rollout.prompt_ids, rollout.prompt_mask, rollout.completion_ids, mask, strict=True)
     ]
     scores = [
         trainer.model.scores(torch.tensor([row]), torch.ones(1, len(row), dtype=torch.long)).item() for row in rows
@@ -169,7 +167,7 @@ def test_a_rollout_holds_what_it_says(make_trainer, tokenizer):
     penalty = 0.5 * trainer._metrics["train"]["kl"][-1]
     assert abs(penalty) > 1e-3
     # With gamma = lambda = 1 the return of the first token is the whole reward: score less KL penalty.
-    assert rollout["returns"][:, 0].mean().item() == pytest.approx(sum(scores) / len(scores) - penalty, abs=1e-4)
+    assert rollout.returns[:, 0].mean().item() == pytest.approx(sum(scores) / len(scores) - penalty, abs=1e-4)
 
 
 def test_an_unfinished_completion_is_penalised(make_trainer, tokenizer):
@@ -253,7 +251,7 @@ def test_how_a_minibatch_is_cut_changes_nothing(make_trainer):
         )
         trainer._generate = shortened(trainer._generate, lambda i: 1 + i % 6)
         trainer.train()
-        assert sorted(trainer._rollout["completion_mask"].sum(dim=1).tolist()) == [1, 1, 2, 2, 3, 4, 5, 6]
+        assert sorted(trainer._rollout.completion_mask.sum(dim=1).tolist()) == [1, 1, 2, 2, 3, 4, 5, 6]
         results.append({name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad})
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], atol=1e-6, rtol=1e-5)
@@ -277,8 +275,8 @@ def test_columns_of_padding_alone_are_left_out(make_trainer, monkeypatch, policy
             return values(ids, mask, length, trunk)
 
         def learn(model, inputs, loss=loss, trained=trained, lengths=lengths):
-            lengths.append((inputs["prompt_mask"].sum(dim=1) + inputs["completion_mask"].sum(dim=1)).tolist())
-            trained.append(inputs["prompt_ids"].shape[1] + inputs["completion_ids"].shape[1])
+            lengths.append((inputs.prompt_mask.sum(dim=1) + inputs.completion_mask.sum(dim=1)).tolist())
+            trained.append(inputs.prompt_ids.shape[1] + inputs.completion_ids.shape[1])
             return loss(model, inputs)
 
         trainer._generate, trainer.model.values, trainer._compute_loss = uneven, note, learn
@@ -289,14 +287,14 @@ def test_columns_of_padding_alone_are_left_out(make_trainer, monkeypatch, policy
         results.append([p.detach().clone() for p in trainer.model.role_parameters("policy", "value")])
         results[-1].append((scored, trained, trainer._rollout))
     (*ours, (scored, trained, kept)), (*whole, (_, widths, other)) = results
-    full = kept["prompt_ids"].shape[1] + kept["completion_ids"].shape[1]
+    full = kept.prompt_ids.shape[1] + kept.completion_ids.shape[1]
     assert set(widths) == {full}
     assert min(scored) < full and min(trained) < full and not any(width % 16 for width in scored + trained)
     for a, b in zip(ours, whole, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=0)
     for name in ("completion_ids", "logprobs", "values", "advantages"):
-        real = kept["completion_mask"]
-        torch.testing.assert_close(kept[name][real], other[name][real], atol=1e-5, rtol=0)
+        real = kept.completion_mask
+        torch.testing.assert_close(getattr(kept, name)[real], getattr(other, name)[real], atol=1e-5, rtol=0)
 
 
 def test_a_score_from_the_trunk_is_that_of_its_row(make_trainer, tokenizer):
@@ -306,12 +304,12 @@ def test_a_score_from_the_trunk_is_that_of_its_row(make_trainer, tokenizer):
     with torch.no_grad():  # in layer 0 the reward model sees what the bare backbone sees
         below = [p for n, p in trainer.model.named_parameters() if ".h.0." in n and ".lora_B.reward." in n]
         assert below and all(p.zero_().sum() == 0 for p in below)
-    trainer._scored_on_trunk = [reward]
+    trainer._roles_on_trunk = [reward.role]
     score, seen = trainer._scores, []
     uneven = shortened(trainer._generate, lambda i: 8 - i)
 
     def note(inputs, prompts, completions, rows):
-        seen.append((reward.known, reward._scores(prompts, rows)))
+        seen.append(([row[KNOWN_SCORES][reward.role] for row in inputs], reward._scores(prompts, rows)))
         return score(inputs, prompts, completions, rows)
 
     trainer._generate, trainer._scores = uneven, note
@@ -434,7 +432,7 @@ def test_how_far_an_update_went_is_that_of_whole_steps(make_trainer, tokenizer, 
 
     def compute(self, model, inputs):
         loss = original(self, model, inputs)
-        pieces.append((self._last("approxkl"), inputs["completion_mask"].sum().item()))
+        pieces.append((self._last("approxkl"), inputs.completion_mask.sum().item()))
         steps.append(self._approx_kl)
         return loss
 
@@ -504,7 +502,7 @@ def rollout_of(trainer):
         for name, parameter in trainer.model.named_parameters():
             if "lora_B.default" in name:
                 parameter += 0.05 * torch.randn_like(parameter)
-    return Rollout(**trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS]))
+    return trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS])
 
 
 def test_rewards_are_whitened_before_advantages(make_trainer):
@@ -551,7 +549,7 @@ def test_the_loss_has_the_gradients_of_finite_differences(make_trainer):
     rollout = rollout_of(trainer)
     moved = {"logprobs": 0.3, "values": 0.3}  # as if the policy and the value had been elsewhere
     noise = {name: size * torch.randn_like(getattr(rollout, name)) for name, size in moved.items()}
-    inputs = {**rollout._asdict(), **{name: getattr(rollout, name) + noise[name] for name in moved}}
+    inputs = replace(rollout, **{name: getattr(rollout, name) + noise[name] for name in moved})
 
     trainer._compute_loss(trainer.model, inputs).backward()
     shares = [trainer._metrics["train"][f"clipfrac/{name}"][-1] for name in ("policy", "value")]
@@ -746,7 +744,7 @@ def test_a_pad_token_that_is_the_end_of_text(make_trainer, tokenizer):
     trainer.model.get_base_model().config.pad_token_id = end
     make_likely(trainer.model, end)
     trainer.train()
-    rollout = Rollout(**trainer._rollout)
+    rollout = trainer._rollout
     ids, mask = rollout.completion_ids, rollout.completion_mask
     ended = ((ids == end) & mask).any(dim=1)
     lengths = mask.sum(dim=1)
@@ -787,7 +785,7 @@ def test_a_rollout_logs_what_sampler_and_trainer_disagree_about(make_trainer):
     for row in rows:
         assert 0 < row["sampling/sampling_logp_difference/mean"] <= row["sampling/sampling_logp_difference/max"] < 1e-4
         assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(1, abs=1e-4)
-    assert trainer._rollout["weights"] is None
+    assert trainer._rollout.weights is None
 
 
 def test_trl_has_what_we_override():

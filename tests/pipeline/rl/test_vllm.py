@@ -17,11 +17,12 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from pipeline import ppo
+from pipeline.runs import opening
 from pipeline.backbone.lora import LoraArguments
 from pipeline.backbone.roles import Backbone
 from pipeline.rl.config import PPOConfig
 from pipeline.rl.preflight import preflight
-from pipeline.runs.arguments import DataArguments
+from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
 from reward_models.functions import RewardArguments
 
@@ -288,7 +289,7 @@ def test_completions_of_a_prompt_are_asked_for_together(make_trainer, engine):
     trainer = make_trainer(**SERVER, num_generations=2)
     trainer.train()
     assert [(asked["n"], len(asked["prompts"])) for asked in engine.asked] == [(2, 4), (2, 4)]
-    ids, mask = trainer._rollout["prompt_ids"], trainer._rollout["prompt_mask"]
+    ids, mask = trainer._rollout.prompt_ids, trainer._rollout.prompt_mask
     prompts = [row[real].tolist() for row, real in zip(ids, mask, strict=True)]
     assert [row for row in engine.asked[-1]["prompts"] for _ in range(2)] == prompts
 
@@ -309,9 +310,9 @@ def test_where_a_completion_ends(make_trainer, engine, tokenizer):
     trainer = make_trainer(reward_funcs=[ones], **SERVER, **penalty)
     trainer.model.train()
     rollout = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS])
-    mask = rollout["completion_mask"]
-    assert [ids[real].tolist() for ids, real in zip(rollout["completion_ids"], mask, strict=True)] == engine.answers
-    assert rollout["returns"][:, 0].tolist() == pytest.approx([1, 1, -2, 1, -2, 1, 1, 1], abs=1e-5)
+    mask = rollout.completion_mask
+    assert [ids[real].tolist() for ids, real in zip(rollout.completion_ids, mask, strict=True)] == engine.answers
+    assert rollout.returns[:, 0].tolist() == pytest.approx([1, 1, -2, 1, -2, 1, 1, 1], abs=1e-5)
     assert trainer._metrics["train"]["completions/clipped_ratio"] == [2 / 8]
     assert trainer.vllm_generation.generation_kwargs["stop_token_ids"] == trainer.eos_token_ids == [end]
 
@@ -356,9 +357,9 @@ def test_a_wrong_sampler_is_corrected(make_trainer, engine, options, expected):
     assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(5.5 / 3, abs=1e-3)
     assert row["approxkl"] == 0  # the ratio of PPO is that of the trained policy
     if expected is None:
-        assert rollout["weights"] is None
+        assert rollout.weights is None
         return
-    weights = rollout["weights"][:, :3]
+    weights = rollout.weights[:, :3]
     torch.testing.assert_close(weights, torch.tensor(expected).expand_as(weights), atol=1e-3, rtol=0)
     assert row["sampling/importance_weight/mean"] == pytest.approx(sum(expected) / 3, abs=1e-3)
 
@@ -420,7 +421,7 @@ def test_logprobs_that_vllm_does_not_know_are_a_warning(make_trainer, engine, to
     assert math.isnan(check.measured) and check.result == "warning"
 
 
-STAGE = (DataArguments, ppo.RoleArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig)
+STAGE = (DataArguments, PolicyArguments, TextArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig)
 
 
 def run_stage(tiny, tmp_path, **options):
@@ -465,7 +466,7 @@ def test_the_stage_does_not_shard(tiny, engine, tmp_path, monkeypatch):
     def refuse(args, *, shards):
         raise ValueError(f"shards={shards}")
 
-    monkeypatch.setattr(ppo, "check_launch", refuse)
+    monkeypatch.setattr(opening, "check_launch", refuse)
     for use_vllm in (True, False):
         with pytest.raises(ValueError, match=f"shards={not use_vllm}"):
             run_stage(tiny, tmp_path, use_vllm=use_vllm)

@@ -20,13 +20,13 @@ from trl import ModelConfig
 from pipeline import ppo
 from pipeline.backbone.lora import LoraArguments
 from pipeline.rl.config import PPOConfig
-from pipeline.runs.arguments import DataArguments
-from pipeline.runs.checkpoints import STAGING
+from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
+from pipeline.runs.manifest import STAGING
 from reward_models.functions import RewardArguments
 
 
-TYPES = (DataArguments, ppo.RoleArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig)
+TYPES = (DataArguments, PolicyArguments, TextArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig)
 
 
 def start(words: list[str], log: Path) -> int:

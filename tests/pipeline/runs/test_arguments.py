@@ -300,8 +300,8 @@ def test_how_far_an_adapter_reaches(name, tmp_path):
         base = GPT2ForSequenceClassification(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=9, num_labels=1))
     else:
         base = LlamaForSequenceClassification(LlamaConfig(**SHAPE, num_key_value_heads=2, num_labels=1))
-    reach = LoraArguments(lora_embeddings=True, lora_top_layers=1)
-    config = lora_config(ModelConfig(lora_r=2), task_type="SEQ_CLS", reach=reach, base=base)
+    lora = LoraArguments(lora_embeddings=True, lora_top_layers=1)
+    config = lora_config(ModelConfig(lora_r=2), task_type="SEQ_CLS", lora=lora, base=base)
     model = get_peft_model(base, config)
     adapted = {key.split(".lora_")[0] for key in get_peft_model_state_dict(model) if "lora_" in key}
     layers, embeddings = (
@@ -317,7 +317,7 @@ def test_how_far_an_adapter_reaches(name, tmp_path):
 def test_an_adapter_cannot_reach_further_than_the_model():
     base = GPT2ForSequenceClassification(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=9))
     with pytest.raises(ValueError, match=r"^lora_top_layers=4: the model has 3 layers\.$"):
-        lora_config(ModelConfig(), task_type="SEQ_CLS", reach=LoraArguments(lora_top_layers=4), base=base)
+        lora_config(ModelConfig(), task_type="SEQ_CLS", lora=LoraArguments(lora_top_layers=4), base=base)
 
 
 def test_defaults_of_what_is_an_option():

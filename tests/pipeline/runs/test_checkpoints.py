@@ -24,7 +24,9 @@ from distributed_worker import KillAt, Killed
 from transformers import Trainer, TrainerCallback
 
 from pipeline.rl.sample_table import SampleTable
-from pipeline.runs.checkpoints import LOOP, MANIFEST, _sha256, _sha256_of, check, check_zero, find_checkpoint
+from pipeline.runs.epochs import LOOP
+from pipeline.runs.manifest import MANIFEST, check_checkpoint, file_digest, find_checkpoint, manifest_digest
+from pipeline.runs.optimizer_shards import check_zero
 from pipeline.runs.outputs import finish_stage
 from tests.pipeline import test_stages
 
@@ -75,7 +77,7 @@ def ppo_run(make_trainer, tmp_path):
         finish_stage(trainer, "backbone", trainer.summary())
         table = {name: list(trainer._logs[name]) for name in ("prompt", "completion", "advantages")}
         rewards = {name: list(column) for name, column in trainer._logs["rewards"].items()}
-        return files(folder) | {"table": (table, rewards), "watch": trainer.watch}
+        return files(folder) | {"table": (table, rewards), "health": trainer.health}
 
     return run
 
@@ -235,7 +237,7 @@ def test_what_does_not_fit_the_launch_is_refused(make_trainer, ppo_run, killed_r
     with pytest.raises(ValueError, match="written by 1 processes, and this launch has 2.*--num_processes 1"):
         find_checkpoint(args)
     monkeypatch.undo()
-    monkeypatch.setattr("pipeline.runs.checkpoints.kind_of", lambda state: "ZeRO-3")
+    monkeypatch.setattr("pipeline.runs.manifest.kind_of", lambda state: "ZeRO-3")
     with pytest.raises(ValueError, match="checkpoint-6: written under no wrapper, and this launch runs as ZeRO-3"):
         find_checkpoint(arguments(make_trainer, killed_run, "auto"))
     monkeypatch.undo()
@@ -285,7 +287,7 @@ def test_a_checkpoint_of_an_earlier_run_is_replaced(ppo_run, make_trainer, tmp_p
     ppo_run("run", max_steps=6, save_steps=3, seed=1)
     expected = ppo_run("run", max_steps=6, save_steps=3)
     for step in (3, 6):
-        check(tmp_path / "run" / f"checkpoint-{step}", arguments(make_trainer, tmp_path / "run", None))
+        check_checkpoint(tmp_path / "run" / f"checkpoint-{step}", arguments(make_trainer, tmp_path / "run", None))
     assert ppo_run("run", max_steps=6, save_steps=3, resume=str(tmp_path / "run" / "checkpoint-3")) == expected
 
 
@@ -384,8 +386,8 @@ def plant(folder: Path, name: str, data: bytes) -> None:
     """Put a file into a checkpoint, and the manifest right, as one who writes checkpoints could."""
     (folder / name).write_bytes(data)
     manifest = json.loads((folder / MANIFEST).read_text())
-    manifest["files"][name] = {"bytes": len(data), "sha256": _sha256(folder / name)}
-    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": _sha256_of(manifest)}))
+    manifest["files"][name] = {"bytes": len(data), "sha256": file_digest(folder / name)}
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": manifest_digest(manifest)}))
 
 
 @pytest.mark.slow

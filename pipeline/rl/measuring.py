@@ -1,0 +1,59 @@
+"""Measure sampled completions under every role, in as few passes as the backbone allows (step 2 of an update)."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pipeline.backbone.roles import Backbone
+from pipeline.rl.rollout import columns, row_lengths
+
+
+class Measured(NamedTuple):
+    """What the roles say of B completions of at most T tokens to prompts of at most P tokens."""
+
+    logprobs: Tensor  # (B, T) of the policy, in nats
+    ref_logprobs: Tensor  # (B, T) of the reference
+    values: Tensor  # (B, T) value of the state before each token
+    trunk: Tensor | None  # (B, P + T, D), as `Rollout` has it
+    value_trunk: Tensor | None  # (B, P + T, D)
+    scores: dict[str, Tensor]  # (B,) of each of the `reward_roles`
+
+
+def measure(
+    backbone: Backbone,
+    prompt_ids: Tensor,
+    prompt_mask: Tensor,
+    completion_ids: Tensor,
+    completion_mask: Tensor,
+    *,
+    temperature: float,
+    batch_size: int,
+    reward_roles: list[str],
+) -> Measured:
+    """Run policy, reference and value over prompts (B, P) and completions (B, T), and `reward_roles`, which begin at the trunk.
+
+    Rows of about one length share a pass, `batch_size` at a time. Call it in the precision that training runs in
+    (`accelerator.autocast`).
+    """
+    order = row_lengths(prompt_mask, completion_mask).argsort(stable=True)
+    batches = []
+    for rows in order.split(batch_size):
+        begin, end = columns(prompt_mask[rows], completion_mask[rows])
+        completions, after = completion_ids[rows, :end], completion_mask.shape[1] - end
+        ids = torch.cat([prompt_ids[rows, begin:], completions], dim=1)
+        mask = torch.cat([prompt_mask[rows, begin:], completion_mask[rows, :end]], dim=1)
+        trunk = backbone.trunk(ids, mask) if backbone.trunk_depth else None
+        value_trunk = backbone.trunk(ids, mask, "value") if backbone.value_has_trunk else None
+        policy, reference = (
+            backbone.logprobs(role, ids, mask, completions, temperature, trunk) for role in ("policy", "reference")
+        )
+        values = backbone.values(ids, mask, end, trunk if value_trunk is None else value_trunk)
+        scores = [backbone.scores(ids, mask, role, trunk) for role in reward_roles]
+        of_tokens = [F.pad(x, (0, after)) for x in (policy, reference, values)]
+        states = [x if x is None else F.pad(x, (0, 0, begin, after)) for x in (trunk, value_trunk)]
+        batches.append((*of_tokens, *states, *scores))
+    back = order.argsort()
+    tensors = [None if parts[0] is None else torch.cat(parts)[back] for parts in zip(*batches, strict=True)]
+    return Measured(*tensors[:5], dict(zip(reward_roles, tensors[5:], strict=True)))

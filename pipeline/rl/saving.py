@@ -1,0 +1,69 @@
+"""What PPO leaves behind, and what a checkpoint of it holds."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from accelerate.utils import send_to_device
+
+from pipeline.backbone.adapters import read_adapter
+from pipeline.rl.health import Health
+from pipeline.rl.rollout import Rollout
+from pipeline.runs.outputs import completions_sampled
+
+
+class SavesRoles:
+    """Put before a `Checkpointed` trainer of a `Backbone`: save and load the policy and the value, and PPO's own state."""
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        """Override `_save`: write the policy as a peft adapter, the value function as one with its head in `value/`, and the
+        tokenizer."""
+        folder = Path(output_dir or self.args.output_dir)
+        frozen = {}
+        if self._dist.is_zero3:  # where Trainer gathers what trains alone; a value may be frozen below the policy
+            kept = {id(p) for p in self.model.role_parameters("policy", "value") if not p.requires_grad}
+            frozen = {name: p for name, p in self.model.named_parameters() if id(p) in kept}
+        with self._dist.gather_params(list(frozen.values())):
+            if self.args.should_save:
+                whole = None if state_dict is None else {**state_dict, **frozen}
+                self.model.save_role("policy", folder, whole)
+                self.model.save_role("value", folder / "value", whole)
+                self.processing_class.save_pretrained(folder)
+
+    @property
+    def between_updates(self) -> bool:
+        return self._step % self.steps_per_update == 0
+
+    def training_state(self) -> dict:
+        """Add what PPO keeps from step to step; within an update, the rollout and its order in this epoch too."""
+        state = super().training_state()
+        del state["counters"]["_buffered_inputs"]  # the rollout, cut
+        state["ppo"] = {"beta": self.beta, "_kl_exceeded": self._kl_exceeded, "_skipping": self._skipping}
+        state["health"] = {**asdict(self.health), "said": sorted(self.health.said)}
+        if not self.between_updates:
+            state |= {"rollout": vars(self._rollout), "rollout_order": self._order}
+        return state
+
+    def load_training_state(self, state: dict) -> None:
+        super().load_training_state(state)
+        for name, value in state["ppo"].items():
+            setattr(self, name, value)
+        self.health = Health(**state["health"])
+        self.health.said = set(self.health.said)
+        if "rollout" in state:
+            self._rollout = Rollout(**send_to_device(state["rollout"], self.args.device))
+            self._order = state["rollout_order"]
+            self._buffered_inputs = self._minibatches()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Override `_load_from_checkpoint`: take the policy and the value of a checkpoint."""
+        self.model.load_role("policy", read_adapter(resume_from_checkpoint))
+        self.model.load_role("value", read_adapter(f"{resume_from_checkpoint}/value", needs_head=True))
+        self._last_loaded_step = -1  # TRL's: at whatever step, vLLM has not been sent these
+
+    def summary(self) -> dict:
+        """Return what the metrics file says of the run: completions sampled, warnings, and the log of every update."""
+        return {
+            "completions": completions_sampled(self),
+            "warnings": sorted(self.health.said),
+            "history": self.state.log_history,
+        }

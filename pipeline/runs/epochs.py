@@ -1,0 +1,61 @@
+"""Resume in the middle of an epoch: the order of its batches, and what Trainer starts anew with each call of `train`."""
+
+import torch
+from accelerate.utils import compare_versions, send_to_device
+from torch import Tensor
+
+
+# What Trainer starts anew with each call of `train`: sums of the loss since the last log and since the beginning.
+LOOP = (
+    "_tr_loss",
+    "_total_loss_scalar",
+    "_globalstep_last_logged",
+    "_initial_num_input_tokens_seen",
+    # Until 5.19 Trainer divided the loss of a run by all its steps.
+    *(["_initial_global_step"] if compare_versions("transformers", ">=", "5.19.0") else []),
+)
+
+
+class ResumesEpochs:
+    """Put before one of TRL's trainers, with `_resumed`: the state of the checkpoint that it goes on from, or None.
+
+    Trainer skips the batches that were trained on. But samplers draw an epoch's order when it begins, from random states
+    that are no longer those of the checkpoint.
+    """
+
+    _sampler = None
+
+    def _take_up_loop(self) -> None:
+        for name, value in self._resumed.pop("loop").items():
+            setattr(self, name, send_to_device(value, self.args.device))
+
+    def _get_train_sampler(self, *args):
+        self._sampler = super()._get_train_sampler(*args)
+        return self._sampler
+
+    def _order_state(self) -> dict[str, Tensor | None]:
+        """Random states that an epoch's order is drawn from: torch's, or that of the sampler's own generator, which moves
+        on with every epoch."""
+        generator = getattr(self._sampler, "generator", None)
+        return {"torch": torch.get_rng_state(), "sampler": None if generator is None else generator.get_state()}
+
+    def _begin_epoch(
+        self, *, resume_from_checkpoint, steps_trained_in_current_epoch, epoch, epochs_trained, **kwargs
+    ) -> bool:
+        """Put the random states back that the epoch's order is drawn from, and return whether a step is left to take."""
+        checkpoint, skipped = resume_from_checkpoint, steps_trained_in_current_epoch
+        sampler = None
+        if checkpoint is not None and epoch == epochs_trained:
+            self._take_up_loop()
+            if skipped:
+                torch.set_rng_state(self._resumed["epoch_start"]["torch"])
+            sampler = self._resumed["epoch_start" if skipped else "now"]["sampler"]
+            if not skipped:
+                self._load_rng_state(checkpoint)
+        if self.state.global_step >= self.state.max_steps:  # Trainer would take one more step before it looks
+            self.control.should_training_stop = True
+            return False
+        if sampler is not None:
+            self._sampler.generator.set_state(sampler)
+        self._epoch_start = self._order_state()
+        return True

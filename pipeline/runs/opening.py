@@ -1,0 +1,38 @@
+"""Open a run that trains: everything that can be refused within a second, before anything of size is read."""
+
+from transformers import TrainingArguments
+from trl import ModelConfig
+
+from pipeline.runs.folders import check_folders
+from pipeline.runs.launch import check_launch
+from pipeline.runs.manifest import find_checkpoint
+from reward_models.functions import RewardArguments
+
+
+def open_run(
+    args: TrainingArguments,
+    model: ModelConfig,
+    *,
+    leaves_reward: bool,
+    policies: tuple[str | None, ...] = (),
+    rewards: RewardArguments | None = None,
+    shards: bool = True,
+) -> str | None:
+    """Check launch, folders and reward weights, and return the checkpoint to go on from, if any.
+
+    Args:
+        leaves_reward: whether the run leaves a reward adapter (True) or a policy (False) in `output_dir`.
+        policies: policy adapters that it reads; None is one that is not set.
+        rewards: the rewards that it trains against.
+        shards: whether it runs where the model is sharded over processes (FSDP, ZeRO-3).
+
+    Raises what `check_launch`, `check_folders`, `RewardArguments.check_weights` and `find_checkpoint` raise.
+    """
+    check_launch(args, shards=shards)
+    adapters = rewards.reward_adapter if rewards else ()
+    check_folders(
+        args.output_dir, model.model_name_or_path, policies=policies, rewards=adapters, leaves_reward=leaves_reward
+    )
+    if rewards:
+        rewards.check_weights(args.reward_weights)
+    return find_checkpoint(args)
