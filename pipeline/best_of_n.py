@@ -27,7 +27,8 @@ from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import load_backbone
 from pipeline.backbone.sampling import as_answers, gathered, sample
 from pipeline.reports.metrics import best_of_n, best_of_n_kl, bootstrap_interval, wins
-from pipeline.reports.report import best_of_n_table, draw_best_of_n
+from pipeline.reports.plots import draw_best_of_n
+from pipeline.reports.report import best_of_n_table
 from pipeline.runs.arguments import CompletionArguments, PolicyArguments
 from pipeline.runs.command_line import parse
 from pipeline.runs.folders import check_folders

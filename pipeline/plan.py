@@ -28,7 +28,7 @@ from pipeline.backbone.logprobs import LOGITS
 from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.backbone.roles import ADAPTERS, Backbone
 from pipeline.backbone.trunk import decoder_layers
-from pipeline.reports.report import markdown_table
+from pipeline.reports.markdown import markdown_table
 from pipeline.rl.config import PPOConfig
 from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.json_files import read_json, write_json
 from pipeline.backbone.adapters import read_metrics
-from pipeline.reports.report import markdown_table, number, with_interval
+from pipeline.reports.markdown import markdown_table, number, with_interval
 
 
 METHODS = {"rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO"}

@@ -24,10 +24,10 @@ from trl import ModelConfig
 
 from data import human_ratings
 from data.files import load_rows
+from pipeline.backbone import adapters
 from pipeline.backbone.adapters import WEIGHTS, read_adapter
 from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.roles import load_backbone
-from pipeline.backbone import adapters
 
 
 class Payload:
@@ -218,11 +218,11 @@ def test_code_in_a_models_folder_is_not_run(head, kind, world, marker, own_modul
 def test_code_in_a_models_folder_is_run_when_asked(kind, world, marker, own_modules, monkeypatch):
     """The flag of TRL's configs, which evaluation and best-of-n have too."""
     name = custom_model(world, marker, kind)
-    for stage, adapters in (("sft", {}), ("best_of_n", {"sft_adapter": "", "lora_target_modules": ["c_attn"]})):
+    for stage, given in (("sft", {}), ("best_of_n", {"sft_adapter": "", "lora_target_modules": ["c_attn"]})):
         monkeypatch.setattr("pipeline.sft.check_max_length", lambda *args: 1 / 0)
         monkeypatch.setattr("pipeline.best_of_n.check_prompt_lengths", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            world.run(stage, model_name_or_path=name, trust_remote_code=True, **adapters)
+            world.run(stage, model_name_or_path=name, trust_remote_code=True, **given)
         assert marker.exists()
         marker.unlink()
         for module in [module for module in sys.modules if "planted" in module]:

@@ -49,7 +49,7 @@ from pipeline.backbone.identity import fingerprint, write_identity
 from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.plan import PlanArguments, peak, plan
-from pipeline.reports.report import markdown_table, number
+from pipeline.reports.markdown import markdown_table, number
 from pipeline.rl.config import PPOConfig
 from pipeline.rl.preflight import preflight
 from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments

@@ -29,7 +29,7 @@ from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.backbone.roles import Backbone
 from pipeline.backbone.sampling import Sample, sample
 from pipeline.backbone.trunk import decoder_layers, first_adapted_layer
-from pipeline.reports.report import markdown_table
+from pipeline.reports.markdown import markdown_table
 from pipeline.rl.importance import disagreement
 from reward_models.learned import score_rows
 

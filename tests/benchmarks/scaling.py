@@ -15,7 +15,7 @@ import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from pipeline.reports.report import DASHES, PPO, SFT, STYLE
+from pipeline.reports.plots import DASHES, PPO, SFT, STYLE
 from tests.benchmarks.cost import Floor
 from tests.benchmarks.ppo_update import Contender
 from tests.benchmarks.work import Work

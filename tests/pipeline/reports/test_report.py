@@ -7,18 +7,17 @@ import pytest
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
-from pipeline.reports.report import (
+from pipeline.reports.markdown import markdown_cell
+from pipeline.reports.plots import (
     PPO,
     SFT,
-    best_of_n_table,
     draw_accuracy_by_gap,
     draw_best_of_n,
     draw_calibration,
     draw_ppo_curves,
     draw_score_histograms,
-    markdown_cell,
-    markdown_report,
 )
+from pipeline.reports.report import best_of_n_table, markdown_report
 
 
 RELIABILITY = [

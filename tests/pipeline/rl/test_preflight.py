@@ -11,7 +11,8 @@ from conftest import PROMPTS, make_likely
 from peft import LoraConfig
 
 from pipeline.backbone.adapters import read_adapter
-from pipeline.rl.preflight import Check, preflight
+from pipeline.rl.checks import Check
+from pipeline.rl.preflight import preflight
 
 
 MEASURED = {"accuracy": 0.7, "ece": 0.05}

@@ -17,11 +17,11 @@ from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
 from pipeline import ppo
-from pipeline.runs import opening
 from pipeline.backbone.lora import LoraArguments
 from pipeline.backbone.roles import Backbone
 from pipeline.rl.config import PPOConfig
 from pipeline.rl.preflight import preflight
+from pipeline.runs import opening
 from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
 from reward_models.functions import RewardArguments

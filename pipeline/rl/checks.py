@@ -1,0 +1,45 @@
+"""One check of the preflight: what was measured, and the bound it is held to."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from trl.trainer.utils import pad
+
+from pipeline.backbone.roles import Backbone
+from pipeline.rl.config import PPOConfig
+
+
+PROMPTS, BATCH = 64, 32
+ROWS = 8  # that are scored alone: a pass over a single row reads all weights
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: what was measured, the bound it is held to, its result, and why it matters."""
+
+    name: str
+    measured: float | None
+    bound: str
+    result: str  # passed, warning or refused
+    why: str
+
+    def __str__(self) -> str:
+        measured = "unknown" if self.measured is None else f"{self.measured:.4g}"
+        return f"{self.name}: {measured}, bound {self.bound}. {self.why}"
+
+
+def is_exact(args: PPOConfig, backbone: Backbone) -> bool:
+    """Return whether all that is measured is computed in float32 or better."""
+    return backbone.get_base_model().dtype in (torch.float32, torch.float64) and not args.bf16
+
+
+def held(name: str, measured: float, bound: float, failing: str, why: str, *, least: bool = False) -> Check:
+    fine = measured >= bound if least else measured <= bound
+    return Check(name, measured, f"{'at least' if least else 'at most'} {bound:g}", "passed" if fine else failing, why)
+
+
+def padded(rows: list[Tensor], value: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return rows as one tensor (B, S), padded at a side, and its mask."""
+    mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side=side).bool()
+    return pad(rows, padding_value=value, padding_side=side).to(device), mask.to(device)

@@ -1,0 +1,220 @@
+"""Check the policy at step 0: what is sampled is what is scored, and both are the model's own.
+
+Two passes that do the same arithmetic must agree to the bit or nearly so, in any precision. Of two that do it otherwise,
+such as sampling with a cache and scoring whole sequences, only what many tokens say together can be held to a bound.
+`tests/benchmarks/NOTES.md` has what rounding and faults measure on a real model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+
+from pipeline.backbone.roles import Backbone
+from pipeline.backbone.sampling import Sample
+from pipeline.rl.checks import ROWS, Check, held, is_exact
+from pipeline.rl.config import PPOConfig
+from pipeline.rl.importance import CLIP, disagreement
+
+
+DISAGREE = (
+    "Above the bound, the policy that samples is not the one that learns: look at positions, padding, attention and "
+    "temperature."
+)
+
+
+@contextmanager
+def adapters_that_run(backbone: Backbone) -> Iterator[set[tuple[str, str]]]:
+    """Note which adapters each LoRA layer runs, (layer, adapters), while the code inside runs."""
+    seen: set[tuple[str, str]] = set()
+    hooks = []
+    for name, layer in backbone.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            note = partial(_note_adapters, seen, name)
+            hooks.append(layer.register_forward_pre_hook(note))
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _note_adapters(seen: set[tuple[str, str]], name: str, layer: BaseTunerLayer, inputs: tuple) -> None:
+    known = {*layer.lora_A, *layer.lora_embedding_A}
+    runs = [] if layer.disable_adapters else [adapter for adapter in layer.active_adapters if adapter in known]
+    seen.add((name, f"{runs}, merged {layer.merged_adapters}"))
+
+
+def policy_checks(
+    backbone: Backbone, batches: list[Sample], sampling: set[tuple[str, str]], args: PPOConfig
+) -> Iterator[Check]:
+    """Check logprobs of the same tokens: sampled, rescored as PPO will, rescored again, and by the reference."""
+    found: dict[str, list[Tensor]] = {}
+    with adapters_that_run(backbone) as scoring:
+        policy = [_rescored(backbone, "policy", batch, args) for batch in batches]
+    for batch, (logprobs, entropy) in zip(batches, policy, strict=True):
+        again, reference = (_rescored(backbone, role, batch, args)[0] for role in ("policy", "reference"))
+        for name, value in (
+            ("sampled", batch.logprobs),
+            ("again", again),
+            ("reference", reference),
+            ("policy", logprobs),
+            ("surprise", logprobs + entropy),
+        ):
+            found.setdefault(name, []).append(value[batch.mask].float())
+    tokens = {name: torch.cat(parts).unsqueeze(0) for name, parts in found.items()}
+    real = torch.ones_like(tokens["policy"], dtype=torch.bool)
+    again, reference = ((tokens["policy"] - tokens[name]).abs().mean().item() for name in ("again", "reference"))
+    # In units of logits: a temperature below 1 magnifies rounding as it does everything else.
+    scale = min(1.0, args.temperature)
+    found = disagreement(tokens["policy"] * scale, tokens["sampled"] * scale, real)
+    sampled = {name: value.item() for name, value in found.items()}
+    yield held(
+        "dropout is off",
+        again,
+        1e-3,
+        "refused",
+        "Mean difference of a token's logprob (nats) between two passes in training mode, which do the same arithmetic. "
+        "Above the bound, ratios do not start at 1: set disable_dropout: true, and the model's own dropout options to 0.",
+    )
+    exact = is_exact(args, backbone)
+    yield held(
+        "sampled and rescored logprobs agree",
+        sampled["difference"],
+        1e-3 if exact else 0.1,
+        "refused",
+        f"Mean difference (nats, times a temperature below 1) of a token's logprob in generation and in the pass that PPO "
+        f"trains; the largest is {sampled['largest']:.3g}. {DISAGREE}",
+    )
+    yield held(
+        "importance ratios start near 1",
+        sampled["outside"],
+        0.1,
+        "refused",
+        f"Share of tokens whose probability (to the power of a temperature below 1) in generation and in the pass that PPO "
+        f"trains differs by a factor beyond 1 ± {CLIP:g}, where PPO clips. {DISAGREE}",
+    )
+    odd = {name for name, _ in sampling ^ scoring}
+    yield held(
+        "sampling and scoring run the same adapters",
+        len(odd),
+        0,
+        "refused",
+        f"Layers whose adapters differ between generation and the pass that PPO trains{_first(odd)}. Switch roles by "
+        f"`Backbone.role` alone.",
+    )
+    yield _drawn_check(tokens["surprise"], args)
+    yield held(
+        "KL is 0 at step 0",
+        reference,
+        1e-3,
+        "refused",
+        "Mean difference (nats) of a token's logprob by policy and reference, which start as one adapter.",
+    )
+
+
+def own_checks(backbone: Backbone, batch: Sample, args: PPOConfig) -> Iterator[Check]:
+    """Check the logprobs that PPO trains on, of a few rows, against those of the model's own forward, of a pass with the
+    padding at the other side, and of a pass that does not start from the trunk."""
+    ids, mask, chosen, real = (part[:ROWS] for part in batch[:4])
+    few, length = Sample(ids, mask, chosen, real, None), chosen.shape[1]
+    ours = _rescored(backbone, "policy", few, args)[0]
+    if backbone.trunk_depth:
+        full = backbone.logprobs("policy", ids, mask, chosen, args.temperature)
+        yield held(
+            "a pass from the trunk is the full pass",
+            (ours - full)[real].abs().mean().item(),
+            1e-3,
+            "refused",
+            "Mean difference (nats) of a token's logprob between a pass from the states that roles share and one through "
+            "all layers, which do the same arithmetic. Above the bound, train an adapter of all layers: leave "
+            "lora_top_layers unset.",
+        )
+    bound = 1e-3 if is_exact(args, backbone) else 0.1
+    scale = min(1.0, args.temperature)
+    begins = mask.long().argmax(dim=1, keepdim=True)  # columns of padding at the left
+    columns = torch.arange(ids.shape[1], device=ids.device) + begins
+    moved, moved_mask = (table.gather(1, columns % ids.shape[1]) for table in (ids, mask))
+    right = backbone.logprobs("policy", moved, moved_mask, moved[:, 1:], args.temperature)
+    at = ids.shape[1] - length - 1 - begins + torch.arange(length, device=ids.device)
+    yield held(
+        "logprobs do not depend on the side of the padding",
+        (ours - right.gather(1, at))[real].abs().mean().item() * scale,
+        bound,
+        "refused",
+        "Mean difference (nats, times a temperature below 1) of a token's logprob with the padding at the left and at the "
+        "right. Above the bound, the model counts padding as tokens: take one that does not (GPT-2, Llama, Qwen ...).",
+    )
+    own = torch.zeros_like(ours)
+    for i, (text, keep) in enumerate(zip(ids, mask.bool(), strict=True)):
+        with backbone.role("policy"):  # as the model is by itself: a row alone, with nothing said of positions
+            logits = backbone.get_base_model()(input_ids=text[keep].unsqueeze(0), use_cache=False).logits[0]
+        count = int(real[i].sum())
+        logprobs = (logits[-count - 1 : -1].float() / args.temperature).log_softmax(dim=-1)
+        own[i, :count] = logprobs.gather(1, chosen[i, :count].unsqueeze(1)).squeeze(1)
+    yield held(
+        "logprobs are the model's own",
+        (ours - own)[real].abs().mean().item() * scale,
+        bound,
+        "refused",
+        "Mean difference (nats, times a temperature below 1) of a token's logprob in the pass that PPO trains and by the "
+        "logits of the model's own forward, of each row alone. Above the bound, PPO would train another model than the one "
+        "that samples.",
+    )
+
+
+def _first(names: set[str]) -> str:
+    return f", such as {min(names)}" if names else ""
+
+
+def _rescored(backbone: Backbone, role: str, batch: Sample, args: PPOConfig) -> tuple[Tensor, Tensor]:
+    """Return logprobs and entropies (B, T) of a batch as PPO computes them: from the trunk where it has one."""
+    trunk = backbone.trunk(*batch[:2]) if backbone.trunk_depth else None
+    return backbone.logprobs_and_entropy(role, *batch[:3], args.temperature, trunk)
+
+
+def _drawn_check(surprise: Tensor, args: PPOConfig) -> Check:
+    """Check that tokens come as often as the policy says: the mean of logprob + entropy, (1, N), is 0 but for chance.
+
+    Given the tokens before it, a token's logprob has the mean -entropy. So the sum of logprob + entropy over tokens is a
+    martingale, and that sum over its standard deviation is about normal.
+    """
+    deviations = surprise.sum().abs() / surprise.square().sum().sqrt()
+    beyond = [name for name, neutral in WHOLE.items() if getattr(args, name) not in neutral]
+    return held(
+        "tokens are drawn from the policy",
+        deviations.item(),
+        6,
+        "warning" if beyond else "refused",
+        "Standard deviations between the mean logprob of the sampled tokens and what the policy's entropy expects. Above the "
+        "bound, they are drawn from another distribution than PPO scores: look at temperature and at what cuts or penalises "
+        "tokens.",
+    )
+
+
+# Options that draw from another distribution than PPO scores, and their values that do not.
+WHOLE = {
+    "top_k": (0, None),
+    "top_p": (1.0,),
+    "min_p": (None, 0.0),
+    "repetition_penalty": (1.0,),
+    "generation_kwargs": (None, {}),
+}
+
+
+def sampling_checks(args: PPOConfig) -> Iterator[Check]:
+    """Warn of options that draw from another distribution than PPO scores."""
+    for name, neutral in WHOLE.items():
+        value = getattr(args, name)
+        if value not in neutral:
+            yield Check(
+                f"{name} is unset",
+                None,
+                "the whole distribution",
+                "warning",
+                f"{name}={value!r} changes what is sampled from, and PPO's logprobs, ratios and KL are of the policy's whole "
+                f"distribution at temperature={args.temperature:g}. Leave {name} unset.",
+            )
