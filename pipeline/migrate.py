@@ -7,6 +7,8 @@ Reads YAML, JSON or a command line, in the words of TRL up to 0.11 (`ppo_epochs`
 (`num_ppo_epochs`, `kl_coef`; PPOv2Config too). Every key comes out: as the key it is here, with its old name beside it,
 or in a comment that says why there is none and what to do. What was left out comes out with TRL's default, where ours
 is another.
+
+The module is longer than others: half of it are tables of TRL's options.
 """
 
 import difflib

@@ -3,9 +3,10 @@
 Policy, reference, rewards and value are LoRA adapters on a single pretrained causal language model, and linear heads
 (one for each reward, one for the value) read its last hidden state. A role is chosen by naming its adapter on every
 LoRA layer, without touching `requires_grad`, so several roles can run inside one differentiable forward pass.
+
+The module is longer than others, since a `PeftModel` is one class.
 """
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -28,6 +29,7 @@ from pipeline.backbone.identity import fingerprint, write_identity
 from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.logprobs import token_logprobs
 from pipeline.backbone.lora import LoraArguments, check_lora, lora_config
+from pipeline.backbone.merging import merged_weights
 from pipeline.backbone.trunk import decoder_layers, first_adapted_layer, lower, trunk_fault, upper
 
 
@@ -162,37 +164,10 @@ class Backbone(PeftModelForCausalLM):
         for parameter in self.role_parameters(*roles):
             parameter.requires_grad_(True)
 
-    @torch.no_grad()
     def merged_weights(self, role: str) -> Iterator[tuple[str, Tensor]]:
-        """Weights of the plain model with a role's adapter merged into them, by the names they have there, one layer at a
-        time.
-
-        A layer is merged in a copy, and gets its own weights back: peft's unmerging subtracts what it added, which would
-        leave its rounding in the frozen backbone.
-
-        Raises:
-            ValueError: the adapter changes weights that several layers share, so that no plain model is this role.
-        """
-        base, adapter = self.get_base_model(), self._adapter(role)
-        layers = {layer.get_base_layer(): layer for layer in base.modules() if isinstance(layer, BaseTunerLayer)}
-        uses = Counter(parameter for _, parameter in base.named_parameters(remove_duplicate=False))
-        done = set()
-        for path, module in base.named_modules():
-            if "lora_" in path:
-                continue
-            own, layer = dict(module.named_parameters(recurse=False)), layers.get(module)
-            with _merged(layer, adapter) if layer else nullcontext():
-                weights = {name: parameter.data for name, parameter in own.items()}
-                if layer and layer.merged and any(uses[parameter] > 1 for parameter in own.values()):
-                    raise ValueError(
-                        f"the adapter of {role!r} changes {path.removesuffix('.base_layer')}, whose weights another layer "
-                        f"shares: no plain model is the two of them. Train one that leaves embeddings and head as they "
-                        f"are (lora_embeddings: false)."
-                    )
-            for name, weight in weights.items():
-                if own[name] not in done:  # tied weights go once
-                    yield f"{path}.{name}".replace(".base_layer.", "."), weight
-            done.update(own.values())
+        """Yield the weights of the plain model with a role's adapter merged into them, by the names they have there, one
+        layer at a time; raises what `pipeline.backbone.merging.merged_weights` raises."""
+        return merged_weights(self.get_base_model(), self._adapter(role), role)
 
     @contextmanager
     def role(self, role: str | None) -> Iterator[None]:
@@ -436,21 +411,6 @@ def load_backbone(
     if lora:
         check_lora(adapter.config, model, lora, base, policy)
     return Backbone(base, adapter), tokenizer
-
-
-@contextmanager
-def _merged(layer: BaseTunerLayer, adapter: str) -> Iterator[None]:
-    """With a copy of the layer's weights, into which an adapter is merged, in their place."""
-    before = [(parameter, parameter.data) for parameter in layer.get_base_layer().parameters()]
-    for parameter, weights in before:
-        parameter.data = weights.clone()
-    layer.merge(adapter_names=[adapter])
-    try:
-        yield
-    finally:
-        for parameter, weights in before:
-            parameter.data = weights
-        layer.merged_adapters.clear()
 
 
 def _language_config(config: LoraConfig) -> LoraConfig:

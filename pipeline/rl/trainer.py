@@ -69,11 +69,10 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
     _paper = {
         "title": "Fine-Tuning Language Models from Human Preferences",
         "id": "1909.08593",
-        "citation": "@article{ziegler2019finetuning,\n"
-        "    title  = {{Fine-Tuning Language Models from Human Preferences}},\n"
-        "    author = {Daniel M. Ziegler and Nisan Stiennon and Jeffrey Wu and Tom B. Brown and Alec Radford and "
-        "Dario Amodei and Paul Christiano and Geoffrey Irving},\n"
-        "    year   = 2019,\n    eprint = {arXiv:1909.08593}\n}",
+        "citation": "@article{ziegler2019finetuning, eprint = {arXiv:1909.08593}, year = 2019,\n"
+        "    title = {{Fine-Tuning Language Models from Human Preferences}},\n    author = {Daniel M. Ziegler and Nisan "
+        "Stiennon and Jeffrey Wu and Tom B. Brown and Alec Radford and Dario Amodei and Paul Christiano and Geoffrey "
+        "Irving}\n}",
     }
 
     def __init__(
@@ -191,19 +190,8 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
             advantages = self._whiten(advantages, mask)
         kl = kl_per_token(found.logprobs, found.ref_logprobs, mask).sum(dim=1)
         self._record_rollout(prompts, completions, mask, scores, kl, rewards, found.values, advantages)
-        return Rollout(
-            prompt_ids,
-            prompt_mask,
-            completion_ids,
-            mask,
-            found.logprobs,
-            found.values,
-            advantages,
-            returns,
-            weights,
-            found.trunk,
-            found.value_trunk,
-        )
+        tokens = (prompt_ids, prompt_mask, completion_ids, mask, found.logprobs, found.values)
+        return Rollout(*tokens, advantages, returns, weights, found.trunk, found.value_trunk)
 
     def _padded(self, prompts: list[list[int]], completions: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return token rows as `Rollout` has them: prompts, their mask, completions, their mask."""

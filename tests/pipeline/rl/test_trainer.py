@@ -432,7 +432,7 @@ def test_how_far_an_update_went_is_that_of_whole_steps(make_trainer, tokenizer, 
 
     def compute(self, model, inputs):
         loss = original(self, model, inputs)
-        pieces.append((self._last("approxkl"), inputs.completion_mask.sum().item()))
+        pieces.append((self._metrics["train"]["approxkl"][-1], inputs.completion_mask.sum().item()))
         steps.append(self._approx_kl)
         return loss
 

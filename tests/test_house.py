@@ -1,0 +1,80 @@
+"""The house: packages and rooms import downwards only, nothing imports in a circle, and no module grows without a reason."""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+
+ROOT = Path(__file__).parents[1]
+# Each imports from those before it and from itself; `pipeline`'s own modules, the commands, import from all of them.
+ORDER = ("data", "reward_models", "pipeline.backbone", "pipeline.runs", "pipeline.rl", "pipeline.reports")
+LONGEST = 350  # lines of a module, unless its docstring says why it is longer
+
+
+@cache
+def modules() -> dict[str, Path]:
+    paths = [path for package in ("data", "reward_models", "pipeline") for path in (ROOT / package).rglob("*.py")]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    assert len(names) > 60
+    return names
+
+
+@cache
+def imported(module: str) -> frozenset[str]:
+    """Modules of ours that a module imports, also inside of functions."""
+    found = set()
+    for node in ast.walk(ast.parse(modules()[module].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found.update(name for name in names if name in modules())
+    # `from pipeline.rl import kl` names a room only to reach the module in it.
+    return frozenset(name for name in found if not any(other.startswith(f"{name}.") for other in found))
+
+
+def floor(module: str) -> int:
+    """The place of a module's room in `ORDER`; commands stand above all rooms."""
+    return next((at for at, room in enumerate(ORDER) if f"{module}.".startswith(f"{room}.")), len(ORDER))
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_a_module_imports_downwards(module):
+    above = {name for name in imported(module) if floor(name) > floor(module)}
+    assert not above
+    if floor(module) == len(ORDER):  # a command is not a library
+        assert not {name for name in imported(module) if floor(name) == len(ORDER)} - {"pipeline"}
+
+
+def test_nothing_imports_in_a_circle():
+    done: set[str] = set()
+
+    def visit(module: str, path: tuple[str, ...]) -> None:
+        assert module not in path, " -> ".join([*path, module])
+        if module not in done:
+            for name in imported(module):
+                visit(name, (*path, module))
+            done.add(module)
+
+    for module in modules():
+        visit(module, ())
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_a_long_module_says_why(module):
+    text = modules()[module].read_text(encoding="utf-8")
+    if len(text.splitlines()) > LONGEST:
+        assert "longer than" in (ast.get_docstring(ast.parse(text)) or "").lower()
+
+
+def test_everything_at_the_top_of_pipeline_can_be_launched():
+    for path in (ROOT / "pipeline").glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        if path.name != "__init__.py":
+            assert '\nif __name__ == "__main__":\n' in text, path
+            docstring = ast.get_docstring(ast.parse(text))
+            assert f"-m pipeline.{path.stem}" in docstring, f"{path}: its docstring has no command to paste"
