@@ -351,7 +351,7 @@ def test_nothing_depends_on_what_padding_is_made_of(chat_model, rewards, tmp_pat
         torch.manual_seed(4)
         trainer.train()
         ends = trainer._rollout
-        assert not ends["completion_mask"].all() and not ends["prompt_mask"].all()  # there is padding on both sides
+        assert not ends.completion_mask.all() and not ends.prompt_mask.all()  # there is padding on both sides
         learned = [p.detach().clone() for p in backbone.role_parameters("policy", "value")]
         (batch,) = sample(
             backbone.eval(),
@@ -363,7 +363,7 @@ def test_nothing_depends_on_what_padding_is_made_of(chat_model, rewards, tmp_pat
             batch_size=8,
             share_seed=(5,),
         )
-        return [*learned, batch.completion_ids, backbone.scores(*batch[:2]), ends["returns"], ends["advantages"]]
+        return [*learned, batch.completion_ids, backbone.scores(*batch[:2]), ends.returns, ends.advantages]
 
     expected = outcome(None)
     for embedding in (0.0, 7.0):
