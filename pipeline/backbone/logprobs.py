@@ -72,7 +72,8 @@ class _Chunked(torch.autograd.Function):
                     gradients += torch.autograd.grad(logprob.sum(), piece)
             logprobs.append(logprob.detach())
             if entropy:
-                every = every.detach()
+                # A token that cannot come (-inf) would add 0 * -inf, which is NaN, where it adds nothing.
+                every = every.detach().clamp_(min=torch.finfo(every.dtype).min)
                 with torch.autocast(every.device.type, enabled=False):  # it would round the dot product to bfloat16
                     entropies.append(-torch.linalg.vecdot(every.exp(), every))
         if differentiate:

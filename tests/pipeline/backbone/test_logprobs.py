@@ -82,3 +82,18 @@ def test_an_entropy_that_nobody_asks_for_is_left_out(case):
     logprobs, entropy = token_logprobs(head, plain, tokens, 0.7, entropy=False)
     (logprobs * torch.arange(1.0, 16).view(3, 5)).sum().backward()
     assert entropy is None and torch.equal(logprobs, expected) and torch.equal(plain.grad, gradient)
+
+
+@pytest.mark.parametrize("lowest", [-float("inf"), torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("masked", [[0], [1, 2, 3], list(range(10))], ids=len)
+def test_tokens_that_cannot_come_add_nothing_to_the_entropy(case, lowest, masked):
+    """Some models give a part of their vocabulary -inf, or the lowest number, which the temperature makes -inf."""
+    head, hidden, _ = case
+    left = [token for token in range(11) if token not in masked]
+    tokens = torch.full((3, 5), 10)
+    expected = torch.distributions.Categorical(logits=head(hidden)[..., left] / 0.7)
+    head.register_forward_hook(lambda module, inputs, logits: logits.index_fill(-1, torch.tensor(masked), lowest))
+    logprobs, entropy, gradient = run(head, hidden, tokens)
+    torch.testing.assert_close(logprobs, expected.log_prob(torch.tensor(len(left) - 1)), atol=1e-6, rtol=0)
+    torch.testing.assert_close(entropy, expected.entropy(), atol=1e-6, rtol=0)
+    assert gradient.isfinite().all()
