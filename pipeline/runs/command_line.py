@@ -6,6 +6,7 @@ import sys
 import warnings
 from io import TextIOWrapper
 
+from transformers import GenerationConfig
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import TrlParser
 
@@ -60,10 +61,42 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
                     f"{name}={value!r} would hold for this stage alone, and all stages read the model's tokenizer. Set it "
                     f"there: in the tokenizer of a local copy of the model, which model_name_or_path names."
                 )
+        _check_generation_kwargs(part)
     if runs:
         for part in parts:
             _check_trackers(getattr(part, "report_to", None))
     return parts
+
+
+# Fields of GenerationConfig that change more than which tokens are drawn, and why each is refused.
+NO_SAMPLING = {
+    "temperature": "logprobs would be those of another temperature. Set the option temperature",
+    "eos_token_id": "completions end where the model's own generation config ends them. Name it there",
+    "pad_token_id": "all stages pad with one token. Set pad_token",
+    "stop_strings": "completions end at a token. Leave it unset",
+    "num_return_sequences": "a prompt has one completion at a time. Set num_generations",
+    "num_beams": "completions are sampled one token after the other. Leave it unset",
+    "prompt_lookup_num_tokens": "completions are sampled one token after the other. Leave it unset",
+    "return_dict_in_generate": "tokens alone are returned. Leave it unset",
+}
+
+
+def _check_generation_kwargs(args: object) -> None:
+    """Raise a ValueError for an entry of `generation_kwargs` that is unknown, or does more than change which tokens are drawn.
+
+    `sample` gives each prompt one completion, which ends as its mask says. With vLLM the entries are vLLM's own.
+    """
+    given = getattr(args, "generation_kwargs", None) or {}
+    if getattr(args, "use_vllm", False):
+        return
+    known = vars(GenerationConfig())
+    for key in given:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {nearest[0]}?" if nearest else ""
+            raise ValueError(f"generation_kwargs: unknown key {key!r}.{hint}")
+        if key in NO_SAMPLING:
+            raise ValueError(f"generation_kwargs: {key}={given[key]!r} is not supported: {NO_SAMPLING[key]}.")
 
 
 def _check_trackers(report_to: list[str] | None) -> None:

@@ -1,5 +1,6 @@
 """Recipes and command lines: YAML, types, ranges, and options that contradict each other. No model is loaded."""
 
+import json
 import sys
 from dataclasses import fields
 from importlib import import_module
@@ -108,6 +109,26 @@ CONTRADICTIONS = {
         "reward",
         {"train_sampling_strategy": "sequential"},
         r"^train_sampling_strategy='sequential' is not supported: pairs of a ranking are batched together",
+    ),
+    **{
+        f"{key} among what is sampled by ({stage})": (
+            stage,
+            {"generation_kwargs": json.dumps({"typical_p": 0.9, key: value})},
+            rf"^generation_kwargs: {key}={value!r} is not supported: {reason}",
+        )
+        for stage, key, value, reason in (
+            ("ppo", "eos_token_id", 5, "completions end where the model's own generation config ends them"),
+            ("ppo", "temperature", 0.5, "logprobs would be those of another temperature"),
+            ("ppo", "num_return_sequences", 2, "a prompt has one completion at a time. Set num_generations"),
+            ("rloo", "num_beams", 3, "completions are sampled one token after the other"),
+            ("grpo", "return_dict_in_generate", True, "tokens alone are returned"),
+            ("grpo", "stop_strings", "the", "completions end at a token"),
+        )
+    },
+    "a typo among what is sampled by": (
+        "ppo",
+        {"generation_kwargs": '{"typical": 0.9}'},
+        r"^generation_kwargs: unknown key 'typical'\. Did you mean typical_p\?$",
     ),
     "one prompt to evaluate": ("evaluation", {"max_prompts": 1}, r"prompts\.jsonl: 1 prompt \(max_prompts=1\), and"),
     "one prompt for best of n": ("best_of_n", {"max_prompts": 1}, r": 1 prompt .* intervals need 2 or more"),

@@ -7,8 +7,8 @@ from peft import LoraConfig
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.backbone import Backbone
-from pipeline.sampling import Sample, sample
+from pipeline.backbone.roles import Backbone
+from pipeline.backbone.sampling import Sample, sample
 
 
 NOTHING = float("-inf")

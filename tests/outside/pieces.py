@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from pipeline.ppo_trainer import PPOTrainer
-from pipeline.rollout import Rollout
+from pipeline.rl.rollout import Rollout
+from pipeline.rl.trainer import PPOTrainer
 
 
 def minibatches(

@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from pipeline.backbone import Backbone
-from pipeline.configs import PPOConfig
-from pipeline.kl import adapted_kl_coef
+from pipeline.backbone.roles import Backbone
+from pipeline.rl.config import PPOConfig
+from pipeline.rl.kl import adapted_kl_coef
 from tests.outside.chain import NOTHING, chain, complete, drawn
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import tensor
 
-from pipeline.importance import disagreement, importance_weights
-from pipeline.kl import kl_per_token
-from pipeline.losses import approx_kl, policy_loss, text_loss
-from pipeline.masking import masked_mean
+from pipeline.rl.importance import disagreement, importance_weights
+from pipeline.rl.kl import kl_per_token
+from pipeline.rl.losses import approx_kl, policy_loss, text_loss
+from pipeline.rl.masking import masked_mean
 from tests.outside.pieces import minibatches
 
 

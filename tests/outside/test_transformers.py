@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, BloomConfig, GPT2Config, LlamaConfig
 
-from pipeline.backbone import Backbone
+from pipeline.backbone.roles import Backbone
 from tests.outside.chain import NOTHING, chain, complete, drawn
 
 

@@ -15,9 +15,9 @@ from data.prompts import check_prompts, tokenize_prompts
 from data.texts import check_texts
 from data.tokens import Counts, Lengths, prepare_tokens
 from pipeline import vocabulary
-from pipeline.loading import load_pretrained
-from pipeline.masking import masked_mean, masked_sums, whiten
-from pipeline.vocabulary import token_logprobs
+from pipeline.backbone.loading import load_pretrained
+from pipeline.backbone.logprobs import token_logprobs
+from pipeline.rl.masking import masked_mean, masked_sums, whiten
 from reward_models.composite import Composite, RewardError
 from reward_models.learned import score_rows
 from reward_models.ranking import RankingTrainer

@@ -7,11 +7,11 @@ from peft import LoraConfig
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, OPTConfig
 
 from data.texts import tokenize_texts
-from pipeline.backbone import Backbone
-from pipeline.configs import PPOConfig
-from pipeline.kl import adapted_kl_coef
-from pipeline.loading import read_adapter
-from pipeline.masking import masked_sums, whiten
+from pipeline.backbone.adapters import read_adapter
+from pipeline.backbone.roles import Backbone
+from pipeline.rl.config import PPOConfig
+from pipeline.rl.kl import adapted_kl_coef
+from pipeline.rl.masking import masked_sums, whiten
 from reward_models.composite import Composite
 from tests.outside.pieces import minibatches
 
