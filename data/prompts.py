@@ -58,7 +58,7 @@ def _hold_prompts(rows: Dataset) -> bool:
 
 
 def check_prompt_lengths(
-    rows: Dataset, tokenizer, context: int, max_completion_length: int, name: str, *, drop: bool = False
+    rows: Dataset, tokenizer, context: float, max_completion_length: int, name: str, *, drop: bool = False
 ) -> tuple[Dataset, Counts]:
     """Check every prompt as tokens, and that it leaves the model room for a completion of `max_completion_length`.
 

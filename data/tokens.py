@@ -1,6 +1,7 @@
 """Rows as a model reads them: what a chat template refuses, special tokens written twice, and how many tokens rows have."""
 
 import logging
+import math
 from typing import NamedTuple
 
 from datasets import Dataset
@@ -201,11 +202,14 @@ def check_prompt_ids(where: str, prompt: str | list, ids: list[int], tokenizer) 
         )
 
 
-def check_max_length(max_length: int | None, context: int) -> None:
+def check_max_length(max_length: int | None, context: float) -> None:
     """Rows longer than `max_length` tokens are TRL's to cut (SFT) or drop (reward); none may outgrow the model.
 
     Raises:
-        ValueError: rows longer than the model's context could reach it.
+        ValueError: rows longer than the model's context could reach it; or no length is set.
     """
-    if max_length is None or max_length > context:
+    if max_length is None:
+        bound = f"; the model's context is {context} tokens" if context < math.inf else ""
+        raise ValueError(f"max_length={max_length} leaves rows of any length. Set it to a number of tokens{bound}.")
+    if max_length > context:
         raise ValueError(f"max_length={max_length} exceeds the model's context of {context} tokens; lower it.")

@@ -10,17 +10,18 @@ what is random in training. Names of families say little and grow old, so each p
 
 import inspect
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 
 LONG, SHORT = 12, 8  # tokens of the two texts that a model is checked on; the short one begins the long one
+DRAWN = 3  # tokens that each is continued by
 RANDOM = re.compile(r"drop|jitter")  # names under which modules keep what they draw at random in training
 
 
@@ -114,14 +115,15 @@ def check_model(model: PreTrainedModel, source: str) -> None:
     """Check that what the roles compute of a model is what its own forward computes, on two short texts.
 
     A language model's last logits, or a classifier's score, of each text by itself are compared with those of one batch in
-    which the short text stands at the beginning of the long one, padded at the left, and padded at the right.
+    which the short text stands at the beginning of the long one, padded at the left, and padded at the right. A language
+    model continues both too, as one batch and with a cache, as it is sampled from.
 
     Args:
         source: the model's name, for errors.
 
     Raises:
-        ValueError: it sees tokens that come later; padding changes what it says; its hidden states do not give its logits
-            or scores; a part of it bears a role's name.
+        ValueError: it sees tokens that come later; padding changes what it says, or its cache does; its hidden states do
+            not give its logits or scores; a part of it bears a role's name.
     """
     classifies = hasattr(model, "score")
     ids, mask = probe(model)
@@ -130,6 +132,7 @@ def check_model(model: PreTrainedModel, source: str) -> None:
         hidden = model.base_model(input_ids=ids, **attention(model, mask), use_cache=False).last_hidden_state
         last = torch.stack([hidden[0, LONG - 1], hidden[0, SHORT - 1], hidden[1, -1], hidden[2, SHORT - 1]])
         found = model.score(last) if classifies else own_logits(model, last)
+        drawn = () if classifies else list(_drawn(model, ids[:2], mask[:2]))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise _refusal(
@@ -151,9 +154,33 @@ def check_model(model: PreTrainedModel, source: str) -> None:
         theirs = own[length] if classifies else own[length][-1]
         if not _agree(ours, theirs, exact=exact):
             raise _refusal(model, source, fault)
+    for ours, theirs in drawn:
+        if not _agree(ours, theirs, exact=exact):
+            raise _refusal(
+                model, source, "draws tokens from other logits (with its cache) than it gives to the whole text"
+            )
     named = {part for name, _ in model.named_modules() for part in name.split(".")}
     if taken := sorted(named & {"value", "reward", "ref", "default"}):
         raise _refusal(model, source, f"has parts named {taken[0]!r}, as a role's adapter is")
+
+
+def _drawn(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Continue texts (B, S) padded at the left, the likeliest token each time; yield the logits (V) of each token, as
+    `generate` has them and by the model's forward of the whole text alone."""
+    options = {"max_new_tokens": DRAWN, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    greedy = GenerationConfig(
+        **options, pad_token_id=model.config.get_text_config().pad_token_id, disable_compile=True
+    )
+    own, model.generation_config = model.generation_config, GenerationConfig()  # which would fill in what is unset
+    try:
+        found = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+    finally:
+        model.generation_config = own
+    for row, real, logits in zip(found.sequences, mask.bool(), torch.stack(found.logits, dim=1), strict=True):
+        text = torch.cat([row[: len(real)][real], row[len(real) :]])
+        yield from zip(
+            logits, model(input_ids=text.unsqueeze(0), use_cache=False).logits[0, -DRAWN - 1 : -1], strict=True
+        )
 
 
 def _refusal(model: PreTrainedModel, source: str, fault: str) -> ValueError:

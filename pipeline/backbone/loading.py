@@ -1,6 +1,8 @@
 """What a run starts from: a pretrained model and its tokenizer, and adapters that remember which model they are of."""
 
 import json
+import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,7 +69,9 @@ def check_model_folder(name: str | None) -> None:
     kinds = (
         (read_json(folder / "config.json").get("architectures") or []) if (folder / "config.json").is_file() else []
     )
-    if kinds and all("ForSequenceClassification" in str(kind) for kind in kinds):
+    if kinds and all(
+        re.search(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$", str(kind)) for kind in kinds
+    ):
         raise ValueError(
             f"{folder}: the model folder holds a classifier ({kinds[0]}), which has no head to write text with. Name the "
             f"language model that it was made from in model_name_or_path; its adapter goes into reward_adapter."
@@ -183,7 +187,7 @@ def _check_whole(base: PreTrainedModel, found: dict, name: str) -> None:
     A classifier's `score` is new, and what its files have beside the trunk is a language model's head.
 
     Raises:
-        ValueError: tensors are missing, unexpected, or of another shape.
+        ValueError: tensors are missing, unexpected, or of another shape; or tied by the config and not by the files.
     """
     missing, unexpected = set(found["missing_keys"]), set(found["unexpected_keys"])
     if base.get_output_embeddings() is None:
@@ -202,6 +206,14 @@ def _check_whole(base: PreTrainedModel, found: dict, name: str) -> None:
                 f"{name}: {len(keys)} tensors of {type(base).__name__} {problem} (first: {keys[0]}). Copy the model anew, or "
                 f"correct `architectures` and `tie_word_embeddings` in config.json."
             )
+    # transformers leaves them apart, and whatever ties weights later (a merged copy, vLLM, FSDP) would drop one of them.
+    if apart := sorted(
+        base.get_expanded_tied_weights_keys(all_submodels=True).keys() - base.all_tied_weights_keys.keys()
+    ):
+        raise ValueError(
+            f"{name}: config.json ties {apart[0]} to another tensor (tie_word_embeddings), and its files have the two with "
+            f"different values. Set tie_word_embeddings to false in config.json."
+        )
 
 
 def _ends(base: PreTrainedModel, name: str, revision: str | None) -> set[int]:
@@ -283,17 +295,12 @@ def _whole() -> Iterator[None]:
         deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
-def context_length(model: nn.Module) -> int:
-    """Tokens that the model can read at once.
+# Where families keep the longest text that they were made for: most, MPT, BLOOM, Whisper.
+CONTEXTS = ("max_position_embeddings", "max_seq_len", "seq_length", "max_target_positions")
 
-    Raises:
-        ValueError: its config has no such bound.
-    """
+
+def context_length(model: nn.Module) -> float:
+    """Return how many tokens the model can read at once: infinite where its config has no bound, as of models that count no
+    positions (alibi, recurrent ones)."""
     config = model.config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
-    if length is None:
-        raise ValueError(
-            f"{config._name_or_path}: the config of this {config.model_type} model names no max_position_embeddings. Take "
-            f"a model of GPT-2's or Llama's kind, whose context is known."
-        )
-    return length
+    return next((length for name in CONTEXTS if (length := getattr(config, name, None))), math.inf)

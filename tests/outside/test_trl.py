@@ -14,7 +14,7 @@ from data.preferences import check_preferences, explicit_prompts
 from data.prompts import check_prompts, tokenize_prompts
 from data.texts import check_texts
 from data.tokens import Counts, Lengths, prepare_tokens
-from pipeline import vocabulary
+from pipeline.backbone import logprobs as vocabulary
 from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.logprobs import token_logprobs
 from pipeline.rl.masking import masked_mean, masked_sums, whiten

@@ -1,6 +1,8 @@
 """What is promised of every architecture: logprobs, scores and states are those of the model's own forward, or it is
 refused before anything is trained."""
 
+import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,9 +14,12 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from trl import ModelConfig
 
+from data.tokens import check_max_length
 from pipeline.backbone import logprobs as vocabulary
 from pipeline.backbone.adapters import read_adapter
 from pipeline.backbone.architecture import (
+    LONG,
+    SHORT,
     attention,
     check_dropout_is_off,
     check_model,
@@ -23,7 +28,7 @@ from pipeline.backbone.architecture import (
     switch_off_dropout,
 )
 from pipeline.backbone.identity import fingerprint
-from pipeline.backbone.loading import load_pretrained
+from pipeline.backbone.loading import context_length, load_pretrained
 from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.backbone.roles import Backbone
 from pipeline.backbone.trunk import decoder_layers, trunk_fault
@@ -35,7 +40,7 @@ AFTER_THE_HEAD = {
     "cohere": {"logit_scale": 1.0},
     "granite": {"logits_scaling": 1.0},
 }
-PLAIN = ("gpt2", "llama", "qwen3", "mistral", "gpt_neox", "biogpt", "opt")
+PLAIN = ("gpt2", "llama", "qwen3", "mistral", "gpt_neox", "biogpt", "opt", "bloom", "mpt")
 
 
 def backbone_of(base: PreTrainedModel, top: int | None = None) -> Backbone:
@@ -121,6 +126,47 @@ def test_a_model_that_counts_padding_is_refused():
         check_model(base, "blind")
 
 
+class Forgetful(nn.Module):
+    """Let a decoder lose its cache's first token, as a family does whose mask in generation is not that of a whole text."""
+
+    def __init__(self, decoder):
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, **kwargs):
+        if input_ids is not None and input_ids.shape[1] == 1:
+            attention_mask = attention_mask.clone()
+            attention_mask[:, LONG - SHORT] = 0
+        return self.decoder(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, **kwargs)
+
+
+def test_a_model_that_draws_from_other_logits_is_refused():
+    base = tiny_model("llama")
+    base.model = Forgetful(base.model)
+    base.get_input_embeddings = lambda: base.model.decoder.embed_tokens
+    with pytest.raises(ValueError, match="draws tokens from other logits .with its cache. than it gives"):
+        check_model(base, "forgetful")
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "length"),
+    [
+        ("gpt2", {}, 64),
+        ("mpt", {}, 64),
+        ("bloom", {}, math.inf),
+        ("bloom", {"seq_length": 2048}, 2048),
+        ("mamba", {}, math.inf),
+        ("recurrent_gemma", {}, math.inf),
+    ],
+)
+def test_the_context_is_what_the_config_says_or_has_no_bound(family, options, length):
+    context = context_length(tiny_model(family, **options))
+    assert context == length
+    check_max_length(64, context)
+    with pytest.raises(ValueError, match="max_length=None leaves rows of any length"):
+        check_max_length(None, context)
+
+
 # ------------------------------------------------------------------------------------------ the trunk
 @pytest.mark.parametrize("family", ["gemma4_text", "gemma3n_text"])
 def test_a_trunk_that_is_not_the_full_pass_is_not_shared(family, caplog):
@@ -136,6 +182,25 @@ def test_a_trunk_that_cannot_be_tried_leaves_the_model_whole():
     ids, mask = probe(base)
     assert trunk_fault(base, 1, ids, **attention(base, mask)).startswith("AttributeError")
     assert len(decoder_layers(base)[2]) == LAYERS
+
+
+@pytest.mark.parametrize(
+    ("family", "depth", "fault"),
+    [
+        ("gemma4_unified_text", 2, None),
+        ("gemma4_unified_text", 3, "KeyError"),
+        ("gemma4_unified_text", 4, "KeyError"),
+        ("gemma4_text", 2, "RuntimeError"),  # each layer has an input of its own for each token
+        ("gemma3n_text", 2, "IndexError"),
+    ],
+)
+def test_layers_that_reuse_keys_start_from_a_trunk_below_those_alone(family, depth, fault):
+    """Of six layers, sliding and full in turn, the upper two reuse keys and values of layers 2 and 3."""
+    kinds = ["sliding_attention", "full_attention"] * 3
+    base = tiny_model(family, num_hidden_layers=6, layer_types=kinds, num_kv_shared_layers=2)
+    check_model(base, family)
+    ids, mask = probe(base)
+    assert str(trunk_fault(base, depth, ids, **attention(base, mask))).split(":")[0] == str(fault)
 
 
 @torch.no_grad()
@@ -222,6 +287,43 @@ def test_a_whole_model_is_loaded_whatever_its_head(tied, saved):
     language.lm_head.weight.data[3] += 1
     assert (fingerprint(language).split("+")[0] == trunk) is not tied
     assert fingerprint(language).split("+")[1] != head
+
+
+def test_a_head_that_the_config_ties_and_the_files_do_not_is_refused(saved):
+    def change(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+
+    folder = saved(change=change, tie_word_embeddings=True)
+    with pytest.raises(
+        ValueError, match="config.json ties lm_head.weight to another tensor .* Set tie_word_embeddings"
+    ):
+        load_pretrained(ModelConfig(folder))
+
+
+@pytest.mark.parametrize("kind", ["TokenClassification", "QuestionAnswering", "MultipleChoice"])
+def test_a_folder_of_another_task_is_no_backbone(kind, saved):
+    folder = saved()
+    config = json.loads((Path(folder) / "config.json").read_text())
+    (Path(folder) / "config.json").write_text(json.dumps(config | {"architectures": [f"LlamaFor{kind}"]}))
+    for head in (False, True):
+        with pytest.raises(ValueError, match=f"holds a classifier .LlamaFor{kind}., which has no head"):
+            load_pretrained(ModelConfig(folder), head=head)
+
+
+@pytest.mark.parametrize("lost", ["lm_head.weight", LAYER])
+def test_a_tensor_that_no_shard_holds_is_missed(lost, saved):
+    folder = Path(saved(tie_word_embeddings=False))
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    del tensors[lost]
+    names, where = sorted(tensors), {}
+    for number, part in enumerate((names[::2], names[1::2]), 1):
+        file = f"model-{number:05}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+        where |= dict.fromkeys(part, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    with pytest.raises(ValueError, match=rf"1 tensors of \w+ are missing from its files \(first: {lost}"):
+        load_pretrained(ModelConfig(str(folder)))
 
 
 def test_a_classifiers_folder_is_no_backbone(saved, tmp_path):

@@ -7,13 +7,13 @@ import torch
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification, LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from transformers import BloomConfig, BloomForCausalLM, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig
 from trl.trainer.utils import pad
 
 from pipeline.backbone.adapters import HEAD, WEIGHTS, read_adapter
 from pipeline.backbone.identity import fingerprint
-from pipeline.backbone.loading import context_length, load_pretrained
+from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.roles import ADAPTERS, SWITCHES, Backbone
 from pipeline.rl.losses import text_loss
 from tests.backbone_copies import backbone_copies
@@ -341,12 +341,6 @@ def test_pickled_weights_are_not_loaded(tiny, tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(OSError, match="safetensors"):
         load_pretrained(ModelConfig(str(folder)))
-
-
-def test_a_context_that_is_not_known():
-    base = BloomForCausalLM(BloomConfig(vocab_size=9, hidden_size=4, n_layer=1, n_head=1))
-    with pytest.raises(ValueError, match="this bloom model names no max_position_embeddings. Take a model of"):
-        context_length(base)
 
 
 def test_the_identity_names_the_base(backbone, tiny, tmp_path):
