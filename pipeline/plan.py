@@ -18,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig
 
+from pipeline.backbone.architecture import attention, switch_off_dropout
 from pipeline.backbone.gguf import model_source
 from pipeline.backbone.loading import fuse_gelu
 from pipeline.backbone.logprobs import LOGITS
@@ -87,14 +89,14 @@ def roles(rewards: RewardArguments, lora: LoraArguments, model: ModelConfig, arg
         for number, _ in enumerate(rewards.reward_adapter, 1):
             role = "reward" if number == 1 else f"reward_{number}"
             backbone.add_adapter(role, adapter)
-            backbone.heads[role] = nn.Linear(config.get_text_config().hidden_size, 1, bias=False)
+            backbone.heads[role] = nn.Linear(backbone.hidden_size, 1, bias=False)
         backbone.add_value(init=args.value_init, critic=args.critic)
     backbone.train_only("policy", "value")
     if args.disable_dropout:
-        for module in backbone.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-        backbone.share_trunk()
+        switch_off_dropout(backbone)
+        with FakeTensorMode():
+            _shapes_alone(backbone)
+            backbone.share_trunk()
     return backbone.train()
 
 
@@ -194,22 +196,30 @@ def activations(
     return kept + states
 
 
+@torch.no_grad()
+def cache_size(base: PreTrainedModel, ids: Tensor, mask: Tensor) -> int:
+    """Return the bytes that the model's own cache takes of ids (B, S): keys and values, and the states of recurrent layers."""
+    cache = base.base_model(input_ids=ids, **attention(base, mask), use_cache=True).past_key_values
+    tensors = (leaf for layer in cache.layers for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor))
+    return sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point())  # counters apart
+
+
 def phases(backbone: Backbone, args: PPOConfig, prompt: int, device: str = "cuda") -> Iterator[Item]:
     """What a rollout leaves, and what sampling and training take beside it. Logits are in pieces but while sampling."""
-    base = backbone.get_base_model()
-    config, completion = base.config.get_text_config(), args.max_completion_length
+    base, completion = backbone.get_base_model(), args.max_completion_length
     batch, tokens = args.per_device_train_batch_size * args.steps_per_generation, prompt + completion
-    width = next(base.base_model.parameters()).element_size()
-    if backbone.trunk_depth:
-        trunks = 1 + backbone.value_has_trunk
-        yield Item("rollout", "trunk cache", trunks * batch * tokens * config.hidden_size * width)
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    yield Item("sampling", "KV cache", 2 * config.num_hidden_layers * batch * tokens * heads * head_size * width)
-    yield Item("sampling", "logits", 4 * batch * config.vocab_size * 4)  # logits, scores, probabilities, noise
+    vocabulary = base.get_output_embeddings().weight.shape[0]
+    with FakeTensorMode():
+        _shapes_alone(backbone)
+        ids, mask = torch.ones(batch, tokens, dtype=torch.long), torch.ones(batch, tokens, dtype=torch.long)
+        if backbone.trunk_depth:
+            trunks = 1 + backbone.value_has_trunk
+            yield Item("rollout", "trunk cache", trunks * backbone.trunk(ids, mask).nbytes)
+        yield Item("sampling", "KV cache", cache_size(base, ids, mask))
+    yield Item("sampling", "logits", 4 * batch * vocabulary * 4)  # logits, scores, probabilities, noise
     # Logits, their softmax, its exponential and a gradient, in float32.
     positions = args.per_device_train_batch_size * completion
-    yield Item("training", "logits", 4 * 4 * min(LOGITS, positions * config.vocab_size))
+    yield Item("training", "logits", 4 * 4 * min(LOGITS, positions * vocabulary))
     size = args.per_device_train_batch_size
     options = {"bf16": args.bf16, "checkpointing": args.gradient_checkpointing, "device": device}
     yield Item("training", "activations", activations(backbone, size, prompt, completion, **options))

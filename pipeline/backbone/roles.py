@@ -222,7 +222,7 @@ class Backbone(PeftModelForCausalLM):
         base = self.get_base_model()
         layers = decoder_layers(base)[2]
         self.trunk_depth = self.layers_below_policy()
-        if self.trunk_depth and base.device.type != "meta":
+        if self.trunk_depth:
             ids, mask = probe(base)
             with self.role(None):
                 fault = trunk_fault(base, self.trunk_depth, ids, **attention(base, mask))

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers import PreTrainedModel
 
 
@@ -101,7 +102,8 @@ def trunk_fault(model: PreTrainedModel, depth: int, input_ids: Tensor, **inputs:
     """Return why a pass cannot start from the states at the foot of layer `depth`, or None: both ways are run.
 
     Layers may need more than hidden states (inputs of their own for each token, keys of a layer below), or find their mask
-    by a number that the cut changes. Only the tokens of `attention_mask` are compared. The mode is put back.
+    by a number that the cut changes. Only the tokens of `attention_mask` are compared. The mode is put back. Where
+    tensors have shapes and no values, as in a plan, only an error is a fault.
     """
     was_training = model.training
     model.eval()
@@ -112,6 +114,8 @@ def trunk_fault(model: PreTrainedModel, depth: int, input_ids: Tensor, **inputs:
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     finally:
         model.train(was_training)
+    if isinstance(full, FakeTensor):
+        return None
     real = inputs["attention_mask"].bool()
     difference, size = (short - full)[real].float().abs().mean().item(), full[real].float().abs().mean().item()
     return (

@@ -3,9 +3,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, GPT2Config, LlamaConfig, Qwen2Config
+from families import tiny_model
+from transformers import AutoConfig, AutoTokenizer, GPT2Config, LlamaConfig, Qwen2Config
 from trl import ModelConfig
 
+from pipeline.backbone.architecture import switch_off_dropout
 from pipeline.backbone.lora import LoraArguments
 from pipeline.backbone.roles import load_backbone
 from pipeline.plan import LAYOUTS, Item, PlanArguments, _kept, activations, peak, phases, plan, roles, state, table
@@ -101,6 +103,49 @@ def test_the_cache_is_what_sampling_fills(tiny):
     real, _ = load_backbone(model(tiny), None)
     cache = real.get_base_model()(input_ids=torch.ones(8, 16, dtype=torch.long)).past_key_values
     assert items["sampling", "KV cache"] == sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+@pytest.mark.parametrize("family", ["opt", "mpt", "gemma2", "gpt_bigcode", "gemma4_text"])
+def test_widths_and_caches_of_other_families(family, tiny, tmp_path):
+    """OPT's embeddings are narrower than its layers; MPT names sizes otherwise; Gemma-2's cache has windows, BigCode's one
+    head of keys; Gemma-4's upper layers keep none and cannot start from a trunk."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.save_pretrained(tmp_path)
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    shared = {
+        "num_hidden_layers": 4,
+        "num_kv_shared_layers": 2,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    }
+    own = shared | {"vocab_size_per_layer_input": len(tokenizer)} if family == "gemma4_text" else {}
+    tiny_model(family, vocab_size=len(tokenizer), **special, **own).save_pretrained(tmp_path)
+    of_recipe, lora = (
+        ModelConfig(str(tmp_path), lora_r=4, lora_target_modules="all-linear"),
+        LoraArguments(lora_top_layers=2),
+    )
+    planned = roles(REWARDS, lora, of_recipe, config(), policy=None)
+    items = {(item.who, item.kind): item.bytes for item in phases(planned, config(), 10)}
+    real, _ = load_backbone(of_recipe, None, lora=lora)
+    real.add_value(init="policy")
+    switch_off_dropout(real)
+    real.share_trunk()
+    ids, mask = torch.ones(8, 16, dtype=torch.long), torch.ones(8, 16, dtype=torch.long)
+    mask[0, :2] = 0
+    assert planned.trunk_depth == real.trunk_depth
+    trunk = real.trunk(ids, mask) if real.trunk_depth else None
+    assert items.get(("rollout", "trunk cache")) == (trunk.nbytes if real.trunk_depth else None)
+    assert planned.heads["reward"].weight.shape == real.heads["value"].weight.shape
+    cache = real.get_base_model()(input_ids=ids, use_cache=True).past_key_values
+    layers = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    assert items["sampling", "KV cache"] == sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    real.train_only("policy", "value")
+    with _kept() as sizes:
+        passes = [
+            real.train().hidden_states(role, ids[:2], mask[:2], trunk if trunk is None else trunk[:2])
+            for role in ("policy", "value")
+        ]
+    measured = sum(sizes.values()) + sum(hidden.nbytes for hidden in passes)
+    assert items["training", "activations"] == pytest.approx(measured, rel=0.02)
 
 
 def test_layouts_and_peak(tiny):
