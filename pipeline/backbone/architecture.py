@@ -173,7 +173,7 @@ def _drawn(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Iterator[tuple[
     )
     own, model.generation_config = model.generation_config, GenerationConfig()  # which would fill in what is unset
     try:
-        found = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)
+        found = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, synced_gpus=False)
     finally:
         model.generation_config = own
     for row, real, logits in zip(found.sequences, mask.bool(), torch.stack(found.logits, dim=1), strict=True):

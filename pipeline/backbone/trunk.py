@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The module that holds the decoder layers, the name of its list, and the list.
+    """The module that holds the decoder layers, the name of its list, and the list. A tower for images or sound beside the
+    decoder may have as many layers, and is left out.
 
     Raises:
         ValueError: no list of the model is as long as it has layers.
     """
     count = model.config.get_text_config().num_hidden_layers
-    for owner in model.base_model.modules():
+    for owner in model.get_decoder().modules():
         for name, child in owner.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return owner, name, child

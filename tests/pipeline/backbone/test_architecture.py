@@ -184,6 +184,16 @@ def test_a_trunk_that_cannot_be_tried_leaves_the_model_whole():
     assert len(decoder_layers(base)[2]) == LAYERS
 
 
+@pytest.mark.parametrize("family", ["gemma3", "got_ocr2"])
+def test_a_tower_with_as_many_layers_is_not_the_decoder(family):
+    base = tiny_model(family)
+    towers = [part for name, part in base.named_modules() if "vision" in name and isinstance(part, nn.ModuleList)]
+    assert any(len(part) == LAYERS for part in towers)
+    assert decoder_layers(base)[2] not in towers
+    ids, mask = probe(base)
+    assert trunk_fault(base, LAYERS - 2, ids, **attention(base, mask)) is None
+
+
 @pytest.mark.parametrize(
     ("family", "depth", "fault"),
     [
