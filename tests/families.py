@@ -87,6 +87,15 @@ OWN = {  # what a family's sizes must be to fit each other
         "layer_types": ["full_attention", "sliding_attention", "full_attention"],
         "rope_parameters": {"full_attention": {"rope_theta": 1e4}, "sliding_attention": {"rope_theta": 1e3}},
     },
+    # Of these the first three layers would all be linear, which no checkpoint's are.
+    **dict.fromkeys(
+        ("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text", "qwen4_exp", "qwen4_exp_text"),
+        {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
+    ),
+    **dict.fromkeys(
+        ("kimi_linear", "bailing_hybrid"), {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+    ),
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "zaya": {"num_experts_per_tok": 1},
     "dbrx": {

@@ -24,7 +24,7 @@ def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleLis
         ValueError: no list of the model is as long as it has layers.
     """
     count = model.config.get_text_config().num_hidden_layers
-    for owner in model.get_decoder().modules():
+    for owner in (*model.get_decoder().modules(), *model.base_model.modules()):
         for name, child in owner.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return owner, name, child
