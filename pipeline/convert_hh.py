@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from data.hh import LONG, convert, read_rows, write_stages
 from pipeline.backbone.gguf import model_source
+from pipeline.runs.errors import report_errors
 
 
 def arguments(args: list[str]) -> argparse.Namespace:
@@ -69,4 +70,5 @@ def main(args: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    report_errors()
     main(sys.argv[1:])

@@ -34,6 +34,7 @@ from pipeline.reports.markdown import markdown_table
 from pipeline.rl.config import PPOConfig
 from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
+from pipeline.runs.errors import report_errors
 from reward_models.functions import RewardArguments
 
 
@@ -316,5 +317,6 @@ if __name__ == "__main__":
         PPOConfig,
         PlanArguments,
     )
+    report_errors()
     # The machine that plans need not have the GPUs that are planned for.
     main(*parse(*kinds, args=[*sys.argv[1:], "--use_cpu", "true"]))

@@ -15,6 +15,7 @@ from pathlib import Path
 from data.json_files import read_json, write_json
 from pipeline.backbone.adapters import read_metrics
 from pipeline.reports.markdown import markdown_table, number, with_interval
+from pipeline.runs.errors import report_errors
 
 
 METHODS = {"rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO"}
@@ -214,6 +215,7 @@ def ablations(folder: Path, *settings: str) -> None:
 
 
 if __name__ == "__main__":
+    report_errors()
     name, folder, *others = sys.argv[1:]
     if name == "seeds":
         seeds(Path(folder))

@@ -14,6 +14,8 @@ from functools import cache
 from transformers import AutoTokenizer
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from data.embedded import find_embedded
+
 
 def _texts(completions: list) -> list[str]:
     return [completion if isinstance(completion, str) else completion[0]["content"] for completion in completions]
@@ -93,7 +95,7 @@ def get_token_similarity(tokenizer: str) -> Callable:
     Args:
         tokenizer: hub id or folder of the model's tokenizer.
     """
-    loaded = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False)
+    loaded = AutoTokenizer.from_pretrained(find_embedded(tokenizer), trust_remote_code=False)
     special = set(loaded.all_special_ids)
 
     def spellings(ids: list[int]) -> list[str]:

@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data.embedded import find_embedded
 from data.pip_files import Release, cache_dir, fetch, sha256_of
 
 
@@ -36,13 +37,13 @@ def is_gguf(name: str) -> bool:
 
 def model_source(name: str) -> str:
     """Return what transformers is to load for a `model_name_or_path`: the converted folder of a local `.gguf` file or of
-    `smollm2`, which are made the first time; any other name as it is.
+    `smollm2`, which are made the first time; the embedded backbone wherever one runs; any other name as it is.
 
     Raises what `data.pip_files.fetch` raises, and:
         ValueError: the file is not one of GGUF, or of an architecture that transformers cannot read.
     """
     if name != SMOLLM2 and not is_gguf(name):
-        return name
+        return find_embedded(name)
     with PartialState().local_main_process_first():  # the others find it done
         if is_gguf(name):
             path = Path(name).expanduser()

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
 
 from data.files import has_splits
-from data.prompts import load_prompts
+from data.prompts import check_prompt_lengths, load_prompts
+from pipeline.runs.outputs import rows_report
 
 
 @dataclass
@@ -112,8 +114,23 @@ class CompletionArguments:
         """Raises what `load_prompts` raises, and a ValueError if there are fewer than two: no interval can be given."""
         prompts = load_prompts(self.dataset_name, self.dataset_eval_split, drop=self.drop_bad_rows)
         prompts = prompts.select(range(min(self.max_prompts, len(prompts))))
+        self._check_number(prompts)
+        return prompts
+
+    def check_lengths(
+        self, prompts: Dataset, tokenizer: PreTrainedTokenizerBase, context: int
+    ) -> tuple[Dataset, dict[str, dict]]:
+        """Check the prompts as tokens, say how many are used and return them, and what is said for the report.
+
+        Raises what `check_prompt_lengths` and `prompts` raise.
+        """
+        options = (tokenizer, context, self.max_completion_length, self.dataset_name)
+        prompts, found = check_prompt_lengths(prompts, *options, drop=self.drop_bad_rows)
+        self._check_number(prompts)
+        return prompts, rows_report({"prompts": (self.dataset_name, found)})
+
+    def _check_number(self, prompts: Dataset) -> None:
         if len(prompts) < 2:
             raise ValueError(
                 f"{self.dataset_name}: 1 prompt (max_prompts={self.max_prompts}), and intervals need 2 or more. Name more."
             )
-        return prompts

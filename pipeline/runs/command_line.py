@@ -1,7 +1,6 @@
 """Read a stage's options from its recipe and the command line, and take no typo silently."""
 
 import difflib
-import os
 import sys
 import warnings
 from io import TextIOWrapper
@@ -10,7 +9,8 @@ from transformers import GenerationConfig
 from transformers.integrations import get_reporting_integration_callbacks
 from trl import TrlParser
 
-from pipeline.runs.recipe import check_ranges, check_types, read_recipe
+from pipeline.runs.errors import report_errors
+from pipeline.runs.recipe import check_ranges, check_types, find_recipe, read_recipe
 
 
 def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
@@ -24,7 +24,7 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
     runs = args is None
     if runs:
         args = sys.argv[1:]
-        _report_errors_once()
+        report_errors()
         for stream in (sys.stdout, sys.stderr):  # in an ASCII locale a token or a path may hold what cannot be printed
             if isinstance(stream, TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
@@ -39,7 +39,7 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
         if args[-1] == "--config":
             raise ValueError("command line: --config needs the path of a recipe after it.")
         at = rest.index("--config")
-        path = rest[at + 1]
+        path = args[args.index("--config") + 1] = find_recipe(rest[at + 1])
         del rest[at : at + 2]
         recipe = read_recipe(path)
         given += [(str(key), path) for key in recipe]
@@ -110,11 +110,3 @@ def _check_trackers(report_to: list[str] | None) -> None:
 
 def _refuse(message: str) -> None:
     raise ValueError(f"command line: {message}")
-
-
-def _report_errors_once() -> None:
-    """Where several processes run a stage, all but the first tell their errors in a line each: most have the same, and
-    as many tracebacks printed at once can be read by no one."""
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        sys.excepthook = lambda kind, error, trace: sys.stderr.write(f"[rank {rank}] {kind.__name__}: {error}\n")

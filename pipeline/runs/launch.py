@@ -34,7 +34,7 @@ def check_launch(args: TrainingArguments | None = None, *, shards: bool = True) 
     # Without an accelerator, processes find each other only when accelerate is told so; TrainingArguments has use_cpu.
     state = args.distributed_state if args else PartialState(cpu=is_set("ACCELERATE_USE_CPU") or no_accelerator)
     found, where, config = state.num_processes, state.device.type, None
-    launcher = _launch_command()
+    launcher = launch_command()
     if launcher is not None:
         path = launcher.config_file or (default_config_file if Path(default_config_file).is_file() else None)
         config = load_config_from_file(path) if path and not launcher.cpu else None
@@ -106,7 +106,7 @@ def _wrapper_kind(model: nn.Module) -> str:
     return "no wrapper"
 
 
-def _launch_command() -> argparse.Namespace | None:
+def launch_command() -> argparse.Namespace | None:
     """The options of the `accelerate launch` that started this process, None where something else did. accelerate
     hands on what it did, not what it was asked for, which only its own command line tells."""
     try:

@@ -7,6 +7,7 @@ and `save_strategy: no` for False. Here each is one error.
 import math
 from dataclasses import Field, fields
 from enum import Enum
+from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -51,6 +52,13 @@ class _Loader(yaml.SafeLoader):
                 mark = node.value[number][0].start_mark
                 raise yaml.MarkedYAMLError(problem=f"the key {key!r} comes twice", problem_mark=mark)
         return super().construct_mapping(node, deep)
+
+
+def find_recipe(path: str) -> str:
+    """Return where a recipe is. Those of `pipeline/recipes` are found from any folder."""
+    ours = Path(__file__).parents[1] / "recipes" / path.removeprefix("pipeline/recipes/")
+    named = path.startswith("pipeline/recipes/") and not Path(path).exists()
+    return str(ours) if named and ours.is_file() else path
 
 
 def read_recipe(path: str) -> dict[str, Any]:

@@ -226,16 +226,3 @@ def test_a_tracker_that_is_not_there(name, problem, monkeypatch):
     with pytest.raises(ValueError, match=rf"^report_to=\['{name}'\]: .*({problem})"):
         parse(SFTConfig)
     assert parse(SFTConfig, args=args)[0].report_to == [name]
-
-
-def test_of_several_processes_one_prints_a_traceback(monkeypatch, capsys):
-    hook = sys.excepthook
-    monkeypatch.setattr(sys, "excepthook", hook)
-    monkeypatch.setattr(sys, "argv", ["stage"])
-    monkeypatch.delenv("RANK", raising=False)
-    parse(DataArguments)
-    assert sys.excepthook is hook
-    monkeypatch.setenv("RANK", "3")
-    parse(DataArguments)
-    sys.excepthook(ValueError, ValueError("seed=-1 must be from 0."), None)
-    assert capsys.readouterr().err == "[rank 3] ValueError: seed=-1 must be from 0.\n"
