@@ -339,7 +339,10 @@ def check_rows(
     if not kept:
         raise ValueError(f"{name}: drop_bad_rows=True leaves none of {len(rows)} rows: {dropped}. Name other data.")
     logger.warning(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows are left out: {dropped}.")
-    return _typed_anew(rows.select(kept), columns, name)
+    chosen = rows.select(kept)
+    if isinstance(chosen, Rows):
+        chosen.left_out += len(rows) - len(kept)
+    return _typed_anew(chosen, columns, name)
 
 
 def _typed_anew(rows: Dataset, columns: list[str], name: str) -> Dataset:
@@ -347,7 +350,7 @@ def _typed_anew(rows: Dataset, columns: list[str], name: str) -> Dataset:
     if not any(isinstance(rows.features[column], datasets.Json) for column in columns):
         return rows
     made = dataset_of({column: rows[column][:] for column in rows.column_names}, name)
-    return Rows(made, rows.files, rows.of, rows.numbers) if isinstance(rows, Rows) else made
+    return rows.as_rows(made) if isinstance(rows, Rows) else made
 
 
 def require_columns(rows: Dataset, needed: tuple[str, ...], name: str) -> None:
@@ -360,6 +363,20 @@ def require_columns(rows: Dataset, needed: tuple[str, ...], name: str) -> None:
             if len(found) == 1 and any(mark in found[0] for mark in ";,\t|"):
                 remedy = f"Separate the cells by {'tabs' if format_of(name) == '.tsv' else 'commas'}."
             raise ValueError(f"{name}: no column {column!r}; needed: {list(needed)}, found: {found}. {remedy}")
+
+
+def check_no_tools(rows: Dataset, name: str) -> None:
+    """Raise a ValueError for the first cell of a column by which TRL would have the chat template write something else."""
+    for column in ("tools", "chat_template_kwargs"):
+        for number, cell in enumerate(rows[column][:] if column in rows.column_names else []):
+            if cell not in (None, "", [], {}, "[]", "{}"):
+                raise cell_error(
+                    place(rows, number, name),
+                    column,
+                    cell,
+                    "must be empty: the stages write conversations without it",
+                    "Write what it says into a system turn, and drop or rename the column.",
+                )
 
 
 def check_cell(where: str, field: str, value: object, kind: str | None, *, filled: bool) -> str:

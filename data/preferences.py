@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 
 from data import human_ratings
-from data.files import cell_error, check_cell, check_rows, load_rows, require_columns
+from data.files import cell_error, check_cell, check_no_tools, check_rows, load_rows, require_columns
 from data.reading import dataset_of
 from data.rows import Rows
 from data.turns import begins_with, check_answered, split_pair
@@ -19,6 +19,8 @@ from data.turns import begins_with, check_answered, split_pair
 
 logger = logging.getLogger(__name__)
 LARGEST = torch.finfo(torch.float32).max  # a margin enters the loss in float32
+# Columns of well-known sets that hold how good each side is.
+SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 COLUMNS = ("prompt", "chosen", "rejected", "margin", "agreement")
 
 
@@ -46,10 +48,16 @@ def check_preferences(rows: Dataset, name: str, *, drop: bool = False) -> Datase
             f"a completion of label True with one of label False to the same prompt, as chosen and rejected."
         )
     require_columns(rows, ("chosen", "rejected"), name)
+    check_no_tools(rows, name)
     columns = [column for column in COLUMNS if column in rows.column_names]
     unread = [column for column in rows.column_names if column not in columns]
     if unread:
         logger.info(f"{name}: columns that are not read: {', '.join(unread)}.")
+    for pair in SCORES:
+        if set(pair) <= set(unread):
+            logger.warning(
+                f"{name}: {' and '.join(pair)} are not read. Their difference is read from a column 'margin'."
+            )
     rows = rows.select_columns(columns)
     doubled = "prompt" in columns and all(map(_doubled, rows))
 
@@ -89,7 +97,7 @@ def _apart(rows: Dataset, name: str, *, doubled: bool = False) -> Dataset:
     columns = {field: [getattr(part, field) for part in parts] for field in ("prompt", "chosen", "rejected")}
     others = [column for column in rows.column_names if column not in columns]
     made = dataset_of(columns | {column: rows[column][:] for column in others}, name)
-    return Rows(made, rows.files, rows.of, rows.numbers) if isinstance(rows, Rows) else made
+    return rows.as_rows(made) if isinstance(rows, Rows) else made
 
 
 def _doubled(row: dict) -> bool:

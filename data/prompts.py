@@ -3,10 +3,19 @@
 from datasets import Dataset
 
 from data import human_ratings
-from data.files import CellError, check_cell, check_chat_template, check_rows, load_rows, require_columns, shorten
+from data.files import (
+    CellError,
+    check_cell,
+    check_chat_template,
+    check_no_tools,
+    check_rows,
+    load_rows,
+    require_columns,
+    shorten,
+)
 from data.preferences import check_preferences, explicit_prompts
 from data.reading import dataset_of
-from data.rows import Rows
+from data.rows import Rows, left_out
 from data.tokens import TEMPLATE_ERRORS, Counts, added_tokens, check_prompt_ids, write_turns
 from data.turns import check_answerable
 
@@ -34,10 +43,12 @@ def check_prompts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
             kept = set(zip(checked.of.tolist(), checked.numbers.tolist(), strict=True))
             places = zip(rows.of.tolist(), rows.numbers.tolist(), strict=True)
             rows = rows.select([number for number, where in enumerate(places) if where in kept])
+            rows.left_out = checked.left_out
         others = {column: rows[column][:] for column in rows.column_names if column != "prompt"}
         made = dataset_of({"prompt": checked["prompt"][:]} | others, name)
-        rows = Rows(made, rows.files, rows.of, rows.numbers)
+        rows = rows.as_rows(made)
     require_columns(rows, ("prompt",), name)
+    check_no_tools(rows, name)
 
     def check(where: str, row: dict, kind: str | None) -> str:
         kind = check_cell(where, "prompt", row["prompt"], kind, filled=True)
@@ -92,7 +103,8 @@ def check_prompt_lengths(
         lengths.append(len(ids))
 
     found = check_rows(rows, ["prompt"], name, check, drop=drop)
-    return found, Counts(len(rows), len(found), 0, len(rows) - len(found), max(lengths))
+    bad = left_out(rows)
+    return found, Counts(len(rows) + bad, len(found), 0, len(rows) - len(found) + bad, max(lengths), bad)
 
 
 def tokenize_prompts(prompts: list, tokenizer) -> list[list[int]]:

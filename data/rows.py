@@ -20,9 +20,12 @@ class Rows(Dataset):
         files: name of each file that they come from.
         of: (rows,) which of the files each row comes from.
         numbers: (rows,) its row there, counting from 1.
+        left_out: rows beside them that could not be used (`drop_bad_rows`).
     """
 
-    def __init__(self, dataset: Dataset, files: tuple[str, ...], of: np.ndarray, numbers: np.ndarray):
+    def __init__(
+        self, dataset: Dataset, files: tuple[str, ...], of: np.ndarray, numbers: np.ndarray, left_out: int = 0
+    ):
         super().__init__(
             dataset.data,
             info=dataset.info,
@@ -30,7 +33,7 @@ class Rows(Dataset):
             indices_table=dataset._indices,
             fingerprint=dataset._fingerprint,
         )
-        self.files, self.of, self.numbers = files, of, numbers
+        self.files, self.of, self.numbers, self.left_out = files, of, numbers, left_out
 
     @classmethod
     def of_file(cls, dataset: Dataset, name: str) -> Self:
@@ -39,14 +42,18 @@ class Rows(Dataset):
 
     def with_columns(self, columns: dict[str, list]) -> Self:
         """Return the same rows with the cells of `columns` alone."""
-        return Rows(Dataset.from_dict(columns), self.files, self.of, self.numbers)
+        return self.as_rows(Dataset.from_dict(columns))
+
+    def as_rows(self, dataset: Dataset) -> Self:
+        """Return a dataset, made of each of these rows in their order, as rows of the same origin."""
+        return Rows(dataset, self.files, self.of, self.numbers, self.left_out)
 
     def select(self, indices: Iterable, *args, **kwargs) -> Self:
         """Override `select`, which shuffle, sort and train_test_split call: keep the origin of each row."""
         indices = np.asarray(list(indices), dtype=int) if not isinstance(indices, (range, np.ndarray)) else indices
         chosen = super().select(indices, *args, **kwargs)
         where = np.arange(len(self))[np.asarray(indices, dtype=int)]
-        return Rows(chosen, self.files, self.of[where], self.numbers[where])
+        return Rows(chosen, self.files, self.of[where], self.numbers[where], self.left_out)
 
     def filter(self, *args, **kwargs) -> Dataset:
         """Override `filter`, which copies attributes: the rows that it leaves no longer know their origin."""
@@ -54,6 +61,11 @@ class Rows(Dataset):
             self.data, info=self.info, split=self.split, indices_table=self._indices, fingerprint=self._fingerprint
         )
         return plain.filter(*args, **kwargs)
+
+
+def left_out(rows: Dataset) -> int:
+    """Return how many rows that could not be used stood beside these."""
+    return rows.left_out if isinstance(rows, Rows) else 0
 
 
 def place(rows: Dataset, index: int, name: str) -> str:

@@ -1,13 +1,18 @@
 """Texts for supervised fine-tuning."""
 
+import logging
+
 from datasets import Dataset
 
 from data import human_ratings
-from data.files import cell_error, check_cell, check_rows, load_rows
+from data.files import cell_error, check_cell, check_no_tools, check_rows, load_rows
 from data.turns import begins_with, check_answered
 
 
+logger = logging.getLogger(__name__)
+MEANT = ("prompt", "chosen", "rejected", "label")  # columns that another format reads
 # TRL's formats: the columns of each, and the kind of cell they hold (None: text or conversations).
+NOT_IMITATED = ("false", "0", "0.0")  # labels; spreadsheets write FALSE
 FORMATS = {("text",): "text", ("messages",): "conversation", ("prompt", "completion"): None}
 
 
@@ -31,6 +36,10 @@ def check_texts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
     read = list(columns)
     if "completion" in columns and "label" in rows.column_names:
         read.append("label")
+    check_no_tools(rows, name)
+    unread = [column for column in MEANT if column in rows.column_names and column not in read]
+    if unread:
+        logger.warning(f"{name}: it is read as {' and '.join(columns)}; its columns {', '.join(unread)} are not.")
     rows = rows.select_columns(read)
     doubled = "completion" in columns and all(_doubled(row) for row in rows)
 
@@ -42,7 +51,7 @@ def check_texts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
             check_answered(where, columns[-1], row[columns[-1]])
         if "completion" in row and (kind == "conversation" or doubled) and _doubled(row):
             raise cell_error(where, "completion", row["completion"], "must not begin with the prompt", "Take it out.")
-        if row.get("label", True) in (False, "False", "false", "0"):
+        if str(row.get("label", True)).strip().lower() in NOT_IMITATED:
             problem = "must be True: every completion is imitated"
             raise cell_error(where, "label", row["label"], problem, "Keep the rows that are to be imitated.")
         return kind

@@ -9,7 +9,7 @@ from jinja2.exceptions import TemplateError
 
 from data.files import cell_error, check_chat_template, check_rows
 from data.reading import dataset_of
-from data.rows import Rows, place
+from data.rows import Rows, left_out, place
 
 
 logger = logging.getLogger(__name__)
@@ -27,6 +27,7 @@ class Counts(NamedTuple):
     cut: int  # short of their end, or of their beginning
     dropped: int
     longest: int  # tokens
+    bad: int = 0  # of those that are dropped, by `drop_bad_rows`
 
     def __str__(self) -> str:
         said = f"{self.kept:,} of {self.rows:,} rows kept"
@@ -36,6 +37,9 @@ class Counts(NamedTuple):
 
     def check(self, name: str, max_length: int, min_kept: float, row: str = "row") -> None:
         """Raise a ValueError if fewer than the share `min_kept` of the rows are kept whole, or none is trained on."""
+        if self.bad:  # which is not for `max_length` to answer for
+            good = self._replace(rows=self.rows - self.bad, dropped=self.dropped - self.bad, bad=0)
+            return good.check(name, max_length, min_kept, row)
         if self.dropped == self.rows:
             raise ValueError(
                 f"{name}: every {row} is longer than max_length={max_length} tokens. Shorten them, or raise max_length (the "
@@ -49,10 +53,11 @@ class Counts(NamedTuple):
 
 
 class Lengths(NamedTuple):
-    """Tokens of each row, of a pair's longer side, and of its prompt (0: it has none)."""
+    """Tokens of each row, of a pair's longer side, and of its prompt (0: it has none); and rows that are left out."""
 
     rows: list[int]
     prompts: list[int]
+    bad: int = 0
 
     def counts(self, max_length: int, *, drops: bool = False, needs_rest: bool = False) -> Counts:
         """Count the rows, where longer ones are cut, or with `drops` left out; with `needs_rest`, those whose prompt alone
@@ -60,7 +65,8 @@ class Lengths(NamedTuple):
         long = [number for number, length in enumerate(self.rows) if length > max_length]
         lost = [number for number in long if drops or (needs_rest and self.prompts[number] >= max_length)]
         whole = len(self.rows) - len(long)
-        return Counts(len(self.rows), whole, len(long) - len(lost), len(lost), max(self.rows))
+        cut, dropped = len(long) - len(lost), len(lost) + self.bad
+        return Counts(len(self.rows) + self.bad, whole, cut, dropped, max(self.rows), self.bad)
 
 
 def added_tokens(tokenizer) -> tuple[list[int], list[int]]:
@@ -94,6 +100,14 @@ def prepare_tokens(rows: Dataset, tokenizer, name: str, *, drop: bool = False) -
     if isinstance(rows[0][sides[0]], str):
         rows, options = _once_begun(rows, sides, tokenizer, name), {}
         end = tokenizer.eos_token
+
+        def check_end(where: str, row: dict, kind: str | None) -> None:
+            if row["prompt"].endswith(end):
+                problem = f"must not end with {end!r}, which ends texts"
+                raise cell_error(where, "prompt", row["prompt"], problem, "Take it out of the prompt.")
+
+        if "prompt" in columns and any(prompt.endswith(end) for prompt in rows["prompt"]):
+            rows = check_rows(rows, columns, name, check_end, drop=drop)
         written = {column: rows[column][:] for column in columns}
         for side in sides:
             texts = written[side]
@@ -111,7 +125,7 @@ def prepare_tokens(rows: Dataset, tokenizer, name: str, *, drop: bool = False) -
                 written[column].append(text)
 
         rows = check_rows(rows, columns, name, check, drop=drop)
-    found, parted = Lengths([], []), []
+    found, parted = Lengths([], [], left_out(rows)), []
     for start in range(0, len(rows), CHUNK):
         texts = {column: cells[start : start + CHUNK] for column, cells in written.items()}
         ids = {column: _ids(chunk, tokenizer, options) for column, chunk in texts.items()}
@@ -159,7 +173,7 @@ def _once_begun(rows: Dataset, sides: list[str], tokenizer, name: str) -> Datase
         f"tokenizer writes itself; it is taken out of them."
     )
     made = dataset_of(cells | {column: [text.removeprefix(opens) for text in cells[column]] for column in first}, name)
-    return Rows(made, rows.files, rows.of, rows.numbers) if isinstance(rows, Rows) else made
+    return rows.as_rows(made) if isinstance(rows, Rows) else made
 
 
 def write_turns(where: str, field: str, turns: list[dict], tokenizer, *, ask: bool = False) -> str:

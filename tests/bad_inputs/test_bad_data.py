@@ -70,7 +70,40 @@ ROWS = {
     "a margin as text": ("reward", [{**PAIR, "margin": "1.5"}], "'margin' must be a finite number, but is '1.5'"),
     "an agreement in percent": ("reward", [{**PAIR, "agreement": 95.0}], "'agreement' must be a share from 0 to 1"),
     "an empty answer for DPO": ("dpo", [{**PAIR, "rejected": " "}], "'rejected' must not be empty"),
+    "tools": (
+        "sft",
+        [{"messages": TURNS, "tools": []}, {"messages": TURNS, "tools": [{"name": "look"}]}],
+        r"row 2 .*'tools' must be empty: the stages write conversations without it",
+    ),
+    "tools as text for DPO": ("dpo", [{**PAIR, "tools": '[{"name": "look"}]'}], "'tools' must be empty"),
+    "tools to prompts": ("ppo", [{"prompt": "A", "tools": [{"name": "look"}]}], "'tools' must be empty"),
+    "options of the template": (
+        "reward",
+        [{**PAIR, "chat_template_kwargs": {"enable_thinking": True}}],
+        "'chat_template_kwargs' must be empty",
+    ),
     "a text and a conversation": ("dpo", [{"chosen": TURNS, "rejected": "b"}], "'rejected' must be a conversation"),
+    "a completion that is not to be imitated": (
+        "sft",
+        [{"prompt": "A", "completion": " b", "label": "FALSE"}],
+        "'label' must be True",
+    ),
+    "a call of a tool for an answer": (
+        "sft",
+        [{"messages": [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}]}],
+        "row 1 .*'messages' must be text, or a list of messages that each have a text 'role' and a text 'content'",
+    ),
+    "content in parts": (
+        "sft",
+        [{"messages": [TURNS[0], {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]}],
+        "row 1 .*a text 'content'",
+    ),
+    "a conversation of instructions alone": (
+        "ppo",
+        [{"prompt": [{"role": "system", "content": "Be kind."}]}],
+        "must end in a turn that can be answered",
+    ),
+    "white space chosen": ("reward", [{**PAIR, "chosen": " \n\u00a0"}], "'chosen' must not be empty"),
     "no prompts to measure scores on": (
         "reward",
         [PAIR, {**PAIR, "prompt": ""}],
@@ -101,6 +134,16 @@ TO_THE_MODEL = {
         "reward",
         [*[PAIR] * 5, {**PAIR, "prompt": "A" + " film" * 70}, *[PAIR] * 6],
         r"rows\.jsonl row 6 \(counting from 1\): 'prompt' .*context of 128",
+    ),
+    "a prompt that ends a text, for SFT": (
+        "sft",
+        [{"prompt": "A", "completion": " b"}, {"prompt": "A<|endoftext|>", "completion": " b"}],
+        r"row 2 .*'prompt' must not end with '<\|endoftext\|>', which ends texts, .*Take it out",
+    ),
+    "a prompt that ends a text, for the reward model": (
+        "reward",
+        [{**PAIR, "prompt": "A<|endoftext|>"}],
+        "'prompt' must not end with",
     ),
     "chats without a template": ("sft", [{"messages": TURNS}], "'messages' is a conversation .* no chat template"),
     "pairs of chats": ("reward", [{"chosen": TURNS, "rejected": OTHER}], "'chosen' is a conversation .* no chat"),
