@@ -21,11 +21,11 @@ from tqdm.auto import tqdm
 from trl import ModelConfig
 
 from data.json_files import read_json, write_json
-from data.prompts import check_prompt_lengths, tokenize_prompts
+from data.prompts import tokenize_prompts
 from pipeline.backbone.loading import context_length
 from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import load_backbone
-from pipeline.backbone.sampling import as_answers, gathered, sample
+from pipeline.backbone.sampling import as_answers, gathered, rounds, sample
 from pipeline.reports.metrics import best_of_n, best_of_n_kl, bootstrap_interval, wins
 from pipeline.reports.plots import draw_best_of_n
 from pipeline.reports.report import best_of_n_table
@@ -33,7 +33,7 @@ from pipeline.runs.arguments import CompletionArguments, PolicyArguments
 from pipeline.runs.command_line import parse
 from pipeline.runs.folders import check_folders
 from pipeline.runs.launch import check_launch
-from pipeline.runs.outputs import seconds_running
+from pipeline.runs.outputs import rows_table, seconds_running
 from reward_models.composite import Composite, call_rewards
 from reward_models.functions import RewardArguments, load_functions
 from reward_models.rules import distinct_n, sentiment
@@ -68,11 +68,12 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
     backbone, tokenizer = load_backbone(
         model, start.sft_adapter, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
     )
-    check_prompt_lengths(prompts, tokenizer, context_length(backbone), args.max_completion_length, args.dataset_name)
+    prompts, read = args.check_lengths(prompts, tokenizer, context_length(backbone))
     composite = Composite(learned_rewards(rewards, backbone, tokenizer) + functions, args.reward_weights)
     backbone.to(state.device).eval()
 
     asked, prompt_ids = prompts["prompt"][:], tokenize_prompts(prompts["prompt"][:], tokenizer)
+    together = rounds(len(prompts), args.batch_size)
     texts, lengths, judge, scores = [], [], [], []  # each (draws, prompts); the last draw is the opponent
     with asyncio.Runner() as runner:
         for draw in tqdm(
@@ -89,11 +90,13 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
                 share_seed=(args.seed, draw),
             )
             parts = []
-            for batch in batches:
+            for number, batch in enumerate(batches):
                 rows = batch.rows()
                 of_batch = prompts.select(range(batch.first, batch.first + len(rows)))
                 answers = as_answers(tokenizer.batch_decode(rows, skip_special_tokens=True), asked)
                 rewards = call_rewards(composite.functions, of_batch, answers, rows, runner).tolist()
+                if number < together:
+                    composite.check_batch(rewards, of_batch["prompt"][:], answers)
                 parts.append((batch.first, rows, rewards))
             rows, rewards = gathered(parts)
             texts.append(tokenizer.batch_decode(rows, skip_special_tokens=True))
@@ -126,9 +129,13 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
         )
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    result = {"seed": args.seed, "prompts": len(prompts), "rows": rows, "seconds": round(seconds_running(), 1)}
+    result = {"seed": args.seed, "prompts": len(prompts), "read": read, "rows": rows}
+    result["seconds"] = round(seconds_running(), 1)
     write_json(folder / "best_of_n.json", result)
-    (folder / "best_of_n.md").write_text(best_of_n_table(rows) + "\n", encoding="utf-8")
+    table = best_of_n_table(rows)
+    if any(found["dropped"] for found in read.values()):
+        table += f"\n\n## Data\n{rows_table(read)}"
+    (folder / "best_of_n.md").write_text(table + "\n", encoding="utf-8")
     draw_best_of_n(rows, folder / "best_of_n.png", compared)
     print(best_of_n_table(rows))
 

@@ -20,12 +20,12 @@ from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from data.json_files import write_json
-from data.prompts import check_prompt_lengths, tokenize_prompts
+from data.prompts import tokenize_prompts
 from pipeline.backbone.adapters import read_adapter, read_metrics
 from pipeline.backbone.loading import context_length
 from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import Backbone, load_backbone
-from pipeline.backbone.sampling import as_answers, gathered, sample
+from pipeline.backbone.sampling import as_answers, gathered, rounds, sample
 from pipeline.reports import report as drawing
 from pipeline.reports.metrics import bootstrap_interval, wins
 from pipeline.runs.arguments import CompletionArguments
@@ -106,9 +106,9 @@ def complete(
     shares = {adapter: adapter is None or backbone.starts_at_trunk(adapter) for adapter in temperatures}
     state = PartialState()
     total = -(-len(prompt_ids) // (args.batch_size * state.num_processes))
-    for batch in tqdm(
-        batches, total=total, desc=f"{role} completions", unit="batch", disable=not state.is_main_process
-    ):
+    together = rounds(len(prompt_ids), args.batch_size)
+    progress = tqdm(batches, total=total, desc=f"{role} completions", unit="batch", disable=not state.is_main_process)
+    for number, batch in enumerate(progress):
         trunk = backbone.trunk(*batch[:2]) if backbone.trunk_depth else None
         nats = {
             adapter: backbone.logprobs(adapter, *batch[:3], temperature, trunk if shares[adapter] else None)
@@ -120,6 +120,8 @@ def complete(
         of_batch = prompts.select(range(batch.first, batch.first + len(rows)))
         answers = as_answers(tokenizer.batch_decode(rows, skip_special_tokens=True), asked)
         rewards = call_rewards(composite.functions, of_batch, answers, rows, runner).tolist()
+        if number < together:
+            composite.check_batch(rewards, of_batch["prompt"][:], answers)
         kl = (nats[role] - nats["reference"]).tolist()
         parts.append((batch.first, rows, kl, (-nats[None]).tolist(), rewards))
     result = Completions(tokenizer)
@@ -150,7 +152,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     backbone, tokenizer = load_backbone(
         model, args.policy_adapter, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
     )
-    check_prompt_lengths(prompts, tokenizer, context_length(backbone), args.max_completion_length, args.dataset_name)
+    prompts, rows = args.check_lengths(prompts, tokenizer, context_length(backbone))
     if args.sft_adapter:
         reference = read_adapter(
             args.sft_adapter, needs_head=False, base=backbone.get_base_model(), tokenizer=tokenizer
@@ -176,6 +178,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         "policy": args.policy_name,
         "seed": args.seed,
         "prompts": len(prompts),
+        "rows": rows,
         "sft": sft.metrics(),
         "ppo": ppo.metrics(),
         "judge_gain": bootstrap_interval(ppo.judge - sft.judge),

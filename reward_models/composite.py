@@ -7,6 +7,7 @@ import asyncio
 import copy
 import inspect
 import math
+import traceback
 from collections.abc import Callable, Mapping, Set
 
 import torch
@@ -71,7 +72,8 @@ class Composite:
 
         def raised(error: BaseException, given: dict) -> list[float]:
             samples = _samples(given["prompts"], given["completions"])
-            return fail(f"raised {type(error).__name__}: {error}; it was called with {samples}.", given, error)
+            problem = f"raised {type(error).__name__}: {error}; it was called with {samples}.{_where(error)}"
+            return fail(problem, given, error)
 
         def call(**given):
             try:
@@ -124,6 +126,11 @@ class Composite:
             )
         return scores
 
+    def check_batch(self, rewards: list[list[float]], prompts: list, completions: list) -> None:
+        """Raise what `total` raises for what the functions gave for one batch of this process, (B, functions). All
+        processes call it together: what a function does wrong is told with the first batch, not after all sampling."""
+        self.total(torch.tensor(gather_object(rewards), dtype=torch.float64), prompts, completions)
+
 
 def _problem(values: list, prompts: list, completions: list) -> str | None:
     """What is wrong with the values that a reward function gave, with a sample."""
@@ -171,6 +178,13 @@ def _copy(value: object) -> object:
     if type(value) is dict:
         return {key: _copy(entry) for key, entry in value.items()}
     return value if isinstance(value, (str, int, float, bytes, type(None))) else copy.deepcopy(value)
+
+
+def _where(error: BaseException) -> str:
+    """Return the file and line of the reward function that an error came from, the deepest in that file."""
+    called = traceback.extract_tb(error.__traceback__)[1:]  # the first is of ours, which called it
+    last = next((frame for frame in reversed(called) if frame.filename == called[0].filename), None)
+    return f" It was raised in {last.filename}, line {last.lineno}." if last else ""
 
 
 def _samples(prompts: list, completions: list) -> str:

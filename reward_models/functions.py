@@ -3,9 +3,11 @@
 import ast
 import asyncio
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib import import_module
+from pathlib import Path
 
 from datasets import Dataset
 
@@ -15,6 +17,8 @@ PROTOCOL = ("prompts", "completions", "completion_ids", "trainer_state", "log_ex
 # Columns that TRL's trainers would take for pictures are given to them under another name, and to functions under their own.
 PICTURES = ("image", "images")
 HIDDEN = "column:"
+# A function that is named by its file: `my_rewards.py:brevity`, `./my_rewards.brevity`, `my_rewards:brevity`.
+FILE_NAME = re.compile(r"[/\\:]|\.py$")
 # What a function may raise and the run must end for with an error: `sys.exit(0)` among it, but for Ctrl-C.
 RAISED = (Exception, SystemExit, asyncio.CancelledError)
 
@@ -69,12 +73,19 @@ def load_function(text: str) -> Callable:
     if not isinstance(text, str):  # YAML reads `: ` as a mapping
         raise ValueError(f"reward_funcs: {text!r} is not text. Put the entry in quotes.")
     path, bracket, options = text.partition("(")
+    if FILE_NAME.search(path):
+        raise ValueError(
+            f"reward_funcs: cannot import {path!r}, which names a file. {_dotted(path, bracket + options)}"
+        )
     module, _, name = path.rpartition(".")
     try:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
+        where = ""
+        if isinstance(error, ModuleNotFoundError):
+            where = f" Python looks in the current folder ({Path.cwd()}) and in those of PYTHONPATH."
         raise ValueError(
-            f"reward_funcs: cannot import {path!r} ({error}). Write it as package.module.function."
+            f"reward_funcs: cannot import {path!r} ({error}). Write it as package.module.function.{where}"
         ) from error
     except RAISED as error:
         raise ValueError(
@@ -93,6 +104,20 @@ def load_function(text: str) -> Callable:
     if not callable(function):
         raise ValueError(f"reward_funcs: {text!r} is not a function.")
     return function
+
+
+def _dotted(path: str, options: str) -> str:
+    """Return how a function in a file, such as `./my_rewards.py:brevity`, is to be written."""
+    file, _, name = (path, "", "<function>") if path.endswith(".py") else path.rpartition(":" if ":" in path else ".")
+    file = Path(file.rstrip(":").removesuffix(".py")).expanduser()
+    parts, folder = [part for part in file.parts if part not in (".", "..")], Path.cwd()
+    if file.is_absolute() or ".." in file.parts:
+        parts, folder = [file.name], file.resolve().parent
+    module = ".".join(parts)
+    return (
+        f"Write it as package.module.function: {module}.{name}{options}, and start the run in {folder}, or name that folder in "
+        f"PYTHONPATH."
+    )
 
 
 def _options(text: str, options: str) -> dict:

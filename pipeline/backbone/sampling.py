@@ -167,6 +167,11 @@ def sample(
         yield Sample(sequences, torch.cat([mask, real.long()], dim=1), chosen, real, logprobs, start)
 
 
+def rounds(prompts: int, batch_size: int) -> int:
+    """Return in how many rounds of `sample(share_seed=...)` every process has a batch."""
+    return -(-prompts // batch_size) // PartialState().num_processes
+
+
 def gathered(parts: list[tuple[int, *tuple[list, ...]]]) -> list[list]:
     """Columns of all prompts, in their order, from all processes: each part is what one of them found for a batch, the
     number of its first prompt and a list a column."""

@@ -3,6 +3,7 @@
 import numpy as np
 
 from pipeline.reports.markdown import interval_in_words, markdown_cell, markdown_table, number, with_interval
+from pipeline.runs.outputs import rows_table
 
 
 FIGURES = {
@@ -145,6 +146,8 @@ def markdown_report(report: dict, samples: list[dict], curves: bool = True) -> s
         parts += ["## Before training", _checks(report["preflight"])]
     if samples:
         parts += ["## Samples", _samples(samples, policy)]
+    if report.get("rows"):
+        parts += ["## Data", rows_table(report["rows"])]
     if report.get("seconds"):
         seconds = [[markdown_cell(stage), f"{value:,.1f}"] for stage, value in report["seconds"].items()]
         parts += ["## Time", markdown_table(["stage", "seconds"], seconds, numbers=(1,))]

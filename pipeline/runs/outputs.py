@@ -14,6 +14,9 @@ from pipeline.backbone.identity import write_identity
 from pipeline.runs.folders import open_to_umask
 
 
+FIGURES = ("rows", "kept", "cut", "dropped", "longest")  # of `Counts`, those that are reported
+
+
 def seconds_running() -> float:
     """Seconds since this process was started, imports included."""
     return time.time() - psutil.Process().create_time()
@@ -61,22 +64,29 @@ def rows_report(counts: dict[str, tuple[str, Counts]]) -> dict[str, dict]:
     """
     for part, (source, of_part) in counts.items():
         PartialState().print(f"{part} ({source}): {of_part}.")
-    return {part: {"source": source, **of_part._asdict()} for part, (source, of_part) in counts.items()}
+    return {
+        part: {"source": source, **dict(zip(FIGURES, found, strict=False))} for part, (source, found) in counts.items()
+    }
 
 
 def add_rows_to_card(folder: Path, rows: dict[str, dict]) -> None:
     """Write into the model card how many rows were trained on."""
     card = folder / "README.md"
     if rows and card.is_file():
-        lines = [
-            "| rows | source | read | kept whole | cut | dropped | longest (tokens) |",
-            "|---|---|---:|---:|---:|---:|---:|",
-        ]
-        for part, of_part in rows.items():
-            figures = (f"{of_part[name]:,}" for name in ("rows", "kept", "cut", "dropped", "longest"))
-            lines.append(f"| {part} | {of_part['source']} | {' | '.join(figures)} |")
         with card.open("a", encoding="utf-8") as file:
-            file.write("\n## Data\n" + "\n".join(lines) + "\n")
+            file.write("\n## Data\n" + rows_table(rows) + "\n")
+
+
+def rows_table(rows: dict[str, dict]) -> str:
+    """Return what `rows_report` returned as a markdown table."""
+    lines = [
+        "| rows | source | read | kept whole | cut | dropped | longest (tokens) |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for part, of_part in rows.items():
+        figures = (f"{of_part[name]:,}" for name in FIGURES)
+        lines.append(f"| {part} | {of_part['source']} | {' | '.join(figures)} |")
+    return "\n".join(lines)
 
 
 def push(args: TrainingArguments, repository: str | None) -> None:

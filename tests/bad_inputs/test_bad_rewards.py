@@ -3,6 +3,7 @@
 import asyncio
 import math
 import sys
+from importlib import import_module
 
 import pytest
 
@@ -17,6 +18,24 @@ NAMES = {
     ),
     "a misspelt module": ({"reward_funcs": "reward_model.rules.contains"}, r"cannot import .*No module named"),
     "a file": ({"reward_funcs": "rewards.py"}, r"cannot import 'rewards\.py'.*Write it as package\.module\.function"),
+    "a function in a file": (
+        {"reward_funcs": "./my_rewards.py:brevity"},
+        r"'\./my_rewards\.py:brevity', which names a file\. Write it as package\.module\.function: my_rewards\.brevity, and start",
+    ),
+    "a function in a folder's file, with options": (
+        {"reward_funcs": "rewards/mine.py::get_a(n=3)"},
+        r"package\.module\.function: rewards\.mine\.get_a\(n=3\), and start",
+    ),
+    "a function in a file elsewhere": (
+        {"reward_funcs": "/home/me/mine.py:a"},
+        r": mine\.a, and start the run in /home/me, or name that folder in PYTHONPATH",
+    ),
+    "a function in a file, with a dot": ({"reward_funcs": "./mine.a"}, r"package\.module\.function: mine\.a, and"),
+    "an entry point": ({"reward_funcs": "mine:a"}, r"package\.module\.function: mine\.a, and"),
+    "a module that is elsewhere": (
+        {"reward_funcs": "nowhere.a"},
+        r"No module named 'nowhere'.*Python looks in the current folder \(/",
+    ),
     "no path": ({"reward_funcs": "contains"}, r"cannot import 'contains'"),
     "no function": ({"reward_funcs": "reward_models.rules.__doc__"}, r"is not a function"),
     "a missing column": (
@@ -156,6 +175,29 @@ def test_what_is_given(function, refuses):
     """At the first rollout, before the first step."""
     path = f"{__name__}.{function.__name__}"
     refuses("ppo", GIVEN[function], loads=True, trains=True, reward_adapter="", reward_funcs=path)
+
+
+@pytest.mark.parametrize("stage", ["evaluation", "best_of_n"])
+@pytest.mark.parametrize("function", [broken, broken_service, nan, none_each], ids=lambda function: function.__name__)
+def test_what_is_given_is_looked_at_with_the_first_batch(stage, function, refuses, monkeypatch):
+    """Not after all completions were sampled."""
+    module, batches = import_module(f"pipeline.{stage}"), []
+    sample = module.sample
+    monkeypatch.setattr(module, "sample", lambda *args, **kwargs: map(noted(batches), sample(*args, **kwargs)))
+    message = GIVEN[function].replace("8 completions", "2 completions")
+    options = {"reward_adapter": "", "reward_funcs": f"{__name__}.{function.__name__}", "batch_size": 2}
+    refuses(stage, message, loads=True, trains=True, **options)
+    assert len(batches) == 1
+
+
+def noted(batches: list):
+    return lambda batch: batches.append(batch) or batch
+
+
+def test_an_error_names_the_line_of_the_function(refuses):
+    line = broken.__code__.co_firstlineno + 1
+    message = rf"raised KeyError: .*completion '.*'\. It was raised in {__file__}, line {line}\."
+    refuses("evaluation", message, loads=True, trains=True, reward_adapter="", reward_funcs=f"{__name__}.broken")
 
 
 def test_a_value_that_starts_from_no_reward_model(refuses):

@@ -70,3 +70,49 @@ def test_prompts_are_counted(stage, world, capsys):
     assert f"train ({data}): 2 of 3 rows kept, 1 dropped; the longest has" in capsys.readouterr().out
     found = json.loads((world.folder / "out" / "metrics.json").read_text())["rows"]["train"]
     assert (found["rows"], found["kept"], found["dropped"]) == (3, 2, 1)
+
+
+@pytest.mark.parametrize("stage", ["evaluation", "best_of_n"])
+def test_prompts_of_the_evaluation_are_counted(stage, world, capsys):
+    rows = [{"prompt": "A"}, {"prompt": "fine " * 150}, {"prompt": " "}, {"prompt": "It is"}, {"prompt": "Not"}]
+    data = world.write("rows.jsonl", rows)
+    options = {"n": ["1", "2"]} if stage == "best_of_n" else {}
+    world.run(stage, dataset_name=data, drop_bad_rows="true", **options)
+    assert f"prompts ({data}): 3 of 5 rows kept, 2 dropped; the longest has" in capsys.readouterr().out
+    name = {"evaluation": "report", "best_of_n": "best_of_n"}[stage]
+    key = {"evaluation": "rows", "best_of_n": "read"}[stage]
+    report = json.loads((world.folder / "out" / f"{name}.json").read_text())
+    found = report[key]["prompts"]
+    assert report["prompts"] == 3
+    assert (found["rows"], found["kept"], found["dropped"]) == (5, 3, 2)
+    assert f"| prompts | {data} | 5 | 3 | 0 | 2 |" in (world.folder / "out" / f"{name}.md").read_text()
+
+
+@pytest.mark.parametrize("stage", ["evaluation", "best_of_n"])
+def test_too_few_prompts_are_left(stage, refuses, world):
+    data = world.write("rows.jsonl", [{"prompt": "A"}, {"prompt": "fine " * 150}])
+    message = "1 prompt .*, and intervals need 2 or more"
+    refuses(stage, message, loads=True, dataset_name=data, drop_bad_rows="true")
+
+
+BAD = {
+    "sft": ({"prompt": "A", "completion": " film"}, {"prompt": "A", "completion": ""}),
+    "reward": (
+        {"prompt": "A", "chosen": " film", "rejected": " b"},
+        {"prompt": "A", "chosen": " b", "rejected": " b"},
+    ),
+    "dpo": ({"chosen": "A film", "rejected": "A b"}, {"chosen": "A film", "rejected": "A film"}),
+    "ppo": ({"prompt": "A"}, {"prompt": ""}),
+}
+
+
+@pytest.mark.parametrize("stage", BAD)
+def test_rows_that_cannot_be_used_are_counted(stage, world, capsys):
+    """They are not for `min_kept` to count, which is about lengths."""
+    good, bad = BAD[stage]
+    data = world.write("rows.jsonl", [good, good, bad, bad, bad, bad])
+    options = {} if stage in ("sft", "ppo") else {"sft_adapter": ""}
+    world.run(stage, dataset_name=data, drop_bad_rows="true", max_steps=1, min_kept=1.0, **options)
+    assert f"train ({data}): 2 of 6 rows kept, 4 dropped; the longest has" in capsys.readouterr().out
+    found = json.loads((world.folder / "out" / "metrics.json").read_text())["rows"]["train"]
+    assert (found["rows"], found["kept"], found["dropped"]) == (6, 2, 4)
