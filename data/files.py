@@ -341,7 +341,7 @@ def check_rows(
     logger.warning(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows are left out: {dropped}.")
     chosen = rows.select(kept)
     if isinstance(chosen, Rows):
-        chosen.left_out += len(rows) - len(kept)
+        chosen.left_out = rows.left_out + len(rows) - len(kept)
     return _typed_anew(chosen, columns, name)
 
 

@@ -20,7 +20,7 @@ class Rows(Dataset):
         files: name of each file that they come from.
         of: (rows,) which of the files each row comes from.
         numbers: (rows,) its row there, counting from 1.
-        left_out: rows beside them that could not be used (`drop_bad_rows`).
+        left_out: rows beside them that could not be used (`drop_bad_rows`). Of a part of the rows it is not known, and 0.
     """
 
     def __init__(
@@ -53,7 +53,8 @@ class Rows(Dataset):
         indices = np.asarray(list(indices), dtype=int) if not isinstance(indices, (range, np.ndarray)) else indices
         chosen = super().select(indices, *args, **kwargs)
         where = np.arange(len(self))[np.asarray(indices, dtype=int)]
-        return Rows(chosen, self.files, self.of[where], self.numbers[where], self.left_out)
+        left_out = self.left_out if len(where) >= len(self) else 0
+        return Rows(chosen, self.files, self.of[where], self.numbers[where], left_out)
 
     def filter(self, *args, **kwargs) -> Dataset:
         """Override `filter`, which copies attributes: the rows that it leaves no longer know their origin."""

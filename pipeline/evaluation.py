@@ -26,8 +26,9 @@ from pipeline.backbone.loading import context_length
 from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import Backbone, load_backbone
 from pipeline.backbone.sampling import as_answers, gathered, rounds, sample
-from pipeline.reports import report as drawing
 from pipeline.reports.metrics import bootstrap_interval, wins
+from pipeline.reports.plots import draw_accuracy_by_gap, draw_calibration, draw_ppo_curves, draw_score_histograms
+from pipeline.reports.report import markdown_report
 from pipeline.runs.arguments import CompletionArguments
 from pipeline.runs.command_line import parse
 from pipeline.runs.folders import check_folders
@@ -195,12 +196,12 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     history = metrics["ppo"].get("history", [])
     curves = any("score" in row for row in history)  # those of PPO; other trainers log other things
     if curves:
-        drawing.draw_ppo_curves(history, folder / "ppo_curves.png")
-    drawing.draw_score_histograms(sft.scores, ppo.scores, folder / "score_histograms.png", args.policy_name)
+        draw_ppo_curves(history, folder / "ppo_curves.png")
+    draw_score_histograms(sft.scores, ppo.scores, folder / "score_histograms.png", args.policy_name)
     if measured:
-        drawing.draw_calibration(measured["reliability"], measured["ece"], folder / "reward_calibration.png")
+        draw_calibration(measured["reliability"], measured["ece"], folder / "reward_calibration.png")
     if "by_gap" in measured:
-        drawing.draw_accuracy_by_gap(measured["by_gap"], folder / "accuracy_by_gap.png")
+        draw_accuracy_by_gap(measured["by_gap"], folder / "accuracy_by_gap.png")
     samples = [
         {
             "prompt": as_text(prompts["prompt"][i]),
@@ -212,7 +213,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     ]
     report["seconds"]["evaluation"] = round(seconds_running(), 1)
     write_json(folder / "report.json", report)
-    (folder / "report.md").write_text(drawing.markdown_report(report, samples, curves), encoding="utf-8")
+    (folder / "report.md").write_text(markdown_report(report, samples, curves), encoding="utf-8")
     print(
         f"{folder / 'report.md'}: judge {report['sft']['judge']:+.3f} -> {report['ppo']['judge']:+.3f}, "
         f"win rate {report['win_rate']['mean']:.3f}, KL {report['ppo']['kl']:.1f} nats"

@@ -59,6 +59,8 @@ class Composite:
         def fail(problem: str, given: dict, cause: BaseException | None = None) -> list[float]:
             failure = RewardError(f"reward function {name!r} {problem}")
             failure.__cause__ = cause
+            if where := _where(cause):
+                failure.add_note(where)
             self._failures.append(failure)
             return [0.0] * len(given["prompts"])
 
@@ -72,8 +74,7 @@ class Composite:
 
         def raised(error: BaseException, given: dict) -> list[float]:
             samples = _samples(given["prompts"], given["completions"])
-            problem = f"raised {type(error).__name__}: {error}; it was called with {samples}.{_where(error)}"
-            return fail(problem, given, error)
+            return fail(f"raised {type(error).__name__}: {error}; it was called with {samples}.", given, error)
 
         def call(**given):
             try:
@@ -180,11 +181,11 @@ def _copy(value: object) -> object:
     return value if isinstance(value, (str, int, float, bytes, type(None))) else copy.deepcopy(value)
 
 
-def _where(error: BaseException) -> str:
+def _where(error: BaseException | None) -> str:
     """Return the file and line of the reward function that an error came from, the deepest in that file."""
-    called = traceback.extract_tb(error.__traceback__)[1:]  # the first is of ours, which called it
+    called = traceback.extract_tb(error.__traceback__ if error else None)[1:]  # the first is of ours, which called it
     last = next((frame for frame in reversed(called) if frame.filename == called[0].filename), None)
-    return f" It was raised in {last.filename}, line {last.lineno}." if last else ""
+    return f"It was raised in {last.filename}, line {last.lineno}." if last else ""
 
 
 def _samples(prompts: list, completions: list) -> str:

@@ -81,12 +81,10 @@ def load_function(text: str) -> Callable:
     try:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        where = ""
+        failure = ValueError(f"reward_funcs: cannot import {path!r} ({error}). Write it as package.module.function.")
         if isinstance(error, ModuleNotFoundError):
-            where = f" Python looks in the current folder ({Path.cwd()}) and in those of PYTHONPATH."
-        raise ValueError(
-            f"reward_funcs: cannot import {path!r} ({error}). Write it as package.module.function.{where}"
-        ) from error
+            failure.add_note(f"Python looks in the current folder ({Path.cwd()}) and in those of PYTHONPATH.")
+        raise failure from error
     except RAISED as error:
         raise ValueError(
             f"reward_funcs: cannot import {path!r}: the module {module} raises {type(error).__name__}: {error} as it is "

@@ -39,13 +39,16 @@ def is_expected(error: BaseException, trace: TracebackType | None) -> bool:
 
 
 def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an error: the message alone if it is expected, else the traceback. Of several processes that have the same
+    """Print an error: the message and its notes if it is expected, else the traceback. Of several processes that have the same
     error one prints it, and torch's launcher, which ends with a table of the processes, gets the message for it."""
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
     expected = is_expected(error, trace)
-    text = f"{error}\n" if expected else "".join(traceback.format_exception(kind, error, trace))
+    notes = [note for one in (error, error.__cause__) for note in getattr(one, "__notes__", [])]
+    text = (
+        " ".join([str(error), *notes]) + "\n" if expected else "".join(traceback.format_exception(kind, error, trace))
+    )
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and not _tell_launcher(text, str(error) if expected else f"{kind.__name__}: {error}"):
         return

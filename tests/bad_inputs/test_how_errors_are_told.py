@@ -8,11 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from pipeline.runs.arguments import DataArguments
 from pipeline.runs.command_line import parse
 from pipeline.runs.errors import report
-from reward_models.functions import RewardArguments
+from reward_models.composite import Composite
+from reward_models.functions import RewardArguments, load_function
 
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +56,34 @@ def test_an_expected_error_is_its_message(call, message, capsys, monkeypatch):
     report(*caught(call))
     said = capsys.readouterr().err
     assert said.startswith(message) and said.endswith("\n") and said.count("\n") == 1
+
+
+def broken(completions, **kwargs):
+    return [len(text) / 0 for text in completions]
+
+
+def scored():
+    composite = Composite([broken])
+    composite.functions[0](prompts=["A"], completions=["b"], completion_ids=[[0]])
+    composite.total(torch.zeros(1, 1), ["A"], ["b"])
+
+
+@pytest.mark.parametrize(
+    ("call", "note"),
+    [
+        (scored, f"It was raised in {__file__}, line {broken.__code__.co_firstlineno + 1}."),
+        (
+            lambda: load_function("nowhere.a"),
+            f"Python looks in the current folder ({Path.cwd()}) and in those of PYTHONPATH.",
+        ),
+    ],
+    ids=["a reward function", "a module"],
+)
+def test_an_expected_error_says_where_to_look(call, note, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    report(*caught(call))
+    said = capsys.readouterr().err
+    assert said.endswith(f". {note}\n") and said.count("\n") == 1
 
 
 def foreign():

@@ -5,6 +5,8 @@ import json
 import pytest
 from transformers import Trainer
 
+from data.prompts import load_prompts
+
 
 LONG, LONGER = " fine" * 20, " poor" * 40
 ROWS = {
@@ -86,6 +88,14 @@ def test_prompts_of_the_evaluation_are_counted(stage, world, capsys):
     assert report["prompts"] == 3
     assert (found["rows"], found["kept"], found["dropped"]) == (5, 3, 2)
     assert f"| prompts | {data} | 5 | 3 | 0 | 2 |" in (world.folder / "out" / f"{name}.md").read_text()
+
+
+def test_rows_left_out_are_those_beside_all_rows(world):
+    """Beside the first two of them there are none that could not be used."""
+    rows = load_prompts(
+        world.write("rows.jsonl", [{"prompt": text} for text in ("A", "B", "C", " ")]), "train", drop=True
+    )
+    assert (len(rows), rows.left_out, rows.shuffle(seed=0).left_out, rows.select(range(2)).left_out) == (3, 1, 1, 0)
 
 
 @pytest.mark.parametrize("stage", ["evaluation", "best_of_n"])
