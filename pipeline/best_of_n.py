@@ -20,7 +20,7 @@ import torch
 from tqdm.auto import tqdm
 from trl import ModelConfig
 
-from data.json_files import read_json, write_json
+from data.json_files import write_json
 from data.prompts import tokenize_prompts
 from pipeline.backbone.loading import context_length
 from pipeline.backbone.rewards import learned_rewards
@@ -28,7 +28,7 @@ from pipeline.backbone.roles import load_backbone
 from pipeline.backbone.sampling import as_answers, gathered, rounds, sample
 from pipeline.reports.metrics import best_of_n, best_of_n_kl, bootstrap_interval, wins
 from pipeline.reports.plots import draw_best_of_n
-from pipeline.reports.report import best_of_n_table
+from pipeline.reports.report import best_of_n_table, read_report
 from pipeline.runs.arguments import CompletionArguments, PolicyArguments
 from pipeline.runs.command_line import parse
 from pipeline.runs.folders import check_folders
@@ -58,7 +58,7 @@ class BestOfNArguments(CompletionArguments):
 
 def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArguments, model: ModelConfig) -> None:
     state = check_launch()
-    compared = read_json(args.report) if args.report else None
+    compared = read_report(args.report) if args.report else None
     check_folders(
         args.output_dir, model.model_name_or_path, policies=(start.sft_adapter,), rewards=rewards.reward_adapter
     )

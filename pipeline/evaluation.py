@@ -3,8 +3,7 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.evaluation --config pipeline/recipes/demo/evaluation.yaml
 
 The independent judge is VADER's rule-based compound (-1..1) of prompt and completion. Leaves report.json, report.md
-and plots in `output_dir`. Any policy adapter can stand where PPO's does, such as a baseline's: `ppo` in report.json is
-the policy that was evaluated, whatever `policy` calls it.
+and plots in `output_dir`. Any policy adapter can stand where PPO's does, such as a baseline's.
 """
 
 import asyncio
@@ -166,38 +165,37 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     with asyncio.Runner() as runner:
         results = {
             name: complete(role, backbone, prompts, tokenizer, composite, runner, args)
-            for name, role in (("sft", "reference"), ("ppo", "policy"))
+            for name, role in (("sft", "reference"), ("policy", "policy"))
         }
     if not state.is_main_process:
         return
-    sft, ppo = results["sft"], results["ppo"]
+    sft, policy = results["sft"], results["policy"]
     first = next(iter(rewards.reward_adapter), None)  # of several, the one that the value started from
-    stages = {"sft": args.sft_adapter, "reward": first, "ppo": args.policy_adapter}
+    stages = {"sft": args.sft_adapter, "reward": first, "policy": args.policy_adapter}
     metrics = {stage: read_metrics(folder) if folder else {} for stage, folder in stages.items()}
     measured = {key: value for key, value in metrics["reward"].items() if key not in ("history", "rows", "seconds")}
     report = {
-        "policy": args.policy_name,
+        "policy_name": args.policy_name,
         "seed": args.seed,
         "prompts": len(prompts),
         "rows": rows,
         "sft": sft.metrics(),
-        "ppo": ppo.metrics(),
-        "judge_gain": bootstrap_interval(ppo.judge - sft.judge),
-        "win_rate": bootstrap_interval(wins(ppo.judge, sft.judge)),
-        "score_win_rate": bootstrap_interval(wins(ppo.scores, sft.scores)),
+        "policy": policy.metrics(),
+        "judge_gain": bootstrap_interval(policy.judge - sft.judge),
+        "win_rate": bootstrap_interval(wins(policy.judge, sft.judge)),
+        "score_win_rate": bootstrap_interval(wins(policy.scores, sft.scores)),
         **({"reward_model": measured} if measured else {}),
-        "backbone_copies": metrics["ppo"].get("backbone_copies"),
-        "preflight": metrics["ppo"].get("preflight", []),
-        "completions": metrics["ppo"].get("completions"),
+        "preflight": metrics["policy"].get("preflight", []),
+        "completions": metrics["policy"].get("completions"),
         "seconds": {stage: found["seconds"] for stage, found in metrics.items() if found},
     }
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    history = metrics["ppo"].get("history", [])
+    history = metrics["policy"].get("history", [])
     curves = any("score" in row for row in history)  # those of PPO; other trainers log other things
     if curves:
         draw_ppo_curves(history, folder / "ppo_curves.png")
-    draw_score_histograms(sft.scores, ppo.scores, folder / "score_histograms.png", args.policy_name)
+    draw_score_histograms(sft.scores, policy.scores, folder / "score_histograms.png", args.policy_name)
     if measured:
         draw_calibration(measured["reliability"], measured["ece"], folder / "reward_calibration.png")
     if "by_gap" in measured:
@@ -215,8 +213,8 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     write_json(folder / "report.json", report)
     (folder / "report.md").write_text(markdown_report(report, samples, curves), encoding="utf-8")
     print(
-        f"{folder / 'report.md'}: judge {report['sft']['judge']:+.3f} -> {report['ppo']['judge']:+.3f}, "
-        f"win rate {report['win_rate']['mean']:.3f}, KL {report['ppo']['kl']:.1f} nats"
+        f"{folder / 'report.md'}: judge {report['sft']['judge']:+.3f} -> {report['policy']['judge']:+.3f}, "
+        f"win rate {report['win_rate']['mean']:.3f}, KL {report['policy']['kl']:.1f} nats"
     )
 
 

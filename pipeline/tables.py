@@ -12,9 +12,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.json_files import read_json, write_json
+from data.json_files import write_json
 from pipeline.backbone.adapters import read_metrics
 from pipeline.reports.markdown import markdown_table, number, with_interval
+from pipeline.reports.report import read_report
 from pipeline.runs.errors import report_errors
 
 
@@ -38,7 +39,7 @@ def read_result(path: Path, remedy: str) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. {remedy}")
-    return read_json(path)
+    return read_report(path)
 
 
 def write(folder: Path, rows: list[dict], table: str, note: str) -> None:
@@ -61,7 +62,7 @@ def seeds_table(reports: Sequence[dict]) -> str:
     """The README's table and chart of one recipe under several seeds, from the report.json of each and its `kl_held`."""
 
     def change(report: dict, key: str, form: str) -> str:
-        return f"{report['sft'][key]:{form}} → {report['ppo'][key]:{form}}"
+        return f"{report['sft'][key]:{form}} → {report['policy'][key]:{form}}"
 
     reports = sorted(reports, key=lambda report: report["seed"])
     header = (
@@ -80,21 +81,21 @@ def seeds_table(reports: Sequence[dict]) -> str:
             change(report, "judge", "+.2f"),
             with_interval(report["judge_gain"], "+.2f"),
             with_interval(report["win_rate"], ".0%"),
-            f"{report['ppo']['kl']:.1f}",
+            f"{report['policy']['kl']:.1f}",
             f"{report['kl_held']:.1f}",
             change(report, "distinct_2", ".2f"),
             f"{report['reward_model']['accuracy']:.3f}",
         ]
         for report in reports
     ]
-    bars = {model: ", ".join(f"{report[model]['judge']:.2f}" for report in reports) for model in ("ppo", "sft")}
+    bars = {model: ", ".join(f"{report[model]['judge']:.2f}" for report in reports) for model in ("policy", "sft")}
     chart = (
         "```mermaid",
         "xychart-beta",
         '    title "Judge on held-out prompts: SFT (front), PPO (behind)"',
         f'    x-axis "seed" [{", ".join(str(report["seed"]) for report in reports)}]',
         '    y-axis "VADER compound" 0 --> 0.7',
-        f"    bar [{bars['ppo']}]",
+        f"    bar [{bars['policy']}]",
         f"    bar [{bars['sft']}]",
         "```",
     )
@@ -106,7 +107,7 @@ def seeds(folder: Path) -> None:
     reports = []
     for path in folder.glob("*/report.json"):
         history = read_metrics(path.parent / "ppo")["history"]
-        reports.append({**read_json(path), "kl_held": kl_held(history)})
+        reports.append({**read_report(path), "kl_held": kl_held(history)})
     print(seeds_table(reports))
 
 
@@ -138,9 +139,9 @@ def comparison_table(rows: list[dict]) -> str:
 
 def baselines_row(method: str, report: dict) -> dict:
     """A row of the table from a report of the evaluation stage."""
-    policy = {key: report["ppo"][key] for key in ("judge", "kl", "distinct_2", "score")}
+    policy = {key: report["policy"][key] for key in ("judge", "kl", "distinct_2", "score")}
     gains = {key: report[key] for key in ("judge_gain", "win_rate")}
-    seconds = report["seconds"].get("ppo")
+    seconds = report["seconds"].get("policy")
     return {"method": method, "completions": report.get("completions"), **gains, **policy, "seconds": seconds}
 
 
@@ -174,8 +175,8 @@ def ablation_row(report: dict, history: list[dict]) -> dict:
     return {
         "judge_gain": report["judge_gain"]["mean"],
         "win_rate": report["win_rate"]["mean"],
-        "kl": report["ppo"]["kl"],
-        "distinct_2": report["ppo"]["distinct_2"],
+        "kl": report["policy"]["kl"],
+        "distinct_2": report["policy"]["distinct_2"],
         "value_loss": statistics.fmean(row["loss/value"] for row in early),
         "approxkl": statistics.fmean(row["approxkl"] for row in early),
     }
@@ -206,7 +207,7 @@ def ablations(folder: Path, *settings: str) -> None:
         runs[setting] = [
             {
                 "seed": int(path.parent.name),
-                **ablation_row(read_json(path), read_metrics(path.parent / "ppo")["history"]),
+                **ablation_row(read_report(path), read_metrics(path.parent / "ppo")["history"]),
             }
             for path in found
         ]

@@ -86,16 +86,16 @@ def demo(tiny, tmp_path_factory):
 def test_the_report_holds_what_the_readme_promises(demo):
     out, printed = demo
     report = json.loads((out / "report.json").read_text())
-    for policy in ("sft", "ppo"):
+    for policy in ("sft", "policy"):
         assert report[policy].keys() >= {"score", "judge", "kl", "distinct_2", "perplexity", "mean_length"}
     assert report["sft"]["kl"] == 0
     for name in ("judge_gain", "win_rate"):
         assert report[name]["low"] <= report[name]["mean"] <= report[name]["high"]
-    assert report["judge_gain"]["mean"] == pytest.approx(report["ppo"]["judge"] - report["sft"]["judge"])
+    assert report["judge_gain"]["mean"] == pytest.approx(report["policy"]["judge"] - report["sft"]["judge"])
     assert report["reward_model"].keys() >= {"accuracy", "human_ceiling", "ece"}
     assert 0.88 < report["reward_model"]["human_ceiling"] < 0.92
     assert report["seed"] == 3
-    assert report["seconds"].keys() == {"sft", "reward", "ppo", "evaluation"}
+    assert report["seconds"].keys() == {"sft", "reward", "policy", "evaluation"}
     text = (out / "report.md").read_text()
     for picture in re.findall(r"\]\((\S+\.png)\)", text):
         assert (out / picture).read_bytes()[:4] == b"\x89PNG"

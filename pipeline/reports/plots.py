@@ -200,9 +200,11 @@ def draw_best_of_n(rows: list[dict], path: str | PathLike, compared: dict | None
             for row, place, value in zip(rows, places, values, strict=True):
                 axis.annotate(str(row["n"]), (place, value), xytext=(-5, 4), textcoords="offset points", ha="right")
             if compared:
-                ppo = compared["ppo"]
-                place = math.sqrt(max(ppo["kl"], 0))
-                axis.plot(place, ppo[key], color=PPO, marker="o", linestyle="", label=compared.get("policy", "PPO"))
+                trained = compared["policy"]
+                place = math.sqrt(max(trained["kl"], 0))
+                axis.plot(
+                    place, trained[key], color=PPO, marker="o", linestyle="", label=compared.get("policy_name", "PPO")
+                )
             axis.set_title(title)
             axis.set_xlabel("square root of the KL to SFT (nats a sequence)")
             axis.margins(0.1)

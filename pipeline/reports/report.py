@@ -1,7 +1,10 @@
 """Write report.md and best-of-n's table."""
 
+from os import PathLike
+
 import numpy as np
 
+from data.json_files import read_json
 from pipeline.reports.markdown import interval_in_words, markdown_cell, markdown_table, number, with_interval
 from pipeline.runs.outputs import rows_table
 
@@ -25,20 +28,31 @@ METRICS = (
 )
 
 
+def read_report(path: str | PathLike) -> dict:
+    """Read the evaluation stage's report.json; in older ones the policy is called `ppo`, and its name `policy`."""
+    report = read_json(path)
+    if "ppo" in report:
+        report |= {"policy": report.pop("ppo"), "policy_name": report.get("policy", "PPO")}
+        seconds = report.get("seconds", {})
+        if "ppo" in seconds:
+            seconds["policy"] = seconds.pop("ppo")
+    return report
+
+
 def _headline(report: dict) -> str:
     """One sentence: what PPO changed, by how much and at what distance from the reference."""
-    sft, ppo, policy = report["sft"], report["ppo"], report.get("policy", "PPO")
-    judged = sft.get("judge") is not None and ppo.get("judge") is not None
+    sft, trained, policy = report["sft"], report["policy"], report.get("policy_name", "PPO")
+    judged = sft.get("judge") is not None and trained.get("judge") is not None
     key, name = ("judge", "judge's") if judged else ("score", "reward model's")
-    before, after = number(sft.get(key), ".3f"), number(ppo.get(key), ".3f")
+    before, after = number(sft.get(key), ".3f"), number(trained.get(key), ".3f")
     clauses = [f"The {name} mean score goes from {before} (SFT) to {after} ({policy})"]
     if judged and report.get("judge_gain"):
         clauses[0] += f", a gain of {interval_in_words(report['judge_gain'], '+.3f')}"
     if report.get("win_rate"):
         wins = interval_in_words(report["win_rate"], ".1%")
         clauses.append(f"{policy} beats SFT on {wins} of the prompts, ties counting half")
-    if ppo.get("kl") is not None:
-        clauses.append(f"the KL to the reference is {number(ppo['kl'], '.2f')} nats a sequence")
+    if trained.get("kl") is not None:
+        clauses.append(f"the KL to the reference is {number(trained['kl'], '.2f')} nats a sequence")
     return "; ".join(clauses) + "."
 
 
@@ -46,9 +60,6 @@ def _facts(report: dict) -> str:
     """The circumstances, as far as the report has them."""
     facts = [f"{report['prompts']:,} prompts"] if "prompts" in report else []
     facts += [f"seed {report['seed']}"] if "seed" in report else []
-    facts += (
-        [f"copies of the backbone in memory: {report['backbone_copies']}"] if report.get("backbone_copies") else []
-    )
     text = ", ".join(facts)
     return text[:1].upper() + text[1:] + "." if facts else ""
 
@@ -82,7 +93,7 @@ def _reward_model(section: dict) -> list[str]:
 
 
 def _samples(samples: list[dict], policy: str) -> str:
-    judged = any(sample.get(f"{model}_judge") is not None for sample in samples for model in ("sft", "ppo"))
+    judged = any(sample.get(f"{model}_judge") is not None for sample in samples for model in ("sft", "policy"))
 
     def scores(sample: dict, model: str) -> str:
         keys = ("score", "judge") if judged else ("score",)
@@ -93,8 +104,8 @@ def _samples(samples: list[dict], policy: str) -> str:
             markdown_cell(sample["prompt"]),
             markdown_cell(sample["sft"]),
             scores(sample, "sft"),
-            markdown_cell(sample["ppo"]),
-            scores(sample, "ppo"),
+            markdown_cell(sample["policy"]),
+            scores(sample, "policy"),
         ]
         for sample in samples
     ]
@@ -121,19 +132,19 @@ def markdown_report(report: dict, samples: list[dict], curves: bool = True) -> s
     """The text of report.md, which lies beside the four figures.
 
     Args:
-        report: `sft` and `ppo` (dicts with the keys of `METRICS`), and as far as there are any: `judge_gain` and
+        report: `sft` and `policy` (dicts with the keys of `METRICS`), and as far as there are any: `judge_gain` and
             `win_rate` (see `pipeline.reports.metrics.bootstrap_interval`, at its level of 95%), `reward_model` (see
             `reward_models.calibration.reward_model_report`), `seconds` (stage -> seconds), `prompts`, `seed`,
-            `backbone_copies`, `preflight` (see `pipeline.rl.preflight.Check`), `policy` (the name of `ppo`, if not PPO).
+            `preflight` (see `pipeline.rl.preflight.Check`), `policy_name` (if not PPO).
             What is missing is left out; a metric that only one model has shows as a dash.
-        samples: dicts with `prompt`, `sft`, `ppo` (strings) and `sft_score`, `sft_judge`, `ppo_score`, `ppo_judge`.
+        samples: dicts with `prompt`, `sft`, `policy` (strings) and `sft_score`, `sft_judge`, `policy_score`, `policy_judge`.
         curves: whether PPO's curves were drawn.
     """
-    sft, ppo, policy = report["sft"], report["ppo"], report.get("policy", "PPO")
+    sft, trained, policy = report["sft"], report["policy"], report.get("policy_name", "PPO")
     rows = [
-        [name, number(sft.get(key), form), number(ppo.get(key), form)]
+        [name, number(sft.get(key), form), number(trained.get(key), form)]
         for key, name, form in METRICS
-        if sft.get(key) is not None or ppo.get(key) is not None
+        if sft.get(key) is not None or trained.get(key) is not None
     ]
     parts = ["# Evaluation", _headline(report), _facts(report)]
     parts.append(markdown_table(["metric", "SFT", policy], rows, numbers=(1, 2)))

@@ -136,7 +136,7 @@ max_completion_length: 4
     report = json.loads(Path("out/report.json").read_text())
     names = ("kind", "brief", "shortness", "length")
     logged = [row | {name: row[f"rewards/{name}/mean"] for name in names} for row in log if "score" in row]
-    reported = [report[role]["rewards"] | {"score": report[role]["score"]} for role in ("sft", "ppo")]
+    reported = [report[role]["rewards"] | {"score": report[role]["score"]} for role in ("sft", "policy")]
     assert len(logged) == 2
     for means in logged + reported:
         score = means["kind"] - 2 * means["brief"] + 0.5 * means["shortness"] + 4 * means["length"]
@@ -268,9 +268,9 @@ def test_best_of_n(run, tmp_path):
 def report_of(folder: Path, judge: float, seconds: float) -> None:
     interval = {"mean": judge, "low": judge - 0.1, "high": judge + 0.1}
     policy = {"judge": judge, "kl": 4.0, "distinct_2": 0.5, "score": 1.0}
-    report = {"sft": policy, "ppo": policy, "judge_gain": interval, "win_rate": interval, "completions": 64}
+    report = {"sft": policy, "policy": policy, "judge_gain": interval, "win_rate": interval, "completions": 64}
     folder.mkdir(parents=True)
-    (folder / "report.json").write_text(json.dumps({**report, "seconds": {"ppo": seconds, "evaluation": 1.0}}))
+    (folder / "report.json").write_text(json.dumps({**report, "seconds": {"policy": seconds, "evaluation": 1.0}}))
 
 
 def test_the_table_of_baselines(tmp_path):

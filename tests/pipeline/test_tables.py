@@ -21,7 +21,7 @@ def test_comparison_table_has_dashes_for_what_is_missing():
 
 def test_seeds_table_is_in_the_order_of_the_seeds():
     def report(seed: int, judge: float) -> dict:
-        roles = {role: {"score": 0.5, "judge": judge, "kl": 9.06, "distinct_2": 0.75} for role in ("sft", "ppo")}
+        roles = {role: {"score": 0.5, "judge": judge, "kl": 9.06, "distinct_2": 0.75} for role in ("sft", "policy")}
         gains = {"judge_gain": interval(0.25), "win_rate": interval(0.5)}
         return {"seed": seed, "kl_held": 8.04, **roles, **gains, "reward_model": {"accuracy": 0.7444}}
 

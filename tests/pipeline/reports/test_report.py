@@ -1,4 +1,5 @@
 import copy
+import json
 import re
 
 import matplotlib
@@ -17,7 +18,7 @@ from pipeline.reports.plots import (
     draw_ppo_curves,
     draw_score_histograms,
 )
-from pipeline.reports.report import best_of_n_table, markdown_report
+from pipeline.reports.report import best_of_n_table, markdown_report, read_report
 
 
 RELIABILITY = [
@@ -31,7 +32,6 @@ BY_GAP = [
 REPORT = {
     "seed": 0,
     "prompts": 1024,
-    "backbone_copies": 1,
     "sft": {
         "score": 0.1,
         "judge": 0.25,
@@ -41,7 +41,7 @@ REPORT = {
         "perplexity": 50.04,
         "mean_length": 20,
     },
-    "ppo": {
+    "policy": {
         "score": 1.7,
         "judge": 0.6254,
         "kl": 11.934,
@@ -60,7 +60,7 @@ REPORT = {
         "by_gap": BY_GAP,
         "reliability": RELIABILITY,
     },
-    "seconds": {"sft": 61.25, "ppo": 1800.0},
+    "seconds": {"sft": 61.25, "policy": 1800.0},
 }
 SAMPLES = [
     {
@@ -68,9 +68,9 @@ SAMPLES = [
         "sft": " is a|b\n<b>",
         "sft_score": -0.5,
         "sft_judge": 0.125,
-        "ppo": " is *great*",
-        "ppo_score": 2.0,
-        "ppo_judge": 0.875,
+        "policy": " is *great*",
+        "policy_score": 2.0,
+        "policy_judge": 0.875,
     }
 ]
 
@@ -191,7 +191,7 @@ def test_metrics_table():
 """
         in text
     )
-    assert "1,024 prompts, seed 0, copies of the backbone in memory: 1." in text
+    assert "1,024 prompts, seed 0." in text
 
 
 def test_reward_model_section():
@@ -243,9 +243,9 @@ def test_report_without_reward_model_and_seconds():
 
 def test_report_without_judge():
     report = without(REPORT, "judge_gain")
-    for model in ("sft", "ppo"):
+    for model in ("sft", "policy"):
         del report[model]["judge"]
-    text = markdown_report(report, [without(SAMPLES[0], "sft_judge", "ppo_judge")])
+    text = markdown_report(report, [without(SAMPLES[0], "sft_judge", "policy_judge")])
     assert "judge" not in text
     assert text.splitlines()[2].startswith("The reward model's mean score goes from 0.100 (SFT) to 1.700 (PPO); PPO")
     assert "| prompt | SFT | score | PPO | score |" in text
@@ -253,16 +253,17 @@ def test_report_without_judge():
 
 
 def test_report_of_the_least():
-    text = markdown_report({"sft": {"score": 0.0}, "ppo": {"score": 1.0, "kl": None, "perplexity": float("inf")}}, [])
+    text = markdown_report(
+        {"sft": {"score": 0.0}, "policy": {"score": 1.0, "kl": None, "perplexity": float("inf")}}, []
+    )
     assert text.splitlines()[2] == "The reward model's mean score goes from 0.000 (SFT) to 1.000 (PPO)."
     assert "| perplexity | – | – |" in text
     assert "KL to" not in text.split("![")[0]
     assert "##" not in text
-    assert "opies of the backbone" not in markdown_report({"sft": {}, "ppo": {}, "backbone_copies": None}, [])
 
 
 def test_a_report_on_another_policy_names_it():
-    text = markdown_report({**REPORT, "policy": "RLOO"}, SAMPLES, curves=False)
+    text = markdown_report({**REPORT, "policy_name": "RLOO"}, SAMPLES, curves=False)
     assert "PPO" not in text and "ppo_curves" not in text
     assert "to 0.625 (RLOO), a gain" in text
     assert "RLOO beats SFT on **81.2%**" in text
@@ -296,3 +297,13 @@ def test_best_of_n_plot(tmp_path):
 def test_best_of_n_table():
     *_, last = best_of_n_table(BEST_OF_N).splitlines()
     assert last == "| 4 | +0.40 | +0.200 | +0.250 [+0.125, +0.375] | 50.0% [25.0%, 75.0%] | 0.64 | 0.875 | 18.2 |"
+
+
+def test_an_older_report_calls_the_policy_ppo(tmp_path):
+    older = {"sft": {"kl": 0.0}, "ppo": {"kl": 1.0}, "policy": "RLOO", "seconds": {"sft": 1.0, "ppo": 2.0}}
+    (tmp_path / "report.json").write_text(json.dumps(older))
+    found = read_report(tmp_path / "report.json")
+    assert found["policy"] == {"kl": 1.0} and found["policy_name"] == "RLOO" and "ppo" not in found
+    assert found["seconds"] == {"sft": 1.0, "policy": 2.0}
+    (tmp_path / "report.json").write_text(json.dumps(found))
+    assert read_report(tmp_path / "report.json") == found
