@@ -11,7 +11,8 @@ import torch
 from datasets import Dataset
 
 from data import human_ratings
-from data.files import cell_error, check_cell, check_no_tools, check_rows, load_rows, require_columns
+from data.cells import cell_error, check_cell, check_no_tools, check_rows, require_columns
+from data.files import load_rows
 from data.reading import dataset_of
 from data.rows import Rows
 from data.turns import begins_with, check_answered, split_pair

@@ -3,16 +3,8 @@
 from datasets import Dataset
 
 from data import human_ratings
-from data.files import (
-    CellError,
-    check_cell,
-    check_chat_template,
-    check_no_tools,
-    check_rows,
-    load_rows,
-    require_columns,
-    shorten,
-)
+from data.cells import CellError, check_cell, check_chat_template, check_no_tools, check_rows, require_columns, shorten
+from data.files import load_rows
 from data.preferences import check_preferences, explicit_prompts
 from data.reading import dataset_of
 from data.rows import Rows, left_out

@@ -5,7 +5,8 @@ import logging
 from datasets import Dataset
 
 from data import human_ratings
-from data.files import cell_error, check_cell, check_no_tools, check_rows, load_rows
+from data.cells import cell_error, check_cell, check_no_tools, check_rows
+from data.files import load_rows
 from data.turns import begins_with, check_answered
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from datasets import Dataset
 from jinja2.exceptions import TemplateError
 
-from data.files import cell_error, check_chat_template, check_rows
+from data.cells import cell_error, check_chat_template, check_rows
 from data.reading import dataset_of
 from data.rows import Rows, left_out, place
 

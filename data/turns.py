@@ -4,7 +4,7 @@ import os
 import re
 from typing import NamedTuple
 
-from data.files import cell_error
+from data.cells import cell_error
 
 
 USERS = ("user", "tool", "function", "ipython")  # an assistant answers their turns

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import TrainerState
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from data.files import shorten
+from data.cells import shorten
 from reward_models.functions import HIDDEN, RAISED, check_weights_count, extra_columns
 from reward_models.learned import KNOWN_SCORES, LearnedReward
 

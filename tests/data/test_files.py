@@ -7,7 +7,8 @@ import datasets
 import pytest
 from datasets import Dataset, DatasetDict
 
-from data.files import load_rows, require_columns, shorten
+from data.cells import require_columns, shorten
+from data.files import load_rows
 
 
 ROWS = [{"prompt": "The film", "margin": 1.0}, {"prompt": "It is", "margin": 2.5}]
