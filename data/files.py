@@ -191,10 +191,10 @@ def _load_shards(name: str, folder: Path, split: str) -> Rows:
         raise ValueError(
             f"{name}: split {split!r} is no instruction that can be read ({error}). Correct it."
         ) from error
-    chosen = [
+    selected = [
         read[part.splitname].select(range(part.from_ or 0, _end(part.to, read[part.splitname]))) for part in parts
     ]
-    return chosen[0] if len(chosen) == 1 else _joined(chosen)
+    return selected[0] if len(selected) == 1 else _joined(selected)
 
 
 def _end(to: int | None, rows: Dataset) -> int:

@@ -51,10 +51,10 @@ class Rows(Dataset):
     def select(self, indices: Iterable, *args, **kwargs) -> Self:
         """Override `select`, which shuffle, sort and train_test_split call: keep the origin of each row."""
         indices = np.asarray(list(indices), dtype=int) if not isinstance(indices, (range, np.ndarray)) else indices
-        chosen = super().select(indices, *args, **kwargs)
+        selected = super().select(indices, *args, **kwargs)
         where = np.arange(len(self))[np.asarray(indices, dtype=int)]
         left_out = self.left_out if len(where) >= len(self) else 0
-        return Rows(chosen, self.files, self.of[where], self.numbers[where], left_out)
+        return Rows(selected, self.files, self.of[where], self.numbers[where], left_out)
 
     def filter(self, *args, **kwargs) -> Dataset:
         """Override `filter`, which copies attributes: the rows that it leaves no longer know their origin."""

@@ -106,7 +106,7 @@ class LearnedReward:
         self.backbone.eval()  # without dropout, whatever the trainer that asks has
         scores = score_rows(
             partial(self.backbone.scores, role=self.role),
-            [prompt + chosen for prompt, chosen in zip(prompt_ids, completion_ids, strict=True)],
+            [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)],
             pad_token_id=self.tokenizer.pad_token_id,
             batch_size=self.batch_size,
             device=self.backbone.get_base_model().device,

@@ -133,7 +133,7 @@ def load_pretrained(
     if bits:  # left to itself transformers takes the first GPU, also under `use_cpu`
         options |= {"quantization_config": bits, "device_map": {"": PartialState().device}}
     try:
-        with _whole(), suppress_seqcls_warning():  # that a score head is fresh is what we want
+        with _unsharded(), suppress_seqcls_warning():  # that a score head is fresh is what we want
             if head:
                 base, found = AutoModelForSequenceClassification.from_pretrained(
                     name, num_labels=1, **source, **options
@@ -283,7 +283,7 @@ def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def _whole() -> Iterator[None]:
+def _unsharded() -> Iterator[None]:
     """Load a model whole in every process. Under ZeRO-3 transformers would shard it as it loads, and neither its
     fingerprint nor adapters and heads could be read from it or made on it; accelerate shards it all when training
     begins. Its `zero3_init_flag: false` does not reach transformers."""

@@ -63,11 +63,11 @@ class _Chunked(torch.autograd.Function):
         differentiate = ctx.needs_input_grad[0]
         pieces = -(-len(rows) * vocabulary // LOGITS)  # of like size, so that products are of one shape
         logprobs, entropies, gradients = [], [], []
-        for piece, chosen in zip(rows.tensor_split(pieces), tokens.tensor_split(pieces), strict=True):
+        for piece, token_ids in zip(rows.tensor_split(pieces), tokens.tensor_split(pieces), strict=True):
             with torch.set_grad_enabled(differentiate):
                 piece = piece.detach().requires_grad_(differentiate)
                 every = _logits(head, piece).div_(temperature).log_softmax(dim=-1)
-                logprob = every.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
+                logprob = every.gather(-1, token_ids.unsqueeze(-1)).squeeze(-1)
                 if differentiate:
                     gradients += torch.autograd.grad(logprob.sum(), piece)
             logprobs.append(logprob.detach())

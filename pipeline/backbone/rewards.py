@@ -55,7 +55,7 @@ def measure(
     (completions,) = gathered([(batch.first, batch.rows()) for batch in batches])
     scores = score_rows(
         backbone.scores,
-        [prompt + chosen for prompt, chosen in zip(prompt_ids, completions, strict=True)],
+        [prompt + completion for prompt, completion in zip(prompt_ids, completions, strict=True)],
         pad_token_id=tokenizer.pad_token_id,
         batch_size=batch_size,
         device=backbone.get_base_model().device,

@@ -160,11 +160,11 @@ def sample(
                 logits_processor=LogitsProcessorList([check, recorder] if keep_logprobs else [check]),
                 synced_gpus=False,
             )
-        chosen = sequences[:, ids.shape[1] :]
-        is_end = torch.isin(chosen, torch.tensor(ends, device=device))
+        completion_ids = sequences[:, ids.shape[1] :]
+        is_end = torch.isin(completion_ids, torch.tensor(ends, device=device))
         real = is_end.cumsum(dim=1) - is_end.long() == 0  # no end-of-text token before this one
         logprobs = recorder.read(sequences) if keep_logprobs else None
-        yield Sample(sequences, torch.cat([mask, real.long()], dim=1), chosen, real, logprobs, start)
+        yield Sample(sequences, torch.cat([mask, real.long()], dim=1), completion_ids, real, logprobs, start)
 
 
 def rounds(prompts: int, batch_size: int) -> int:

@@ -119,11 +119,11 @@ def policy_checks(
 def own_checks(backbone: Backbone, batch: Sample, args: PPOConfig) -> Iterator[Check]:
     """Check the logprobs that PPO trains on, of a few rows, against those of the model's own forward, of a pass with the
     padding at the other side, and of a pass that does not start from the trunk."""
-    ids, mask, chosen, real = (part[:ROWS] for part in batch[:4])
-    few, length = Sample(ids, mask, chosen, real, None), chosen.shape[1]
+    ids, mask, completion_ids, real = (part[:ROWS] for part in batch[:4])
+    few, length = Sample(ids, mask, completion_ids, real, None), completion_ids.shape[1]
     ours = _rescored(backbone, "policy", few, args)[0]
     if backbone.trunk_depth:
-        full = backbone.logprobs("policy", ids, mask, chosen, args.temperature)
+        full = backbone.logprobs("policy", ids, mask, completion_ids, args.temperature)
         yield held(
             "a pass from the trunk is the full pass",
             (ours - full)[real].abs().mean().item(),
@@ -154,7 +154,7 @@ def own_checks(backbone: Backbone, batch: Sample, args: PPOConfig) -> Iterator[C
             logits = backbone.get_base_model()(input_ids=text[keep].unsqueeze(0), use_cache=False).logits[0]
         count = int(real[i].sum())
         logprobs = (logits[-count - 1 : -1].float() / args.temperature).log_softmax(dim=-1)
-        own[i, :count] = logprobs.gather(1, chosen[i, :count].unsqueeze(1)).squeeze(1)
+        own[i, :count] = logprobs.gather(1, completion_ids[i, :count].unsqueeze(1)).squeeze(1)
     yield held(
         "logprobs are the model's own",
         (ours - own)[real].abs().mean().item() * scale,
@@ -183,7 +183,7 @@ def _drawn_check(surprise: Tensor, args: PPOConfig) -> Check:
     martingale, and that sum over its standard deviation is about normal.
     """
     deviations = surprise.sum().abs() / surprise.square().sum().sqrt()
-    beyond = [name for name, neutral in WHOLE.items() if getattr(args, name) not in neutral]
+    beyond = [name for name, neutral in WITHOUT_EFFECT.items() if getattr(args, name) not in neutral]
     return held(
         "tokens are drawn from the policy",
         deviations.item(),
@@ -196,7 +196,7 @@ def _drawn_check(surprise: Tensor, args: PPOConfig) -> Check:
 
 
 # Options that draw from another distribution than PPO scores, and their values that do not.
-WHOLE = {
+WITHOUT_EFFECT = {
     "top_k": (0, None),
     "top_p": (1.0,),
     "min_p": (None, 0.0),
@@ -207,7 +207,7 @@ WHOLE = {
 
 def sampling_checks(args: PPOConfig) -> Iterator[Check]:
     """Warn of options that draw from another distribution than PPO scores."""
-    for name, neutral in WHOLE.items():
+    for name, neutral in WITHOUT_EFFECT.items():
         value = getattr(args, name)
         if value not in neutral:
             yield Check(

@@ -56,7 +56,7 @@ def score_checks(
     def score(ids: Tensor, mask: Tensor) -> Tensor:
         return backbone.scores(ids, mask, role)
 
-    rows = [prompt + chosen for prompt, chosen in zip(prompt_rows, completions, strict=True)]
+    rows = [prompt + completion for prompt, completion in zip(prompt_rows, completions, strict=True)]
     device, pad_id = backbone.get_base_model().device, tokenizer.pad_token_id
     options = {"pad_token_id": pad_id, "device": device}
     scores = np.array(score_rows(score, rows, batch_size=BATCH, **options))
