@@ -53,7 +53,7 @@ def load_state(path: Path) -> Any:
 
 
 def local_part(value: Tensor) -> Tensor:
-    return value.tolocal_part() if isinstance(value, DTensor) else value
+    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def sync(path: Path) -> None:
