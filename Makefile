@@ -21,7 +21,8 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 # These commands run on CPUs; DeepSpeed, which the tests bring, would warn that it looked for a GPU.
 export DS_ACCELERATOR = cpu
 
-.PHONY: demo smollm2 smollm2-chat baselines seeds ablations reward-long backbone bench bench-scaling gpu soak test test-vllm
+.PHONY: demo smollm2 smollm2-chat baselines seeds ablations reward-long backbone bench bench-scaling gpu soak lint types test \
+	test-fast test-vllm
 
 # SFT, reward model, PPO and evaluation; leaves $(OUT)/report.md and report.json. `demo` is on the embedded default, in four
 # minutes, and `smollm2` on a pretrained model of 135M parameters, in less than half an hour after its download of 93 MB.
@@ -128,6 +129,18 @@ test: .venv/tests
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
 		--no-loadscope-reorder
 
+# What one runs while editing: the tests that train nothing.
+test-fast: .venv/tests
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m 'not slow' --numprocesses logical --maxprocesses 4 \
+		--dist worksteal
+
+lint: .venv/lint
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: .venv/lint
+	.venv/bin/mypy
+
 # PPO with vLLM itself on a CPU, of the embedded backbone and of SmolLM2, about five minutes after installation.
 test-vllm: .venv-vllm/installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/with_vllm
@@ -139,6 +152,10 @@ test-vllm: .venv-vllm/installed
 
 .venv/tests: .venv/installed
 	.venv/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv/lint: .venv/installed
+	.venv/bin/python -m pip install --quiet --editable '.[lint]'
 	touch $@
 
 # TRL 1.12.0 on the releases that ours is tested with.
