@@ -78,3 +78,15 @@ def test_everything_at_the_top_of_pipeline_can_be_launched():
             assert '\nif __name__ == "__main__":\n' in text, path
             docstring = ast.get_docstring(ast.parse(text))
             assert f"-m pipeline.{path.stem}" in docstring, f"{path}: its docstring has no command to paste"
+
+
+def test_an_update_of_ppo_reads_in_short_pieces():
+    """A reader follows it from top to bottom: the trainer's docstring numbers the steps, and no method is long."""
+    (trainer,) = (
+        n for n in ast.parse(modules()["pipeline.rl.trainer"].read_text()).body if isinstance(n, ast.ClassDef)
+    )
+    steps = [int(line.split(".")[0]) for line in ast.get_docstring(trainer).splitlines() if line[:1].isdigit()]
+    assert steps == list(range(1, 8))
+    for method in trainer.body:
+        if isinstance(method, ast.FunctionDef):
+            assert method.end_lineno - method.lineno < 40, method.name

@@ -101,12 +101,7 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         self._check_deepspeed()
         if args.use_vllm:
             self._connect_vllm()
-        self.sharded = self._dist.is_fsdp or self._dist.is_zero3
-        if self._dist.is_fsdp:
-            # accelerate's policy for bf16 would round logprobs and values to bfloat16 as they leave the model, and gather the
-            # heads in it. The passes run under autocast, as without FSDP.
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-        args.ds3_gather_for_generation = False  # `gathered_weights` gathers, for all that a rollout does
+        self._prepare_sharding()
         if backbone.policy_is_bare:  # TRL's clone of nothing: the reference is the bare backbone
             backbone.delete_adapter(ADAPTERS["reference"])
         backbone.train_only("policy", "value")  # adding adapters toggles requires_grad
@@ -128,6 +123,14 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
                     f"one with the backward pass; leave it unset, or launch with accelerate_configs/ddp.yaml or "
                     f"fsdp2.yaml."
                 )
+
+    def _prepare_sharding(self) -> None:
+        """Have FSDP and DeepSpeed leave precision and gathering to this trainer."""
+        if self._dist.is_fsdp:
+            # accelerate's policy for bf16 would round logprobs and values to bfloat16 as they leave the model, and gather the
+            # heads in it. The passes run under autocast, as without FSDP.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
+        self.args.ds3_gather_for_generation = False  # `gathered_weights` gathers, for all that a rollout does
 
     def _share_trunk(self) -> None:
         """Compute the layers below the policy's adapter once a rollout, where dropout does not change them."""
