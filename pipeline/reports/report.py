@@ -160,7 +160,8 @@ def markdown_report(report: dict, samples: list[dict], curves: bool = True) -> s
     if report.get("rows"):
         parts += ["## Data", rows_table(report["rows"])]
     if report.get("seconds"):
-        seconds = [[markdown_cell(stage), f"{value:,.1f}"] for stage, value in report["seconds"].items()]
+        names = {"policy": policy}
+        seconds = [[markdown_cell(names.get(s, s)), f"{value:,.1f}"] for s, value in report["seconds"].items()]
         parts += ["## Time", markdown_table(["stage", "seconds"], seconds, numbers=(1,))]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -220,7 +220,7 @@ def test_code_in_a_models_folder_is_run_when_asked(kind, world, marker, own_modu
     name = custom_model(world, marker, kind)
     for stage, given in (("sft", {}), ("best_of_n", {"sft_adapter": "", "lora_target_modules": ["c_attn"]})):
         monkeypatch.setattr("pipeline.sft.check_max_length", lambda *args: 1 / 0)
-        monkeypatch.setattr("pipeline.best_of_n.check_prompt_lengths", lambda *args: 1 / 0)
+        monkeypatch.setattr("pipeline.runs.arguments.check_prompt_lengths", lambda *args, **options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             world.run(stage, model_name_or_path=name, trust_remote_code=True, **given)
         assert marker.exists()

@@ -231,7 +231,7 @@ def test_tables_are_rectangular():
 
 def test_seconds_table():
     text = markdown_report(REPORT, SAMPLES)
-    assert "| stage | seconds |\n| --- | ---: |\n| sft | 61.2 |\n| ppo | 1,800.0 |" in text
+    assert "| stage | seconds |\n| --- | ---: |\n| sft | 61.2 |\n| PPO | 1,800.0 |" in text
 
 
 def test_report_without_reward_model_and_seconds():
