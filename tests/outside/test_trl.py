@@ -14,7 +14,6 @@ from data.preferences import check_preferences, explicit_prompts
 from data.prompts import check_prompts, tokenize_prompts
 from data.texts import check_texts
 from data.tokens import Counts, Lengths, prepare_tokens
-from pipeline.backbone import logprobs as vocabulary
 from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.logprobs import token_logprobs
 from pipeline.rl.masking import masked_mean, masked_sums, whiten
@@ -44,7 +43,7 @@ def test_logprobs_in_chunks_of_32_positions(temperature, dtype, close, monkeypat
     hidden, labels = torch.randn(64, 32, dtype=dtype), torch.randint(0, 128, (64,))
     head = torch.nn.Linear(32, 128, bias=False, dtype=dtype).requires_grad_(False)
     head.weight.copy_(torch.randn(128, 32))
-    monkeypatch.setattr(vocabulary, "LOGITS", 32 * 128)
+    monkeypatch.setattr("pipeline.backbone.logprobs.LOGITS", 32 * 128)
     ours, theirs = (hidden.clone().requires_grad_(True) for _ in range(2))
     logprobs, entropy = token_logprobs(head, ours.unsqueeze(0), labels.unsqueeze(0), temperature)
     expected = (head(theirs).float() / temperature).log_softmax(dim=-1)

@@ -17,8 +17,8 @@ from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.lora import LoraArguments
 from pipeline.reward import RewardModelArguments
 from pipeline.rl import online
+from pipeline.runs import outputs
 from pipeline.rl.config import PPOConfig
-from pipeline.runs import outputs as artifacts
 from pipeline.runs.arguments import DataArguments, OnlineArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
 from reward_models.functions import RewardArguments
@@ -165,7 +165,7 @@ def test_what_is_pushed_is_whole_and_holds_no_pickle(scaled, run, sft_adapter, t
     monkeypatch.setattr(Trainer, "init_hf_repo", init)
     monkeypatch.setattr(Trainer, "push_to_hub", lambda *args, **kwargs: pushed.append("too early"))
     monkeypatch.setattr(
-        artifacts,
+        outputs,
         "upload_folder",
         lambda **given: pushed.append((given, {p.name for p in (tmp_path / "out").iterdir()})),
     )

@@ -15,7 +15,6 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from trl import ModelConfig
 
 from data.tokens import check_max_length
-from pipeline.backbone import logprobs as vocabulary
 from pipeline.backbone.adapters import read_adapter
 from pipeline.backbone.architecture import (
     LONG,
@@ -65,7 +64,7 @@ def own_logprobs(backbone: Backbone, ids: torch.Tensor) -> tuple[torch.Tensor, t
 @torch.no_grad()
 def test_logprobs_are_the_models_own(family, monkeypatch):
     """In pieces, padded at either side, and from the trunk where there is one."""
-    monkeypatch.setattr(vocabulary, "LOGITS", 3 * VOCABULARY)
+    monkeypatch.setattr("pipeline.backbone.logprobs.LOGITS", 3 * VOCABULARY)
     base = tiny_model(family)
     assert head_is_all(base) is (family in PLAIN)
     check_model(base, family)

@@ -2,7 +2,6 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.backbone import logprobs as vocabulary
 from pipeline.backbone.logprobs import token_logprobs
 
 
@@ -25,7 +24,7 @@ def case():
 @pytest.mark.parametrize("logits", [11, 40, 2**23])  # one position at a time, a few, all
 def test_pieces_give_what_the_whole_gives(case, monkeypatch, logits):
     head, hidden, tokens = case
-    monkeypatch.setattr(vocabulary, "LOGITS", logits)
+    monkeypatch.setattr("pipeline.backbone.logprobs.LOGITS", logits)
     logprobs, entropy, gradient = run(head, hidden, tokens)
     plain = hidden.clone().requires_grad_(True)
     expected = torch.distributions.Categorical(logits=head(plain) / 0.7)
@@ -59,7 +58,7 @@ def test_a_trained_head_and_a_rewarded_entropy_get_their_gradients(case):
 
 def test_no_more_logits_are_in_memory_than_allowed(case, monkeypatch):
     head, hidden, tokens = case
-    monkeypatch.setattr(vocabulary, "LOGITS", 44)
+    monkeypatch.setattr("pipeline.backbone.logprobs.LOGITS", 44)
     sizes = []
     head.register_forward_hook(lambda module, inputs, logits: sizes.append(logits.numel()))
     run(head, hidden, tokens)

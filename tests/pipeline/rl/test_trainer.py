@@ -15,7 +15,7 @@ from trl import RLOOTrainer
 
 from pipeline.backbone.adapters import read_adapter
 from pipeline.rl import rollout
-from pipeline.rl import trainer as ppo_trainer
+from pipeline.rl import trainer as trainer_module
 from pipeline.rl.trainer import PPOTrainer
 from reward_models.composite import RewardError
 from reward_models.functions import PROTOCOL
@@ -629,7 +629,7 @@ def poison(trainer, monkeypatch, where, number):
         weight.register_hook(lambda gradient: gradient * math.nan if ill() else gradient)
         return
     name = {"loss": "value_loss", "texts": "text_loss"}[where]
-    function = getattr(ppo_trainer, name)
+    function = getattr(trainer_module, name)
 
     def poisoned(*args, **options):
         result = function(*args, **options)
@@ -637,7 +637,7 @@ def poison(trainer, monkeypatch, where, number):
             return result
         return result * math.nan if isinstance(result, torch.Tensor) else tuple(x * math.nan for x in result)
 
-    monkeypatch.setattr(ppo_trainer, name, poisoned)
+    monkeypatch.setattr(trainer_module, name, poisoned)
 
 
 @pytest.mark.parametrize(
