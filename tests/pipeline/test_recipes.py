@@ -91,11 +91,36 @@ MODELS = {
 
 
 MAKEFILE = (ROOT / "Makefile").read_text()
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+# What README and docs say to type with a recipe and more options: stage, recipe, options.
+WITH_OPTIONS = re.compile(
+    r"^accelerate launch .* -m pipeline\.(\w+) --config pipeline/recipes/(\S+) (--.+)$", re.MULTILINE
+)
 # How `make smollm2-chat` converts HH: the options, and the numbers among them.
 CONVERTED = re.search(
     r"convert_hh \$\(HH\) \S+ --max_tokens (\d+) --tokenizer \S+ --held_out (\S+)", MAKEFILE
 ).groups()
 CONVERTED = int(CONVERTED[0]), ["--max_tokens", CONVERTED[0], "--held_out", CONVERTED[1]]
+
+
+TRAINING = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1}
+TRAINING |= {"save_strategy": "no", "use_cpu": "true", "warmup_steps": 0}
+SHORT = {"max_completion_length": 4}
+SIZES = {
+    "sft": TRAINING,
+    "reward": TRAINING | SHORT | {"sft_completions": 4},
+    # Of a reward model after one step nothing is asked.
+    "ppo": TRAINING | SHORT | {"steps_per_generation": 2, "num_iterations": 1, "min_reward_accuracy": 0},
+    "evaluation": SHORT | {"max_prompts": 4},
+}
+
+
+def first_step(stage: str, recipe: Path, model: str, *options: str):
+    """Run a stage by a recipe and options, with another model and one small step."""
+    main = import_module(f"pipeline.{stage}").main
+    kinds = [kind for argument, kind in get_type_hints(main).items() if argument != "return"]
+    flags = [str(word) for key, value in SIZES[stage].items() for word in (f"--{key}", value)]
+    main(*parse(*kinds, args=["--config", str(recipe), *options, *flags, "--model_name_or_path", model]))
 
 
 def hh_row(number: int) -> str:
@@ -137,22 +162,8 @@ def test_first_step_of_every_stage(name, hub, tmp_path, monkeypatch, caplog):
     if name == "smollm2-chat":  # its data is made by a command
         Path("hh.jsonl").write_text("".join(map(hh_row, range(40))))
         convert_hh.main(["hh.jsonl", str(out / "data"), *CONVERTED[1], "--tokenizer", model])
-    training = {"max_steps": 1, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "logging_steps": 1}
-    training |= {"save_strategy": "no", "use_cpu": "true", "warmup_steps": 0}
-    short = {"max_completion_length": 4}
-    sizes = {
-        "sft": training,
-        "reward": training | short | {"sft_completions": 4},
-        # Of a reward model after one step nothing is asked.
-        "ppo": training | short | {"steps_per_generation": 2, "num_iterations": 1, "min_reward_accuracy": 0},
-        "evaluation": short | {"max_prompts": 4},
-    }
-    for stage, sizes_of_stage in sizes.items():
-        main = import_module(f"pipeline.{stage}").main
-        kinds = [kind for argument, kind in get_type_hints(main).items() if argument != "return"]
-        recipe = ["--config", str(RECIPES / name / f"{stage}.yaml")]
-        flags = [str(word) for key, value in sizes_of_stage.items() for word in (f"--{key}", value)]
-        main(*parse(*kinds, args=[*recipe, *flags, "--model_name_or_path", model]))
+    for stage in SIZES:
+        first_step(stage, RECIPES / name / f"{stage}.yaml", model)
 
     heads = {"sft": False, "reward": True, "ppo": False, "ppo/value": True}
     for folder, has_head in heads.items():
@@ -173,6 +184,38 @@ def test_first_step_of_every_stage(name, hub, tmp_path, monkeypatch, caplog):
         assert dropped == [message, message]
     else:
         assert not dropped
+
+
+@pytest.mark.slow
+def test_own_data_by_the_commands_of_readme_and_docs(tmp_path, monkeypatch):
+    """They differ from the recipes in the files that they name: these are read, and no others."""
+    commands = {name: WITH_OPTIONS.findall(page) for name, page in PAGES.items() if WITH_OPTIONS.search(page)}
+    assert commands.keys() == {"README.md", "own-data.md"} and commands["README.md"] == commands["own-data.md"]
+    commands = commands["README.md"]
+    assert [(stage, recipe) for stage, recipe, _ in commands] == [(stage, f"smollm2/{stage}.yaml") for stage in SIZES]
+    example = json.loads(re.search(r"```json\n(.*)\n```", PAGES["README.md"]).group(1))
+    pairs = [{**example, "chosen": example["chosen"] + " Yes." * number} for number in range(8)]
+    files_of_rows = {
+        "texts": [{"text": row["prompt"] + row["chosen"]} for row in pairs],
+        "pairs": pairs,
+        "held_out_pairs": pairs[:4],
+        "prompts": [{"prompt": row["prompt"]} for row in pairs],
+        "held_out_prompts": [{"prompt": row["prompt"]} for row in pairs[:3]],
+    }
+    monkeypatch.chdir(tmp_path)
+    for name, rows in files_of_rows.items():
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = narrow_model("smollm2-chat", tmp_path / "model")
+    for stage, recipe, options in commands:
+        first_step(stage, RECIPES / recipe, model, *options.split())
+    out = Path("runs/smollm2")
+    read = {
+        stage: json.loads((out / stage / "metrics.json").read_text())["rows"] for stage in ("sft", "reward", "ppo")
+    }
+    assert {part["source"] for rows in read.values() for part in rows.values()} == {
+        *("texts.jsonl", "pairs.jsonl", "held_out_pairs.jsonl", "prompts.jsonl")
+    }
+    assert json.loads((out / "report.json").read_text())["prompts"] == 3
 
 
 def test_every_real_model_has_all_stages():

@@ -187,8 +187,13 @@ def test_a_recipe_and_the_command_line_name_rewards_alike(tmp_path):
     assert given == RewardArguments(["runs/a", "runs/b"], ["reward_models.rules.contains"])
 
 
-def test_the_rewards_in_the_readme_load():
-    block = re.search(r"```yaml\n(reward_adapter:.*?)```", (ROOT / "README.md").read_text(), re.DOTALL).group(1)
+def test_the_rewards_in_the_docs_load():
+    page = (ROOT / "docs" / "rewards.md").read_text()
+    own = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.DOTALL).group(1), own)  # a function of the reader's own
+    rows = {"completions": ["Hello world", "Hello"], "contains": ["world", "world"]}
+    assert own["contains"](**rows) == contains(**rows) == [1.0, 0.0]
+    block = re.search(r"```yaml\n(reward_adapter:.*?)```", page, re.DOTALL).group(1)
     given = yaml.safe_load(block)
     regex, punish = map(load_function, given["reward_funcs"])
     assert regex(["It has 4 stars", "No stars"]) == [1.0, 0.0]

@@ -1,0 +1,108 @@
+"""README, docs and CONTRIBUTING: links, paths, commands and options that they name exist, and the README is short."""
+
+import re
+from dataclasses import fields
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+import yaml
+
+from pipeline.migrate import migrate, read_command_line
+
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+USER_PAGES = [name for name in PAGES if name != "CONTRIBUTING.md"]
+# Commands whose `main` takes arguments that are parsed from a recipe and a command line.
+PARSED = ("sft", "reward", "ppo", "evaluation", "best_of_n", "rloo", "grpo", "dpo", "pretrain", "plan")
+# Options of what has a parser of its own: accelerate, and pipeline.convert_hh.
+OTHER_OPTIONS = {"config_file", "config", "data_dir"}
+
+
+def without_fences(text: str) -> str:
+    return re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def fences(text: str) -> str:
+    return "\n".join(re.findall(r"^```bash$(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+
+
+def anchors(text: str) -> set[str]:
+    """Anchors that GitHub gives the headings of a page."""
+    titles = re.findall(r"^#+ (.+)$", without_fences(text), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@cache
+def options_of(command: str) -> set[str]:
+    kinds = get_type_hints(import_module(f"pipeline.{command}").main)
+    return {field.name for argument, kind in kinds.items() if argument != "return" for field in fields(kind)}
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 150
+
+
+def test_the_readme_leads_to_every_page():
+    linked = set(re.findall(r"\]\((docs/[\w-]+\.md)\)", PAGES["README.md"]))
+    assert linked == {name for name in PAGES if name.startswith("docs/")}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name):
+    for link in re.findall(r"\]\(([^)\s]+)\)", without_fences(PAGES[name])):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = ((ROOT / name).parent / path).resolve() if path else ROOT / name
+        assert target.exists(), f"{name}: {link}"
+        assert target.is_relative_to(ROOT), f"{name}: {link}"
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), f"{name}: {link}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_paths_in_backticks_exist(name):
+    tops = "pipeline|data|reward_models|tests|docs|accelerate_configs"
+    for path in re.findall(rf"`((?:{tops})/[^`:\s*<]*)[`:]", without_fences(PAGES[name])):
+        assert (ROOT / path).exists(), f"{name}: {path}"
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_modules_and_targets_exist(name):
+    for module in re.findall(r"\b(?:pipeline|tests|data|reward_models)\.\w+(?:\.\w+)*", PAGES[name]):
+        path, (parent, _, last) = ROOT / module.replace(".", "/"), module.rpartition(".")
+        if not path.is_dir() and not path.with_suffix(".py").exists():  # a function of a module
+            assert hasattr(import_module(parent), last), f"{name}: {module}"
+    rules = set(" ".join(re.findall(r"^([\w ./-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)).split())
+    in_fences = re.findall(r"^(?:\w+=\S+ )*make (\S+)", fences(PAGES[name]), re.MULTILINE)
+    in_prose = re.findall(r"`(?:\w+=\S+ )*make ([^`\s]+)[^`]*`", PAGES[name].replace("\n", " "))
+    assert {*in_fences, *in_prose} <= rules, name
+    if name == "README.md":
+        assert {"demo", "smollm2", "test"} <= set(in_fences)
+
+
+@pytest.mark.parametrize("name", USER_PAGES)
+def test_options_exist(name):
+    known = OTHER_OPTIONS.union(*map(options_of, PARSED))
+    text = re.sub(r"pipeline\.migrate -- .*", "", PAGES[name])  # which takes the options of old TRL
+    named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
+    assert named <= known, f"{name}: {named - known}"
+
+
+def test_commands_that_python_starts():
+    """Other tests run what accelerate launches. Recipes and accelerate configs of all commands exist."""
+    text = "\n".join(map(fences, PAGES.values()))
+    started = set(re.findall(r"^(?:\S*/)?python -m pipeline\.(\w+)", text, re.MULTILINE))
+    assert started == {"plan", "migrate", "convert_hh"}
+    recipes = re.findall(r"(?:pipeline/recipes|accelerate_configs)/\S+\.yaml", text)
+    assert recipes and all((ROOT / path).exists() for path in recipes)
+    (old,) = re.findall(r"^python -m pipeline\.migrate -- (.+) > new\.yaml$", text, re.MULTILINE)
+    recipe = yaml.safe_load(migrate(read_command_line(old.split())))
+    assert recipe["learning_rate"] == 1e-5 and recipe["num_iterations"] == 4
