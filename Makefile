@@ -71,7 +71,7 @@ baselines: .venv/installed
 	done
 	.venv/bin/python -m pipeline.tables baselines $(BASELINES) $(OUT)
 
-# The README's table: the demo under ten seeds, about three quarters of an hour.
+# The table of docs/results.md: the demo under ten seeds, about three quarters of an hour.
 seeds: .venv/installed
 	for seed in $(SEEDS); do $(MAKE) demo SEED=$$seed OUT=runs/seeds/$$seed || exit 1; done
 	.venv/bin/python -m pipeline.tables seeds runs/seeds
