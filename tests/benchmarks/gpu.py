@@ -351,7 +351,8 @@ def run_ppo(task: dict) -> dict:
     with patch.multiple(ppo, preflight=meter.preflight, check_wrapper=meter.watch):
         ppo.main(*parsed)
     asked = PlanArguments(task["prompt_tokens"], task["processes"], task["device"])
-    return meter.found | {"planned": peak(plan(*parsed[1:], asked)[task["layout"]])}
+    _, start, _, *others = parsed  # the plan knows of no rows and no texts
+    return meter.found | {"planned": peak(plan(start, *others, asked)[task["layout"]])}
 
 
 def run_updates(task: dict) -> dict:
