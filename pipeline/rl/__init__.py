@@ -1,1 +1,1 @@
-"""PPO: its maths, its trainer, and what is looked at before and during training."""
+"""PPO: its maths, its trainer, and its checks before and during training."""

@@ -1,6 +1,7 @@
-"""From scores to advantages. B completions of at most T tokens; `mask` (B, T) is True on real tokens.
+"""Turn scores into rewards, advantages and returns.
 
-Real tokens stand at the left of each row, padding at the right; what stands under the padding changes nothing.
+There are B completions of at most T tokens. `mask` (B, T) is True on real tokens. Real tokens stand at the left of each
+row and padding at the right. The values under the padding change nothing.
 """
 
 import torch
@@ -18,15 +19,15 @@ def token_rewards(
     kl_coef: float,
     kl_estimator: str = "k1",
 ) -> Tensor:
-    """Per-token reward: the KL penalty, plus the score at the last real token.
+    """Return the reward of each token: the KL penalty, plus the score at the last real token.
 
     r_t = -kl_coef * kl_t + [t is the last real token] * score,  kl_t as in `pipeline.rl.kl.kl_per_token`
 
     Ziegler et al. 2019 (arXiv 1909.08593), eq. 2, with the penalty spread over tokens as in Stiennon et al. 2020.
 
     Args:
-        scores: (B,) one a completion.
-        logprobs, ref_logprobs: (B, T) of the policy that sampled, and of the reference, in nats.
+        scores: (B,), one for each completion.
+        logprobs, ref_logprobs: (B, T), those of the policy that sampled and of the reference, in nats.
 
     Returns:
         (B, T), 0 on padding.
@@ -38,14 +39,14 @@ def token_rewards(
 
 
 def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation.
+    """Return advantages and returns by generalised advantage estimation.
 
     delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)
     A_t     = delta_t + gamma * lam * A_{t+1}
     return_t = A_t + V(s_t)
 
     Schulman et al. 2016 (arXiv 1506.02438), eqs. 11 and 16. The state after the last real token is terminal: its value
-    and advantage are 0.
+    and its advantage are 0.
 
     Args:
         rewards, values: (B, T); values[:, t] is the value of the state before token t.

@@ -1,4 +1,4 @@
-"""One check of the preflight: what was measured, and the bound it is held to."""
+"""A check of the preflight: a measured value and its bound."""
 
 from dataclasses import dataclass
 
@@ -11,12 +11,12 @@ from pipeline.rl.config import PPOConfig
 
 
 PROMPTS, BATCH = 64, 32
-ROWS = 8  # that are scored alone: a pass over a single row reads all weights
+ROWS = 8  # rows that are scored alone; few, since a pass over a single row reads all weights
 
 
 @dataclass(frozen=True)
 class Check:
-    """One check: what was measured, the bound it is held to, its result, and why it matters."""
+    """One check: the measured value, its bound, the result, and why it matters."""
 
     name: str
     measured: float | None
@@ -30,16 +30,17 @@ class Check:
 
 
 def is_exact(args: PPOConfig, backbone: Backbone) -> bool:
-    """Return whether all that is measured is computed in float32 or better."""
+    """Return whether everything that is measured is computed in float32 or better."""
     return backbone.get_base_model().dtype in (torch.float32, torch.float64) and not args.bf16
 
 
 def held(name: str, measured: float, bound: float, failing: str, why: str, *, least: bool = False) -> Check:
+    """Compare a measured value with its bound; `failing` is the result outside of it. `least` makes it a lower bound."""
     fine = measured >= bound if least else measured <= bound
     return Check(name, measured, f"{'at least' if least else 'at most'} {bound:g}", "passed" if fine else failing, why)
 
 
 def padded(rows: list[Tensor], value: int, side: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return rows as one tensor (B, S), padded at a side, and its mask."""
+    """Return rows as one tensor (B, S), padded at `side`, and its mask."""
     mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side=side).bool()
     return pad(rows, padding_value=value, padding_side=side).to(device), mask.to(device)

@@ -1,4 +1,4 @@
-"""PPO's options: TRL's RLOOConfig, and what a value function adds."""
+"""PPO's options: those of TRL's RLOOConfig, and more for the value function."""
 
 from dataclasses import dataclass, field
 
@@ -11,9 +11,9 @@ from pipeline.runs.recipe import check_ranges
 
 # Options of RLOOConfig and Trainer that PPO would have to ignore.
 UNSUPPORTED = (
-    "fp16",  # its loss scaler expects gradients in every step, and infinite ones in some
+    "fp16",  # its loss scaler expects gradients in every step, and infinite gradients in some
     "vllm_structured_outputs_regex",  # completions would not be drawn from the policy that is scored
-    "use_transformers_continuous_batching",  # with bf16 TRL rounds the adapters to bfloat16 for good
+    "use_transformers_continuous_batching",  # with bf16 TRL rounds the adapters to bfloat16 permanently
     "mask_truncated_completions",
     "sync_ref_model",
     "epsilon_high",
@@ -24,91 +24,108 @@ UNSUPPORTED = (
 
 @dataclass
 class PPOConfig(RLOOConfig):
-    """PPO's arguments: TRL's RLOOConfig, whose names keep their meaning, and what a value function adds.
+    """PPO's options: those of TRL's RLOOConfig, with the same meaning, and more for the value function.
 
-    Inherited and central: `beta` (KL coefficient), `epsilon` (policy clip range), `num_iterations` (PPO epochs an
-    update), `steps_per_generation` (minibatches an epoch times gradient accumulation), `temperature`,
+    The most important inherited options are `beta` (KL coefficient), `epsilon` (policy clip range), `num_iterations` (PPO
+    epochs an update), `steps_per_generation` (minibatches an epoch times gradient accumulation), `temperature`,
     `max_completion_length`, `reward_weights`, `reward_clip_range` (bounds of the score).
     """
 
-    # what TRL's class has, with PPO's defaults
-    num_generations: int = field(default=1, metadata={"help": "Completions a prompt. PPO's baseline is the value."})
+    # options of TRL's class, with PPO's defaults
+    num_generations: int = field(
+        default=1, metadata={"help": "Completions for each prompt. PPO's baseline is the value."}
+    )
     num_iterations: int = field(default=4, metadata={"help": "PPO epochs over each rollout."})
     normalize_advantages: bool = field(default=True, metadata={"help": "Whiten advantages over each rollout."})
     reward_clip_range: list[float] | None = field(  # TRL's tuple cannot be given on a command line
-        default=None, metadata={"help": "Lowest and highest score; scores beyond are clipped."}
+        default=None, metadata={"help": "Lowest and highest score; scores outside are clipped."}
     )
     disable_dropout: bool = field(default=True, metadata={"help": "Turn dropout off, so that ratios start at 1."})
     adam_epsilon: float = field(default=1e-5, metadata={"help": "Epsilon of Adam, as in OpenAI's PPO."})
     gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Keep each layer's input alone, and compute the rest again."}
+        default=False, metadata={"help": "Keep only the input of each layer; compute the rest again."}
     )
     pad_token: str | None = field(default=None, metadata=PAD_TOKEN)
 
-    # vLLM, which samples in an arithmetic of its own: names, meaning and defaults of TRL's GRPOConfig
+    # the correction for vLLM, which rounds in its own way: names, meaning and defaults of TRL's GRPOConfig
     vllm_importance_sampling_correction: bool = field(
-        default=True, metadata={"help": "With use_vllm, weigh the policy loss by trained over sampled probability."}
+        default=True,
+        metadata={"help": "With use_vllm, weight the policy loss by the ratio of trained to sampled probability."},
     )
     vllm_importance_sampling_mode: str = field(
         default="sequence_mask",
-        metadata={"help": f"What has a ratio, and what becomes of one beyond the bounds: {', '.join(MODES)}."},
+        metadata={
+            "help": f"Ratio of a token or a sequence; beyond the bounds truncate or mask it: {', '.join(MODES)}."
+        },
     )
-    vllm_importance_sampling_clip_max: float | None = field(default=3.0, metadata={"help": "Upper bound of a ratio."})
-    vllm_importance_sampling_clip_min: float | None = field(default=None, metadata={"help": "Lower bound of a ratio."})
+    vllm_importance_sampling_clip_max: float | None = field(
+        default=3.0, metadata={"help": "Upper bound of the ratio."}
+    )
+    vllm_importance_sampling_clip_min: float | None = field(
+        default=None, metadata={"help": "Lower bound of the ratio."}
+    )
 
     # the reward of a token
     kl_estimator: str = field(default="k1", metadata={"help": "KL of a token: k1 (unbiased) or k3 (never negative)."})
     kl_target: float | None = field(
-        default=None, metadata={"help": "Nats a sequence that beta is adapted to hold; unset: beta stays as it is."}
+        default=None,
+        metadata={"help": "KL in nats a sequence; beta is adapted to hold it. Unset: beta stays constant."},
     )
     kl_horizon: float = field(
-        default=10_000, metadata={"help": "Sequences over which an adaptive beta may change by a factor of e^0.2."}
+        default=10_000,
+        metadata={"help": "Number of sequences in which an adaptive beta can change by a factor of e^0.2."},
     )
     missing_eos_penalty: float | None = field(
-        default=None, metadata={"help": "Taken from the score of a completion that did not end by itself."}
+        default=None, metadata={"help": "Subtracted from the score of a completion without an end-of-text token."}
     )
-    whiten_rewards: bool = field(default=False, metadata={"help": "Scale rewards to unit variance; the mean stays."})
+    whiten_rewards: bool = field(default=False, metadata={"help": "Scale rewards to unit variance; the mean is kept."})
 
     # the advantage and the value
     gamma: float = field(default=1.0, metadata={"help": "Discount factor."})
     lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
     critic: str = field(
         default="adapter",
-        metadata={"help": "adapter: a value adapter and head of its own. head: only a head, on the policy's trunk."},
+        metadata={"help": "adapter: a separate value adapter with a head. head: only a head, on the policy's trunk."},
     )
     value_init: str = field(
         default="auto",
-        metadata={"help": "Start of the value adapter: reward, policy (with a zero head), or auto: reward if any."},
+        metadata={
+            "help": "Start of the value adapter: reward, policy (with a zero head), or auto (reward if there is one)."
+        },
     )
-    critic_warmup_updates: int = field(default=0, metadata={"help": "First updates in which the value alone trains."})
+    critic_warmup_updates: int = field(
+        default=0, metadata={"help": "Number of first updates in which only the value trains."}
+    )
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     value_clip: float = field(default=0.2, metadata={"help": "Clip range of the value loss."})
 
     # the update
     max_approx_kl: float | None = field(
-        default=None, metadata={"help": "Skip the rest of an update once a minibatch's approxkl (nats) exceeds this."}
+        default=None, metadata={"help": "Skip the rest of an update when a minibatch's approxkl (nats) exceeds this."}
     )
     entropy_coef: float = field(default=0.0, metadata={"help": "Weight of the entropy bonus."})
     ptx_coef: float = field(
-        default=0.0, metadata={"help": "Weight of the language-model loss on texts of ptx_dataset_name."}
+        default=0.0, metadata={"help": "Weight of the language-model loss on the texts of ptx_dataset_name."}
     )
 
     # before and during training
     min_reward_accuracy: float = field(
-        default=0.55, metadata={"help": "Refuse a reward model that orders fewer held-out pairs rightly."}
+        default=0.55, metadata={"help": "Refuse a reward model with a lower accuracy on held-out pairs."}
     )
     sample_updates: int = field(
-        default=0, metadata={"help": "Write completions of fixed prompts to samples.jsonl every so many updates."}
+        default=0, metadata={"help": "Write completions of fixed prompts to samples.jsonl every this many updates."}
     )
-    sample_prompts: int = field(default=8, metadata={"help": "How many fixed prompts."})
-    eval_prompts: int = field(default=256, metadata={"help": "The first so many held-out prompts (eval_strategy)."})
+    sample_prompts: int = field(default=8, metadata={"help": "Number of fixed prompts."})
+    eval_prompts: int = field(
+        default=256, metadata={"help": "Number of held-out prompts, the first ones (eval_strategy)."}
+    )
 
     def __post_init__(self):
         check_ranges(vars(self))
         try:
             super().__post_init__()
         except ValueError as error:
-            # RLOO's last check wants two completions a prompt for its leave-one-out baseline. PPO's is the value.
+            # RLOO's last check asks for two completions of each prompt, for its baseline. PPO's baseline is the value.
             if "at least 2 generations" not in str(error):
                 raise
         for name in UNSUPPORTED:
@@ -125,7 +142,8 @@ class PPOConfig(RLOOConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(known)}.")
         if self.critic == "head" and self.value_init != "auto":
             raise ValueError(
-                f"value_init={self.value_init!r} starts a value adapter, which critic='head' has not; leave it unset."
+                f"value_init={self.value_init!r} is for a value adapter, and critic='head' has no value adapter. Leave "
+                f"value_init unset."
             )
         bounds = [self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max]
         if None not in bounds and not _ascends(bounds):
@@ -134,20 +152,21 @@ class PPOConfig(RLOOConfig):
             )
         if self.reward_clip_range is not None and not _ascends(self.reward_clip_range):
             raise ValueError(
-                f"reward_clip_range={self.reward_clip_range} must be two numbers, the lower first: [-5, 5]."
+                f"reward_clip_range={self.reward_clip_range} must be two numbers, the lower first, such as [-5, 5]."
             )
         if self.kl_target and self.beta <= 0:
-            raise ValueError(f"beta={self.beta} cannot be adapted to kl_target={self.kl_target}; start above 0.")
+            raise ValueError(f"beta={self.beta} cannot be adapted to kl_target={self.kl_target}. Set beta above 0.")
         if self.kl_target and self.kl_horizon < self.generation_batch_size:
             raise ValueError(
                 f"kl_horizon={self.kl_horizon:g} is shorter than one rollout of {self.generation_batch_size} sequences over "
-                f"all processes, in which beta may change by a fifth at most; raise it to several rollouts."
+                f"all processes. In one rollout beta may change by at most a fifth. Set kl_horizon to several rollouts."
             )
         minibatches = self.steps_per_generation / self.gradient_accumulation_steps
         if minibatches != int(minibatches):
             raise ValueError(
                 f"gradient_accumulation_steps={self.gradient_accumulation_steps} does not divide "
-                f"steps_per_generation={self.steps_per_generation}; their ratio is the number of minibatches an epoch."
+                f"steps_per_generation={self.steps_per_generation}. Their ratio is the number of minibatches an epoch. Set "
+                f"steps_per_generation to a multiple of gradient_accumulation_steps."
             )
 
 

@@ -1,4 +1,4 @@
-"""What goes wrong in PPO, told while it happens: one message for each symptom, with its likely cause and the knob."""
+"""Warn of an unhealthy PPO run while it trains: one message for each symptom, with its cause and the option to change."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Health:
-    """Looks at each update's figures, remembers what it has said, and says everything once.
+    """The state of a run's warnings: each warning is given once.
 
-    `observe` returns the messages that are new. What is not finite ends training: `pipeline.runs.divergence`.
+    `observe` returns the new messages. A value that is not finite ends training: see `pipeline.runs.divergence`.
     """
 
     said: set[str] = field(default_factory=set)
@@ -23,13 +23,13 @@ class Health:
         length: float | None = None,
         entropy: float | None = None,
     ) -> list[str]:
-        """New messages on what was measured.
+        """Return the new warnings about measured figures.
 
         Args:
-            kl: KL to the reference of each completion of a rollout (the sampled log-ratio), in nats.
+            kl: KL of each completion of a rollout to the reference (the sampled log-ratio), in nats.
             scores: score of each completion.
-            length: mean tokens of a completion.
-            entropy: mean of the policy, in nats a token.
+            length: mean number of tokens of a completion.
+            entropy: mean entropy of the policy, in nats a token.
         """
         found = {}
         if kl:
@@ -37,29 +37,29 @@ class Health:
             error = math.sqrt(sum((x - mean) ** 2 for x in kl) / len(kl) / max(len(kl) - 1, 1))
             if len(kl) > 1 and mean < -0.1 and mean < -3 * error:
                 found["negative KL"] = (
-                    f"The KL to the reference is {mean:.2f} nats a sequence, which sampling noise ({error:.2f}) does "
-                    f"not explain: the tokens are not sampled from the policy that is scored. Sample from the whole "
-                    f"distribution (top_p: 1, top_k: 0, repetition_penalty: 1)."
+                    f"The KL to the reference is {mean:.2f} nats a sequence. Sampling noise ({error:.2f}) does not "
+                    f"explain a negative KL: the tokens are not sampled from the policy that is scored. Sample from the "
+                    f"whole distribution (top_p: 1, top_k: 0, repetition_penalty: 1)."
                 )
             if length and mean > length:
                 found["exploding KL"] = (
-                    f"The KL to the reference is {mean:.1f} nats a sequence, more than 1 a token: the policy has left "
-                    f"what the reference writes, and the reward model what it was trained on. Raise beta, set "
-                    f"kl_target, or lower learning_rate or num_iterations."
+                    f"The KL to the reference is {mean:.1f} nats a sequence, more than 1 a token. The policy now writes "
+                    f"texts that the reference would not write and that the reward model was not trained on. Raise beta, "
+                    f"set kl_target, or lower learning_rate or num_iterations."
                 )
         if scores:
             self.flat_rollouts = self.flat_rollouts + 1 if max(scores) == min(scores) else 0
             if self.flat_rollouts == 5:
                 found["flat reward"] = (
-                    f"Every completion of the last 5 rollouts scored {scores[0]:g}: there is nothing to learn from. "
-                    f"Look at the reward functions, at reward_clip_range, and whether the policy still varies."
+                    f"Every completion of the last 5 rollouts has the score {scores[0]:g}: there is nothing to learn from. "
+                    f"Check the reward functions, reward_clip_range, and whether the completions still vary."
                 )
         if entropy is not None:
             self.first_entropy = self.first_entropy or entropy
             if entropy < 0.1 * self.first_entropy:
                 found["collapsed entropy"] = (
-                    f"The entropy fell from {self.first_entropy:.2f} to {entropy:.2f} nats a token: the policy writes "
-                    f"the same again and again. Raise beta or entropy_coef, or lower learning_rate."
+                    f"The entropy fell from {self.first_entropy:.2f} to {entropy:.2f} nats a token: the policy repeats "
+                    f"the same text. Raise beta or entropy_coef, or lower learning_rate."
                 )
         fresh = {name: message for name, message in found.items() if name not in self.said}
         self.said |= fresh.keys()

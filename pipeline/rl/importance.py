@@ -1,8 +1,8 @@
-"""What the sampler and the trainer disagree about, and its correction by importance weights.
+"""Measure how far the sampler and the trainer disagree, and correct for it with importance weights.
 
-Completions are sampled by one program (`generate` with its cache, or vLLM) and learned from by another (a pass over whole
-sequences). Both compute the logprobs of one policy, and rounding makes them differ. All tensors are (B, T), `mask` is True
-on real tokens, and a sampled logprob of NaN is one that the sampler did not tell: it counts as no difference.
+One program samples the completions (`generate` with its cache, or vLLM). Another learns from them (a pass over whole
+sequences). Both compute the logprobs of the same policy, but rounding makes them differ. All tensors are (B, T), and `mask`
+is True on real tokens. A sampled logprob is NaN where the sampler did not report it; it then counts as no difference.
 """
 
 import torch
@@ -11,12 +11,12 @@ from torch import Tensor
 from pipeline.rl.masking import masked_mean
 
 
-CLIP = 0.2  # ratios beyond 1 ± this are those that PPO's own clipping would act on
+CLIP = 0.2  # PPO's own clipping would act on ratios beyond 1 ± this
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
 def log_ratios(logprobs: Tensor, sampled_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Return log(policy as it is trained / policy as it sampled) of each token, in nats, (B, T); 0 on padding."""
+    """Return log(trained policy / sampling policy) of each token, in nats, (B, T); 0 on padding."""
     differences = logprobs.float() - sampled_logprobs.float()
     return differences.masked_fill(~mask | sampled_logprobs.isnan(), 0)
 
@@ -30,14 +30,14 @@ def importance_weights(
     clip_min: float | None,
     clip_max: float | None,
 ) -> Tensor:
-    """Return the weight of each token's policy loss that corrects for the sampler, (B, T).
+    """Return the weights of the tokens' policy loss that correct for the sampler, (B, T).
 
-    The weight is w = pi(tokens) / mu(tokens), where pi is the policy as it is trained and mu the sampler: an expectation
-    under mu of w * f is one under pi of f. In the modes `token_*` each token has a ratio of its own, in `sequence_*` all
-    tokens of a completion have the product of theirs. `*_truncate` brings ratios beyond `clip_min` and `clip_max` to
-    these bounds (Espeholt et al. 2018, arXiv 1802.01561; Yao et al. 2025, fengyao.notion.site/off-policy-rl), `*_mask`
-    sets them to 0. A bound of None bounds nothing. The names and the arithmetic are those of TRL's GRPOTrainer
-    (`vllm_importance_sampling_*`).
+    The weight is w = pi(tokens) / mu(tokens), where pi is the trained policy and mu the sampler. The expectation of w * f
+    under mu is then the expectation of f under pi. In the modes `token_*` each token has its own ratio. In the modes
+    `sequence_*` all tokens of a completion have the product of their ratios. `*_truncate` moves a ratio beyond `clip_min`
+    or `clip_max` to that bound (Espeholt et al. 2018, arXiv 1802.01561; Yao et al. 2025,
+    fengyao.notion.site/off-policy-rl). `*_mask` sets it to 0. None means no bound. The names and the arithmetic are those
+    of TRL's GRPOTrainer (`vllm_importance_sampling_*`).
     """
     logs = log_ratios(logprobs, sampled_logprobs, mask)
     level, _, constraint = mode.partition("_")
@@ -54,8 +54,8 @@ def disagreement(logprobs: Tensor, sampled_logprobs: Tensor, mask: Tensor) -> di
     """Return how far apart the sampled and the rescored logprobs of the real tokens are.
 
     Returns:
-        `difference` and `largest`: mean and largest absolute difference of a token, in nats; `ratio`: mean importance
-        ratio of a token, 1 in expectation; `outside`: share of tokens whose ratio is beyond 1 ± 0.2. Each ().
+        `difference` and `largest`: mean and largest absolute difference of a token, in nats. `ratio`: mean importance
+        ratio of a token, 1 in expectation. `outside`: share of tokens whose ratio is beyond 1 ± 0.2. Each is ().
     """
     logs = log_ratios(logprobs, sampled_logprobs, mask)
     return {

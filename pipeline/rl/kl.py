@@ -1,13 +1,13 @@
-"""How far the policy is from its reference, and how hard that is punished."""
+"""The KL of the policy from its reference, and the controller of the KL coefficient."""
 
 import torch
 from torch import Tensor
 
 
 def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, estimator: str = "k1") -> Tensor:
-    """Sampled KL of the policy from the reference at each token, in nats, (B, T); 0 on padding.
+    """Return the sampled KL of the policy from the reference at each token, in nats, (B, T); 0 on padding.
 
-    With x = logprobs - ref_logprobs: k1 = x is unbiased and can be negative; k3 = exp(-x) - 1 + x is unbiased, never
+    With x = logprobs - ref_logprobs: k1 = x is unbiased and can be negative. k3 = exp(-x) - 1 + x is unbiased, is never
     negative, and varies less (http://joschu.net/blog/kl-approx.html).
     """
     log_ratio = (logprobs - ref_logprobs).masked_fill(~mask, 0)
@@ -15,11 +15,12 @@ def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, estima
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, batch_size: int) -> float:
-    """The coefficient after an update whose mean KL was `kl` nats a sequence: a proportional controller in log space.
+    """Return the KL coefficient after an update whose mean KL was `kl` nats a sequence.
 
     e = clip(kl / target - 1, -0.2, 0.2);  coefficient *= 1 + e * batch_size / horizon
 
-    Ziegler et al. 2019 (arXiv 1909.08593), section 2.2. `horizon` and `batch_size` count sequences.
+    This is a proportional controller in log space: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2. `horizon` and
+    `batch_size` count sequences.
     """
     error = min(max(kl / target - 1, -0.2), 0.2)
     return kl_coef * (1 + error * batch_size / horizon)

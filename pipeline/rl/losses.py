@@ -1,4 +1,4 @@
-"""PPO's two clipped losses and what may join them. All arguments are (B, T); `mask` is True on real tokens."""
+"""PPO's two clipped losses, its KL estimate, and the loss of PTX. All arguments are (B, T); `mask` is True on real tokens."""
 
 import torch
 from torch import Tensor
@@ -19,8 +19,8 @@ def policy_loss(
 
     L = mean_t w_t max(-A_t * rho_t, -A_t * clamp(rho_t, 1 - clip, 1 + clip)),  rho_t = exp(logprobs - old_logprobs)
 
-    Schulman et al. 2017 (arXiv 1707.06347), eq. 7, negated to be minimised. `weights` w are those of
-    `pipeline.rl.importance.importance_weights` where the completions were sampled by another program; 1 without them.
+    Schulman et al. 2017 (arXiv 1707.06347), eq. 7, negated to be minimised. Where another program sampled
+    the completions, `weights` w come from `pipeline.rl.importance.importance_weights`. Without `weights` each w_t is 1.
     """
     ratio = torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0))
     plain = -advantages * ratio
@@ -32,13 +32,13 @@ def policy_loss(
 def value_loss(
     values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float
 ) -> tuple[Tensor, Tensor]:
-    """Clipped value loss, and the share of tokens on which the clipped branch was the larger.
+    """Return the clipped value loss, and the share of tokens on which the clipped branch was the larger.
 
     L = 1/2 mean_t max((V_t - R_t)^2, (clamp(V_t, V_old - clip, V_old + clip) - R_t)^2)
 
     From openai/baselines ppo2, also in openai/lm-human-preferences.
     """
-    # Padding is cleared before the square: masked afterwards, what stands there could still make the gradient NaN.
+    # Clear the padding before the square: if it is masked only afterwards, its values can make the gradient NaN.
     values, old_values, returns = (x.masked_fill(~mask, 0) for x in (values, old_values, returns))
     bounded = torch.clamp(values, old_values - clip, old_values + clip)
     plain, clipped = (values - returns).square(), (bounded - returns).square()
@@ -46,17 +46,18 @@ def value_loss(
 
 
 def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """Schulman's k2 estimate of the KL of the policy from the one that sampled, nats a token: mean of (log rho)^2 / 2.
+    """Estimate the KL of the policy from the policy that sampled, in nats a token: the mean of (log rho)^2 / 2.
 
-    http://joschu.net/blog/kl-approx.html
+    This is Schulman's k2: http://joschu.net/blog/kl-approx.html
     """
     return 0.5 * masked_mean((logprobs - old_logprobs).masked_fill(~mask, 0).square(), mask)
 
 
 def text_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """PTX: the negative log-likelihood of texts, in nats a token, averaged within each text and then over texts.
+    """Return the loss of PTX: the negative log-likelihood of texts, in nats a token.
 
-    Added to PPO's loss with a coefficient, it keeps the policy a model of these texts while it chases the reward:
-    Ouyang et al. 2022 (arXiv 2203.02155), eq. 2. Each text weighs the same, so that batches may be cut anywhere.
+    The mean is taken within each text and then over texts. Added to PPO's loss with a coefficient, it keeps the policy a
+    good model of these texts while it optimises the reward: Ouyang et al. 2022 (arXiv 2203.02155), eq. 2. Each text has
+    the same weight, so that the way batches are cut does not change the loss.
     """
     return -(logprobs.masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()

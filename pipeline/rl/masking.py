@@ -1,25 +1,25 @@
-"""Statistics over real tokens. `mask` is True on real tokens; what stands elsewhere never enters a result."""
+"""Statistics over real tokens. `mask` is True on real tokens; other values never enter a result."""
 
 import torch
 from torch import Tensor
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `values` where `mask`, both (B, T) -> (). 0 when nothing is real."""
+    """Return the mean of `values` where `mask` is True, both (B, T) -> (); 0 if no token is real."""
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
 def masked_sums(values: Tensor, mask: Tensor) -> Tensor:
-    """Count, sum and sum of squares of `values` (B, T) where `mask` -> (3,) in float64: they add up over processes."""
+    """Return count, sum and sum of squares of the real `values`, (B, T) -> (3,) in float64, which add up over processes."""
     real = values.masked_fill(~mask, 0).double()
     return torch.stack([mask.sum().double(), real.sum(), real.square().sum()])
 
 
 def whiten(values: Tensor, mask: Tensor, sums: Tensor, *, shift_mean: bool = True) -> Tensor:
-    """(values - mean) / std over real tokens, (B, T) -> (B, T); 0 on padding. Without `shift_mean` the mean stays.
+    """Return (values - mean) / std over real tokens, (B, T) -> (B, T); 0 on padding.
 
-    `sums` are `masked_sums` of the whole batch (all processes). The variance is the biased one, as in
-    openai/lm-human-preferences, which whitens advantages with the mean removed and rewards with the mean kept.
+    `sums` are the `masked_sums` of the whole batch (all processes). Without `shift_mean` the mean is kept. The variance is
+    the biased one, as in openai/lm-human-preferences, which removes the mean of advantages and keeps that of rewards.
     """
     count, total, squares = sums
     mean = total / count

@@ -1,4 +1,4 @@
-"""Measure sampled completions under every role, in as few passes as the backbone allows (step 2 of an update)."""
+"""Measure sampled completions under every role, in as few passes as possible (step 2 of an update)."""
 
 from typing import NamedTuple
 
@@ -11,12 +11,12 @@ from pipeline.rl.rollout import columns, row_lengths
 
 
 class Measured(NamedTuple):
-    """What the roles say of B completions of at most T tokens to prompts of at most P tokens."""
+    """Results of the roles on B completions of at most T tokens to prompts of at most P tokens."""
 
     logprobs: Tensor  # (B, T) of the policy, in nats
     ref_logprobs: Tensor  # (B, T) of the reference
     values: Tensor  # (B, T) value of the state before each token
-    trunk: Tensor | None  # (B, P + T, D), as `Rollout` has it
+    trunk: Tensor | None  # (B, P + T, D), as in `Rollout`
     value_trunk: Tensor | None  # (B, P + T, D)
     scores: dict[str, Tensor]  # (B,) of each of the `reward_roles`
 
@@ -32,10 +32,10 @@ def measure(
     batch_size: int,
     reward_roles: list[str],
 ) -> Measured:
-    """Run policy, reference and value over prompts (B, P) and completions (B, T), and `reward_roles`, which begin at the trunk.
+    """Run policy, reference, value and `reward_roles` over prompts (B, P) and completions (B, T).
 
-    Rows of about one length share a pass, `batch_size` at a time. Call it in the precision that training runs in
-    (`accelerator.autocast`).
+    The `reward_roles` must start from the trunk. Rows of about the same length share a pass, `batch_size` at a time. Call
+    this in the precision of training (`accelerator.autocast`).
     """
     order = row_lengths(prompt_mask, completion_mask).argsort(stable=True)
     batches = []

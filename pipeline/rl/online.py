@@ -1,6 +1,6 @@
-"""TRL's online trainers on a `Backbone`: completions are sampled, and rewards are called and checked, in one way for all.
+"""TRL's online trainers on a `Backbone`: all sample completions, call rewards and check rewards in the same way.
 
-PPO builds on `Online` (`pipeline.rl.trainer`); RLOO and GRPO are TRL's own trainers behind it.
+PPO builds on `Online` (`pipeline.rl.trainer`). RLOO and GRPO are TRL's trainers with `Online` before them.
 """
 
 from collections.abc import Callable
@@ -28,21 +28,24 @@ from reward_models.functions import HIDDEN, PICTURES, RewardArguments, load_func
 
 
 class Online(Checkpointed):
-    """Put before TRL's RLOO or GRPO trainer of a `Backbone`: sample and score as all of Spine does."""
+    """Mixin for TRL's RLOO or GRPO trainer of a `Backbone`: sample and score as everywhere in Spine."""
 
-    scores_every_row = False  # a row without any score is left out of RLOO's and GRPO's baselines
+    scores_every_row = False  # RLOO and GRPO leave a row without a score out of the baseline
 
     def __init__(self, reward_funcs: list[Callable], args: RLOOConfig | GRPOConfig, **kwargs):
         self.composite = Composite(reward_funcs, args.reward_weights)
         super().__init__(reward_funcs=self.composite.functions, args=args, **kwargs)
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
-        """Override `_tokenize_prompts`: a prompt that ends in the assistant's turn is continued, not closed."""
+        """Override `_tokenize_prompts`: continue a prompt that ends in the assistant's turn, instead of closing the turn."""
         return tokenize_prompts(prompts, self.processing_class), None, {}
 
     def sample(self, prompt_ids: list[list[int]], *, keep_logprobs: bool = False) -> Sample:
-        """Sample a completion to each prompt. TRL's `generate` would take from the model's own generation config every field
-        that the trainer leaves unset."""
+        """Sample a completion for each prompt.
+
+        This replaces TRL's call of `generate`, which takes every field that the trainer leaves unset from the model's own
+        generation config.
+        """
         (batch,) = sample(
             self.model,
             "policy",
@@ -57,30 +60,30 @@ class Online(Checkpointed):
         return batch
 
     def _sampled_rows(self, prompt_ids: list[list[int]]) -> list[list[int]]:
-        """Return the tokens of `sample`, where the model may be wrapped."""
+        """Return the tokens of `sample`, from a model that may be wrapped."""
         checkpointing = {"gradient_checkpointing_kwargs": self.args.gradient_checkpointing_kwargs}
         with unwrap_model_for_generation(self.model_wrapped, self.accelerator, **checkpointing):
             return self.sample(prompt_ids).rows()
 
     def _calculate_rewards(self, inputs: list[dict], prompts: list, completions: list, completion_ids: list) -> Tensor:
-        """Override `_calculate_rewards`: raise on every process what a reward function did wrong on any."""
+        """Override `_calculate_rewards`: raise the error of a reward function on every process, also if only one has it."""
         columns = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
         self.composite.total(columns, prompts, completions, all_scored=self.scores_every_row)
         return columns
 
 
 class RLOO(Online, RLOOTrainer):
-    """TRL's RLOO, with our checkpoints, sampling and rewards."""
+    """TRL's RLOO trainer, with Spine's checkpoints, sampling and rewards."""
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], images, multimodal_fields) -> list[list[int]]:
-        """Override `_generate_single_turn`: vLLM alone is left to TRL."""
+        """Override `_generate_single_turn`: sample with `sample`, and leave only vLLM to TRL."""
         if self.use_vllm:
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields)
         return self._sampled_rows(prompt_ids)
 
 
 class GRPO(Online, GRPOTrainer):
-    """TRL's GRPO, with our checkpoints, sampling and rewards."""
+    """TRL's GRPO trainer, with Spine's checkpoints, sampling and rewards."""
 
     def _generate_single_turn(
         self,
@@ -90,7 +93,7 @@ class GRPO(Online, GRPOTrainer):
         num_generations: int,
         has_tool_images: bool = False,
     ) -> tuple[list[list[int]], list | None]:
-        """Override `_generate_single_turn`: vLLM alone is left to TRL."""
+        """Override `_generate_single_turn`: sample with `sample`, and leave only vLLM to TRL."""
         if self.use_vllm:
             return super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
@@ -106,16 +109,16 @@ def train(
     model: ModelConfig,
     args: RLOOConfig | GRPOConfig,
 ) -> None:
-    """Train the policy role of a backbone with RLOO or GRPO, and leave its adapter."""
+    """Train the policy role of a backbone with RLOO or GRPO, and save its adapter."""
     if args.chat_template_kwargs:
         raise ValueError(
-            f"chat_template_kwargs={args.chat_template_kwargs!r} would not reach the reward model. Leave it unset, or write "
-            f"it into the chat template of the model's tokenizer."
+            f"chat_template_kwargs={args.chat_template_kwargs!r} would not reach the reward model. Leave it unset, or set "
+            f"it in the chat template of the model's tokenizer."
         )
     if args.use_transformers_continuous_batching:
         raise ValueError(
-            "use_transformers_continuous_batching=True is not supported: it samples by the model's own generation config, "
-            "and with bf16 TRL rounds the adapters to bfloat16 for good. Leave it unset."
+            "use_transformers_continuous_batching=True is not supported. It samples with the model's own generation config, "
+            "and with bf16 TRL rounds the adapters to bfloat16 permanently. Leave it unset."
         )
     checkpoint = open_run(
         args, model, policies=(start.sft_adapter,), rewards=rewards, leaves_reward=False, shards=False
@@ -141,7 +144,7 @@ def train(
     )
     rows = rows_report({"train": (data.dataset_name, found)})
     asked = args.generation_batch_size // args.num_generations
-    if len(prompts) < asked:  # TRL samples each prompt once a pass and drops a short last batch
+    if len(prompts) < asked:  # TRL samples each prompt once a pass, and drops a short last batch
         prompts = prompts.repeat(-(-asked // len(prompts)))
 
     trainer = trainer_class(
@@ -153,7 +156,7 @@ def train(
     )
     if args.disable_dropout:
         without_dropout(backbone.get_base_model(), model.model_name_or_path)
-    backbone.train_only("policy")  # adding adapters toggles requires_grad
+    backbone.train_only("policy")  # adding adapters changes requires_grad
     set_seed(args.seed, device_specific=True)  # processes draw different completions
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)

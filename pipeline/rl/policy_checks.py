@@ -1,8 +1,8 @@
-"""Check the policy at step 0: what is sampled is what is scored, and both are the model's own.
+"""Check the policy at step 0: sampling and scoring use the same policy, and it computes what the model itself computes.
 
-Two passes that do the same arithmetic must agree to the bit or nearly so, in any precision. Of two that do it otherwise,
-such as sampling with a cache and scoring whole sequences, only what many tokens say together can be held to a bound.
-`tests/benchmarks/NOTES.md` has what rounding and faults measure on a real model.
+Two passes with the same arithmetic must agree to the bit or nearly so, in any precision. Two passes with different
+arithmetic, such as sampling with a cache and scoring whole sequences, differ by rounding; for them only means over many
+tokens have a bound. `tests/benchmarks/NOTES.md` gives the size of rounding and of faults on a real model.
 """
 
 from collections.abc import Iterator
@@ -21,14 +21,14 @@ from pipeline.rl.importance import CLIP, disagreement
 
 
 DISAGREE = (
-    "Above the bound, the policy that samples is not the one that learns: look at positions, padding, attention and "
+    "Above the bound, the policy that samples is not the policy that learns: check positions, padding, attention and "
     "temperature."
 )
 
 
 @contextmanager
 def adapters_that_run(backbone: Backbone) -> Iterator[set[tuple[str, str]]]:
-    """Note which adapters each LoRA layer runs, (layer, adapters), while the code inside runs."""
+    """Record the adapters that each LoRA layer runs, as (layer, adapters), while the code inside runs."""
     seen: set[tuple[str, str]] = set()
     hooks = []
     for name, layer in backbone.named_modules():
@@ -51,7 +51,7 @@ def _note_adapters(seen: set[tuple[str, str]], name: str, layer: BaseTunerLayer,
 def policy_checks(
     backbone: Backbone, batches: list[Sample], sampling: set[tuple[str, str]], args: PPOConfig
 ) -> Iterator[Check]:
-    """Check logprobs of the same tokens: sampled, rescored as PPO will, rescored again, and by the reference."""
+    """Check the logprobs of the same tokens: in sampling, in two passes of PPO, and under the reference."""
     found: dict[str, list[Tensor]] = {}
     with adapters_that_run(backbone) as scoring:
         policy = [_rescored(backbone, "policy", batch, args) for batch in batches]
@@ -68,7 +68,7 @@ def policy_checks(
     tokens = {name: torch.cat(parts).unsqueeze(0) for name, parts in found.items()}
     real = torch.ones_like(tokens["policy"], dtype=torch.bool)
     again, reference = ((tokens["policy"] - tokens[name]).abs().mean().item() for name in ("again", "reference"))
-    # In units of logits: a temperature below 1 magnifies rounding as it does everything else.
+    # In units of logits, since a temperature below 1 magnifies rounding too.
     scale = min(1.0, args.temperature)
     found = disagreement(tokens["policy"] * scale, tokens["sampled"] * scale, real)
     sampled = {name: value.item() for name, value in found.items()}
@@ -77,8 +77,8 @@ def policy_checks(
         again,
         1e-3,
         "refused",
-        "Mean difference of a token's logprob (nats) between two passes in training mode, which do the same arithmetic. "
-        "Above the bound, ratios do not start at 1: set disable_dropout: true, and the model's own dropout options to 0.",
+        "Mean difference of a token's logprob (nats) between two passes in training mode, with the same arithmetic. Above "
+        "the bound, ratios do not start at 1: set disable_dropout: true, and set the model's own dropout options to 0.",
     )
     exact = is_exact(args, backbone)
     yield held(
@@ -86,16 +86,16 @@ def policy_checks(
         sampled["difference"],
         1e-3 if exact else 0.1,
         "refused",
-        f"Mean difference (nats, times a temperature below 1) of a token's logprob in generation and in the pass that PPO "
-        f"trains; the largest is {sampled['largest']:.3g}. {DISAGREE}",
+        f"Mean difference (nats, times a temperature below 1) between a token's logprob in generation and in PPO's training "
+        f"pass. The largest difference is {sampled['largest']:.3g}. {DISAGREE}",
     )
     yield held(
         "importance ratios start near 1",
         sampled["outside"],
         0.1,
         "refused",
-        f"Share of tokens whose probability (to the power of a temperature below 1) in generation and in the pass that PPO "
-        f"trains differs by a factor beyond 1 ± {CLIP:g}, where PPO clips. {DISAGREE}",
+        f"Share of tokens whose probability (to the power of a temperature below 1) differs between generation and PPO's "
+        f"training pass by a factor beyond 1 ± {CLIP:g}, where PPO clips. {DISAGREE}",
     )
     odd = {name for name, _ in sampling ^ scoring}
     yield held(
@@ -103,8 +103,8 @@ def policy_checks(
         len(odd),
         0,
         "refused",
-        f"Layers whose adapters differ between generation and the pass that PPO trains{_first(odd)}. Switch roles by "
-        f"`Backbone.role` alone.",
+        f"Number of layers whose adapters differ between generation and PPO's training pass{_first(odd)}. Switch roles only "
+        f"with `Backbone.role`.",
     )
     yield _drawn_check(tokens["surprise"], args)
     yield held(
@@ -112,13 +112,17 @@ def policy_checks(
         reference,
         1e-3,
         "refused",
-        "Mean difference (nats) of a token's logprob by policy and reference, which start as one adapter.",
+        "Mean difference (nats) between a token's logprob under the policy and under the reference, which start as the same "
+        "adapter.",
     )
 
 
 def own_checks(backbone: Backbone, batch: Sample, args: PPOConfig) -> Iterator[Check]:
-    """Check the logprobs that PPO trains on, of a few rows, against those of the model's own forward, of a pass with the
-    padding at the other side, and of a pass that does not start from the trunk."""
+    """Check that the logprobs PPO trains on are the same in other passes over a few rows.
+
+    The other passes are the model's own forward, a pass with the padding at the other side, and a pass through all layers
+    instead of from the trunk.
+    """
     ids, mask, completion_ids, real = (part[:ROWS] for part in batch[:4])
     few, length = Sample(ids, mask, completion_ids, real, None), completion_ids.shape[1]
     ours = _rescored(backbone, "policy", few, args)[0]
@@ -129,8 +133,8 @@ def own_checks(backbone: Backbone, batch: Sample, args: PPOConfig) -> Iterator[C
             (ours - full)[real].abs().mean().item(),
             1e-3,
             "refused",
-            "Mean difference (nats) of a token's logprob between a pass from the states that roles share and one through "
-            "all layers, which do the same arithmetic. Above the bound, train an adapter of all layers: leave "
+            "Mean difference (nats) between a token's logprob in a pass from the states that roles share and in a pass "
+            "through all layers, with the same arithmetic. Above the bound, train an adapter of all layers: leave "
             "lora_top_layers unset.",
         )
     bound = 1e-3 if is_exact(args, backbone) else 0.1
@@ -145,12 +149,13 @@ def own_checks(backbone: Backbone, batch: Sample, args: PPOConfig) -> Iterator[C
         (ours - right.gather(1, at))[real].abs().mean().item() * scale,
         bound,
         "refused",
-        "Mean difference (nats, times a temperature below 1) of a token's logprob with the padding at the left and at the "
-        "right. Above the bound, the model counts padding as tokens: take one that does not (GPT-2, Llama, Qwen ...).",
+        "Mean difference (nats, times a temperature below 1) between a token's logprob with the padding at the left and at "
+        "the right. Above the bound, the model counts padding as tokens: use a model that does not (GPT-2, Llama, Qwen "
+        "...).",
     )
     own = torch.zeros_like(ours)
     for i, (text, keep) in enumerate(zip(ids, mask.bool(), strict=True)):
-        with backbone.role("policy"):  # as the model is by itself: a row alone, with nothing said of positions
+        with backbone.role("policy"):  # the model by itself: one row, no padding, no position ids
             logits = backbone.get_base_model()(input_ids=text[keep].unsqueeze(0), use_cache=False).logits[0]
         count = int(real[i].sum())
         logprobs = (logits[-count - 1 : -1].float() / args.temperature).log_softmax(dim=-1)
@@ -160,9 +165,9 @@ def own_checks(backbone: Backbone, batch: Sample, args: PPOConfig) -> Iterator[C
         (ours - own)[real].abs().mean().item() * scale,
         bound,
         "refused",
-        "Mean difference (nats, times a temperature below 1) of a token's logprob in the pass that PPO trains and by the "
-        "logits of the model's own forward, of each row alone. Above the bound, PPO would train another model than the one "
-        "that samples.",
+        "Mean difference (nats, times a temperature below 1) between a token's logprob in PPO's training pass and in the "
+        "model's own forward over each row alone. Above the bound, PPO would train a different model from the one that "
+        "samples.",
     )
 
 
@@ -171,16 +176,16 @@ def _first(names: set[str]) -> str:
 
 
 def _rescored(backbone: Backbone, role: str, batch: Sample, args: PPOConfig) -> tuple[Tensor, Tensor]:
-    """Return logprobs and entropies (B, T) of a batch as PPO computes them: from the trunk where it has one."""
+    """Return logprobs and entropies (B, T) of a batch as PPO computes them: from the trunk if there is one."""
     trunk = backbone.trunk(*batch[:2]) if backbone.trunk_depth else None
     return backbone.logprobs_and_entropy(role, *batch[:3], args.temperature, trunk)
 
 
 def _drawn_check(surprise: Tensor, args: PPOConfig) -> Check:
-    """Check that tokens come as often as the policy says: the mean of logprob + entropy, (1, N), is 0 but for chance.
+    """Check that tokens occur as often as the policy says: `surprise`, logprob + entropy, (1, N), has a mean of about 0.
 
     Given the tokens before it, a token's logprob has the mean -entropy. So the sum of logprob + entropy over tokens is a
-    martingale, and that sum over its standard deviation is about normal.
+    martingale, and this sum divided by its standard deviation is about normal.
     """
     deviations = surprise.sum().abs() / surprise.square().sum().sqrt()
     beyond = [name for name, neutral in WITHOUT_EFFECT.items() if getattr(args, name) not in neutral]
@@ -189,13 +194,13 @@ def _drawn_check(surprise: Tensor, args: PPOConfig) -> Check:
         deviations.item(),
         6,
         "warning" if beyond else "refused",
-        "Standard deviations between the mean logprob of the sampled tokens and what the policy's entropy expects. Above the "
-        "bound, they are drawn from another distribution than PPO scores: look at temperature and at what cuts or penalises "
-        "tokens.",
+        "Distance of the sampled tokens' mean logprob from the value that the policy's entropy predicts, in standard "
+        "deviations. Above the bound, the tokens are drawn from another distribution than PPO scores: check temperature and "
+        "the options that cut or penalise tokens.",
     )
 
 
-# Options that draw from another distribution than PPO scores, and their values that do not.
+# Options that draw from another distribution than PPO scores, and the values that change nothing.
 WITHOUT_EFFECT = {
     "top_k": (0, None),
     "top_p": (1.0,),
@@ -206,7 +211,7 @@ WITHOUT_EFFECT = {
 
 
 def sampling_checks(args: PPOConfig) -> Iterator[Check]:
-    """Warn of options that draw from another distribution than PPO scores."""
+    """Warn of options with which tokens are drawn from another distribution than PPO scores."""
     for name, neutral in WITHOUT_EFFECT.items():
         value = getattr(args, name)
         if value not in neutral:
@@ -215,6 +220,6 @@ def sampling_checks(args: PPOConfig) -> Iterator[Check]:
                 None,
                 "the whole distribution",
                 "warning",
-                f"{name}={value!r} changes what is sampled from, and PPO's logprobs, ratios and KL are of the policy's whole "
-                f"distribution at temperature={args.temperature:g}. Leave {name} unset.",
+                f"{name}={value!r} changes the distribution that tokens are sampled from. PPO's logprobs, ratios and KL are "
+                f"those of the policy's whole distribution at temperature={args.temperature:g}. Leave {name} unset.",
             )

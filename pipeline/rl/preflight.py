@@ -1,8 +1,8 @@
-"""Checks before PPO, in seconds: what is wrong here would make every later curve a riddle.
+"""Check a PPO run before it trains, in seconds, since a fault here would make all later curves impossible to explain.
 
-Each bound tells rounding from faults: `tests/benchmarks/NOTES.md` has what both measure on a real model. Two passes that
-do the same arithmetic must agree to the bit or nearly so, in any precision; of two that do it otherwise, such as sampling
-with a cache and scoring whole sequences, only what many tokens say together can be held to a bound.
+The bounds separate rounding from faults: `tests/benchmarks/NOTES.md` gives the size of both on a real model. Two passes
+with the same arithmetic must agree to the bit or nearly so, in any precision. Two passes with different arithmetic, such
+as sampling with a cache and scoring whole sequences, differ by rounding; for them only means over many tokens have a bound.
 """
 
 import math
@@ -34,17 +34,20 @@ def preflight(
     reward_adapters: dict[str, str] | None = None,
     vllm: VLLMGeneration | None = None,
 ) -> list[Check]:
-    """Check the policy at step 0, its reward models (role: folder) and vLLM, if it is to sample, on completions of the first
-    64 prompts.
+    """Check the policy at step 0, its reward models and vLLM on completions of the first 64 prompts, and return the checks.
 
-    Call it in the precision that PPO will run in (`accelerator.autocast`), and with the backbone as PPO will sample from it.
+    Call this in the precision of PPO (`accelerator.autocast`), with the backbone in the state in which PPO samples.
+
+    Args:
+        reward_adapters: role and folder of each reward model.
+        vllm: vLLM's client, if vLLM is to sample.
 
     Raises:
-        ValueError: a check refuses; the message has every one that does.
+        ValueError: at least one check refuses the run. The message names every check that does.
     """
     set_seed(args.seed)
     was_training = backbone.training
-    backbone.train()  # as in PPO, so that dropout shows
+    backbone.train()  # as in PPO, so that dropout is found
     rows = tokenize_prompts(prompts[:PROMPTS], tokenizer)
     progress = tqdm(
         total=(1 + len(reward_adapters or {})) * len(range(0, len(rows), BATCH)) + bool(vllm),
@@ -93,7 +96,7 @@ def _vllm_check(
     tokenizer: PreTrainedTokenizerBase,
     args: PPOConfig,
 ) -> Check:
-    """On logprobs of tokens that vLLM sampled: its own, and those that PPO takes for the policy that sampled them."""
+    """Compare the logprobs of tokens that vLLM sampled: those of vLLM and those of PPO's training pass."""
     vllm.sync_weights()
     _, completions, sampled, _ = vllm.generate(prompts=prompt_rows, images=None, num_generations=1)
     device, differences = backbone.get_base_model().device, []
@@ -112,7 +115,7 @@ def _vllm_check(
         torch.cat(differences).mean().item(),
         0.1,
         "warning",
-        "Mean difference (nats) of a token's logprob in vLLM, which has kernels and a precision of its own, and in the pass "
-        "that PPO trains. The bound is that for generation: SmolLM2 in bfloat16 comes to 0.05 by rounding. Above it, look at "
-        "vLLM's dtype, and on a server at `--logprobs-mode processed_logprobs`, which temperature needs.",
+        "Mean difference (nats) between a token's logprob in vLLM, which has its own kernels and precision, and in PPO's "
+        "training pass. The bound is that for generation: SmolLM2 in bfloat16 reaches 0.05 by rounding. Above the bound, "
+        "check vLLM's dtype, and on a server set `--logprobs-mode processed_logprobs`, which temperature needs.",
     )

@@ -4,9 +4,10 @@ import torch
 
 
 def drawn_texts(texts: list[list[int]], first: int, count: int, seed: int) -> list[list[int]]:
-    """Return `count` token rows from place `first` of an endless sequence: the texts, shuffled anew in each pass over them.
+    """Return `count` token rows, from place `first` on, of an endless sequence of the texts.
 
-    The sequence depends on the seed alone, so that a resumed run reads on where it was.
+    Each pass over the texts shuffles them again. The sequence depends on the seed alone, so that a resumed run continues
+    at the same place.
     """
     orders: dict[int, torch.Tensor] = {}
     rows = []

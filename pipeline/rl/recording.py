@@ -1,4 +1,4 @@
-"""What PPO logs: figures over all processes, the table of completions, and warnings of an unhealthy run."""
+"""Record what PPO logs: figures over all processes, the table of completions, and warnings of an unhealthy run."""
 
 import torch
 from accelerate.logging import get_logger
@@ -12,8 +12,10 @@ logger = get_logger(__name__)
 
 
 class Recording:
-    """Put before an online trainer of TRL: it keeps what the trainer's steps measure in the trainer's own `_metrics` and
-    `_logs`, from which TRL writes the log and the table of completions."""
+    """Mixin for an online trainer of TRL: keep the figures of the trainer's steps in its `_metrics` and `_logs`.
+
+    TRL writes the log and the table of completions from these two.
+    """
 
     @property
     def _mode(self) -> str:
@@ -31,7 +33,7 @@ class Recording:
             self._metrics[self._mode][name].append(self._mean(value, tokens))
 
     def _record_disagreement(self, found: dict[str, Tensor], mask: Tensor) -> None:
-        """Keep what `pipeline.rl.importance.disagreement` found, under TRL's names."""
+        """Keep the results of `pipeline.rl.importance.disagreement` under TRL's names."""
         self._record(
             tokens=mask.sum(),
             **{
@@ -43,8 +45,11 @@ class Recording:
         self._metrics[self._mode]["sampling/sampling_logp_difference/max"].append(largest)
 
     def _record_rewards(self, columns: Tensor, count: int) -> None:
-        """Keep what each reward function gave, (all B, functions), to the `count` completions of each process, and what it
-        gave to TRL's `log_extra` and `log_metric`. Names are sorted, so that all processes gather them in one order."""
+        """Keep the rewards of each function, (all B, functions), and what it gave to TRL's `log_extra` and `log_metric`.
+
+        `count` is the number of completions of each process. Names are sorted, so that all processes gather them in the
+        same order.
+        """
         for name, column in zip(self.reward_func_names, columns.T, strict=True):
             self._logs["rewards"][name].extend(column.tolist())
             self._metrics[self._mode][f"rewards/{name}/mean"].append(column.nanmean().item())
@@ -67,7 +72,7 @@ class Recording:
         values: Tensor,
         advantages: Tensor,
     ) -> None:
-        """Keep the figures of a rollout; in training, look at its health and adapt the KL coefficient.
+        """Keep the figures of a rollout; in training, also check its health and adapt the KL coefficient.
 
         `mask`, `rewards`, `values` and `advantages` are (B, T), `scores` and `kl` (nats a sequence) are (B,).
         """
@@ -92,7 +97,7 @@ class Recording:
         approxkl: Tensor,
         entropy: Tensor,
     ) -> None:
-        """Keep the figures of a minibatch, each a mean over its tokens, and in training look at the entropy."""
+        """Keep the figures of a minibatch, each a mean over its tokens; in training, also check the entropy."""
         self._record(
             tokens=mask.sum(),
             **{"loss/policy": policy, "loss/value": value},

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 
-# The width of every pass is a multiple of so many tokens. torch's fused attention on a CPU then gives a token the same
-# numbers to the bit in passes of different widths, so that importance ratios start at exactly 1.
+# The width of every pass is a multiple of this many tokens. torch's fused attention on a CPU then gives a token the same
+# values to the bit in passes of different widths, so that importance ratios start at exactly 1.
 WIDTH = 16
 
 
@@ -23,20 +23,20 @@ class Rollout:
     prompt_mask: Tensor  # (B, P) bool
     completion_ids: Tensor  # (B, T) int64
     completion_mask: Tensor  # (B, T) bool
-    logprobs: Tensor  # (B, T) of the policy that sampled, in nats
+    logprobs: Tensor  # (B, T), under the policy that sampled, in nats
     values: Tensor  # (B, T) value of the state before each token
     advantages: Tensor  # (B, T)
     returns: Tensor  # (B, T) targets of the value function
-    weights: Tensor | None = None  # (B, T) of the policy loss, where the sampler's logprobs are corrected for
-    trunk: Tensor | None = None  # (B, P + T, D) states below the policy's adapter, where it leaves layers as they are
-    value_trunk: Tensor | None = None  # (B, P + T, D) the same of the value, where its adapter begins lower
+    weights: Tensor | None = None  # (B, T) of the policy loss, which correct for the sampler; None is 1
+    trunk: Tensor | None = None  # (B, P + T, D) states below the policy's adapter, if it changes only the top layers
+    value_trunk: Tensor | None = None  # (B, P + T, D) the same for the value, if its adapter begins lower
     share: Tensor | None = None  # () weight of a minibatch in its optimizer step; None is 1
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
     def rows(self, index: Tensor | slice) -> "Rollout":
-        """Return some of the rows, in the order of `index`."""
+        """Return the rows of `index`, in its order."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "share"}
         return Rollout(**{name: x if x is None else x[index] for name, x in tensors.items()})
 
@@ -68,8 +68,8 @@ def row_lengths(prompt_mask: Tensor, completion_mask: Tensor) -> Tensor:
 def columns(prompt_mask: Tensor, completion_mask: Tensor) -> tuple[int, int]:
     """Find the columns that a pass over these rows needs, (B, P) and (B, T) -> two numbers.
 
-    The pass begins at the first number in the prompts and ends before the second in the completions. What lies beyond
-    is padding in all rows. The width that is left is a multiple of `WIDTH`, as P + T is.
+    The pass begins at the first number in the prompts and ends before the second number in the completions. All other
+    columns are padding in every row. The remaining width is a multiple of `WIDTH`, as P + T is.
     """
     (_, prompts), (_, completions) = prompt_mask.shape, completion_mask.shape
     prompt, completion = (int(mask.sum(dim=1).max()) for mask in (prompt_mask, completion_mask))
@@ -79,17 +79,18 @@ def columns(prompt_mask: Tensor, completion_mask: Tensor) -> tuple[int, int]:
 
 
 def sorted_steps(order: Tensor, lengths: Tensor, size: int) -> Tensor:
-    """Sort each `size` rows that follow each other in `order` (N,) by their `lengths` (N,), the shortest first.
+    """Sort each group of `size` consecutive rows of `order` (N,) by their `lengths` (N,), the shortest first.
 
-    Cut into pieces, each piece then has rows of about one length, and needs little padding.
+    If a group is then cut into pieces, each piece has rows of about the same length, and needs little padding.
     """
     return torch.cat([step[lengths[step].argsort(stable=True)] for step in order.split(size)])
 
 
 def minibatches(rollout: Rollout, order: Tensor, *, pieces: int, accumulation: int) -> list[Rollout]:
-    """Cut a rollout, its rows in `order` (B,), into `pieces` of equal size; `accumulation` of them make an optimizer step.
+    """Cut a rollout, with its rows in `order` (B,), into `pieces` of equal size.
 
-    The pieces of a step hold rows of about one length. Each is trimmed to the columns that it needs.
+    `accumulation` pieces make an optimizer step. Each piece of a step holds rows of about the same length, and is trimmed
+    to the columns that it needs.
     """
     size = len(rollout) // pieces
     if accumulation > 1:

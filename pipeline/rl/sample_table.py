@@ -1,4 +1,4 @@
-"""A table of completions to fixed prompts as training goes on: what curves do not tell."""
+"""A table of completions to fixed prompts during training, which shows what curves do not."""
 
 import asyncio
 import json
@@ -21,7 +21,7 @@ from reward_models.rules import sentiment
 
 
 class TrainerLoop(NamedTuple):
-    """The event loop in which a trainer of TRL calls async rewards, to which their clients are bound."""
+    """The event loop in which a trainer of TRL calls async rewards; the rewards' clients are bound to it."""
 
     trainer: Any
 
@@ -30,11 +30,11 @@ class TrainerLoop(NamedTuple):
 
 
 class SampleTable(TrainerCallback):
-    """Samples the same prompts with the same seed before training and every `sample_updates` updates.
+    """Sample the same prompts with the same seed, before training and every `sample_updates` updates.
 
-    Each row is step, prompt, completion, score, KL (nats) and the judge's compound (-1 to 1). Rows are appended to
-    `samples.jsonl` in the run's folder, and go as a table to trackio and wandb and as text to tensorboard, where
-    `report_to` names them. The state of the random generators is put back, so that training is as without it.
+    Each row holds step, prompt, completion, score, KL (nats) and the judge's compound (-1 to 1). Rows are appended to
+    `samples.jsonl` in the run's folder. They also go to the trackers that `report_to` names: as a table to trackio and
+    wandb, as text to tensorboard. The state of the random generators is restored, so that training does not change.
     """
 
     def __init__(self, trainer, prompts: Dataset):
@@ -54,7 +54,7 @@ class SampleTable(TrainerCallback):
             self._add(state.global_step)
 
     def _keep_rows_of(self, step: int) -> None:
-        """On resuming, keep the rows up to the checkpoint's step: those of later steps are written again."""
+        """Keep only the rows up to `step`, from which the run resumes: rows of later steps are written again."""
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if step and self.path.is_file() else []
         whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
         fresh = self.path.with_suffix(".new")
@@ -62,7 +62,7 @@ class SampleTable(TrainerCallback):
         fresh.replace(self.path)
 
     def _add(self, step: int) -> None:
-        with self.trainer.gathered_weights():  # on all processes, since the model may be sharded over them
+        with self.trainer.gathered_weights():  # on all processes, since they may share the model
             rows = self._rows(step)
         if self.trainer.is_world_process_zero():
             with self.path.open("a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""What PPO leaves behind, and what a checkpoint of it holds."""
+"""Save PPO's policy and value, and the state of PPO in a checkpoint."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -12,14 +12,13 @@ from pipeline.runs.outputs import completions_sampled
 
 
 class SavesRoles:
-    """Put before a `Checkpointed` trainer of a `Backbone`: save and load the policy and the value, and PPO's own state."""
+    """Mixin for a `Checkpointed` trainer of a `Backbone`: save and load the policy, the value and PPO's own state."""
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        """Override `_save`: write the policy as a peft adapter, the value function as one with its head in `value/`, and the
-        tokenizer."""
+        """Override `_save`: write the policy adapter, the value adapter and head in `value/`, and the tokenizer."""
         folder = Path(output_dir or self.args.output_dir)
         frozen = {}
-        if self._dist.is_zero3:  # where Trainer gathers what trains alone; a value may be frozen below the policy
+        if self._dist.is_zero3:  # Trainer gathers only trained weights, and part of the value may be frozen
             kept = {id(p) for p in self.model.role_parameters("policy", "value") if not p.requires_grad}
             frozen = {name: p for name, p in self.model.named_parameters() if id(p) in kept}
         with self._dist.gather_params(list(frozen.values())):
@@ -34,9 +33,9 @@ class SavesRoles:
         return self._step % self.steps_per_update == 0
 
     def training_state(self) -> dict:
-        """Add what PPO keeps from step to step; within an update, the rollout and its order in this epoch too."""
+        """Override `training_state`: add PPO's own state, and within an update the rollout and its order in this epoch."""
         state = super().training_state()
-        del state["counters"]["_buffered_inputs"]  # the rollout, cut
+        del state["counters"]["_buffered_inputs"]  # pieces of the rollout
         state["ppo"] = {"beta": self.beta, "_kl_exceeded": self._kl_exceeded, "_skipping": self._skipping}
         state["health"] = {**asdict(self.health), "said": sorted(self.health.said)}
         if not self.between_updates:
@@ -55,13 +54,13 @@ class SavesRoles:
             self._buffered_inputs = self._minibatches()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Override `_load_from_checkpoint`: take the policy and the value of a checkpoint."""
+        """Override `_load_from_checkpoint`: load the policy and the value of a checkpoint."""
         self.model.load_role("policy", read_adapter(resume_from_checkpoint))
         self.model.load_role("value", read_adapter(f"{resume_from_checkpoint}/value", needs_head=True))
-        self._last_loaded_step = -1  # TRL's: at whatever step, vLLM has not been sent these
+        self._last_loaded_step = -1  # TRL's: vLLM does not have these weights yet, at any step
 
     def summary(self) -> dict:
-        """Return what the metrics file says of the run: completions sampled, warnings, and the log of every update."""
+        """Return what the metrics file holds: completions sampled, warnings, and the log of every update."""
         return {
             "completions": completions_sampled(self),
             "warnings": sorted(self.health.said),

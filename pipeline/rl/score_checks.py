@@ -1,4 +1,4 @@
-"""Check a reward model before PPO climbs it: what the reward stage measured, and its scores of SFT's completions."""
+"""Check a reward model before PPO: the figures of the reward stage, and its scores of SFT's completions."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,10 +16,12 @@ from reward_models.learned import score_rows
 
 
 def reward_model_checks(metrics: dict[str, Any], args: PPOConfig) -> Iterator[Check]:
-    """What the reward stage measured on held-out pairs."""
-    why = "Share of held-out pairs that the reward model orders as people do; 0.5 is chance."
+    """Check the figures that the reward stage measured on held-out pairs."""
+    why = "Share of held-out pairs that the reward model orders as people do. 0.5 is chance."
     if "accuracy" not in metrics:
-        note = "Its folder has no metrics.json with it: this reward model may be no better than chance."
+        note = (
+            "The adapter's metrics.json is missing or has no accuracy: this reward model may be no better than chance."
+        )
         yield Check("reward model's accuracy", None, f"at least {args.min_reward_accuracy:g}", "warning", note)
         return
     yield held(
@@ -37,7 +39,7 @@ def reward_model_checks(metrics: dict[str, Any], args: PPOConfig) -> Iterator[Ch
         metrics["ece"],
         0.15,
         "warning",
-        "Mean gap between how sure it is and how often people agree. An overconfident model rewards small "
+        "Mean gap between how sure the model is and how often people agree. An overconfident model rewards small "
         "differences too much.",
     )
 
@@ -72,7 +74,7 @@ def score_checks(
         spread,
         1e-3,
         "refused",
-        f"Standard deviation of the scores; their mean is {scores.mean():.3f}. Without it there is nothing to learn.",
+        f"Standard deviation of the scores; their mean is {scores.mean():.3f}. If all are equal, there is nothing to learn.",
         least=True,
     )
     differences = np.abs([scores[few] - np.array(alone), left - np.array(alone)])
@@ -81,8 +83,8 @@ def score_checks(
         float(differences.mean()) / max(1.0, spread),
         1e-3 if is_exact(args, backbone) else 0.1,
         "refused",
-        "Mean difference of a text's score alone, in a batch padded at the right, and padded at the left, in deviations of "
-        "the scores where these are above 1.",
+        "Mean difference between a text's score alone and its scores in batches padded at the right and at the left. The "
+        "unit is the scores' standard deviation where that is above 1.",
     )
     lengths = np.array([len(row) for row in completions], dtype=float)
     related = float(np.corrcoef(lengths, scores)[0, 1]) if lengths.std() and spread else 0.0
@@ -91,6 +93,6 @@ def score_checks(
         abs(related),
         0.5,
         "warning",
-        f"Size of the correlation of score and completion length ({related:+.2f}): a policy that chases such a score "
-        f"will write {'longer' if related > 0 else 'shorter'} before it writes better.",
+        f"Size of the correlation of score and completion length ({related:+.2f}). A policy that optimises such a score "
+        f"will write {'longer' if related > 0 else 'shorter'} texts before it writes better texts.",
     )

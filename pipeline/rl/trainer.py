@@ -1,7 +1,7 @@
-"""PPO on TRL's online machinery.
+"""PPO as a trainer of TRL.
 
-TRL's RLOOTrainer samples completions, calls reward functions, logs, saves and runs on any accelerate launch. What
-makes PPO of it is here: roles on one backbone, a reward for each token, generalised advantages, two clipped losses.
+TRL's RLOOTrainer samples completions, calls reward functions, logs, saves and runs under any accelerate launch. This module
+makes it PPO: roles on one backbone, a reward for each token, generalised advantages, and two clipped losses.
 """
 
 from contextlib import AbstractContextManager
@@ -42,21 +42,21 @@ logger = get_logger(__name__)
 class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
     """Proximal policy optimisation (Schulman et al. 2017) of the policy role of a `Backbone`.
 
-    An update, in the order in which it happens, and the method of each step:
+    The steps of an update in order, with the function of each step:
 
-    1. sample a completion to each prompt (`_generate_single_turn`);
+    1. sample a completion for each prompt (`_generate_single_turn`);
     2. measure logprobs under policy and reference, and values (`pipeline.rl.measuring.measure`);
     3. score the completions with the reward functions (`_scores`);
-    4. give every token its reward: KL penalty, and the score at the last one (`pipeline.rl.advantages.token_rewards`);
+    4. give every token its reward: KL penalty, and the score at the last token (`pipeline.rl.advantages.token_rewards`);
     5. estimate advantages and returns (`pipeline.rl.advantages.gae`);
     6. go through the rollout `num_iterations` times, in minibatches of a new order each time (`_prepare_inputs`);
-    7. for each minibatch, a forward and a backward pass of the clipped losses (`training_step`, `_compute_loss`).
+    7. run a forward and a backward pass of the clipped losses for each minibatch (`training_step`, `_compute_loss`).
 
-    Steps 1 to 5 are `_roll_out`; Trainer's loop calls `_prepare_inputs` and `training_step`, and steps the optimizer.
-    Policy and value adapters train; all else is frozen. `docs/ppo-details.md` lists every detail and its source.
+    `_roll_out` does steps 1 to 5. Trainer's loop calls `_prepare_inputs` and `training_step`, and steps the optimizer.
+    The policy and value adapters train; everything else is frozen. `docs/ppo-details.md` lists every detail and its source.
 
     Args:
-        backbone: its policy adapter is trained, and cloned before as the reference.
+        backbone: its policy adapter is first cloned as the reference, and then trained.
         reward_funcs: functions of TRL's reward protocol; `reward_models.learned.LearnedReward` is one.
         train_dataset: rows with a `prompt`; other columns reach the reward functions.
         texts: token rows that PTX draws from, with `ptx_coef`.
@@ -86,9 +86,11 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         **kwargs,
     ):
         if bool(args.ptx_coef) != bool(texts):
-            raise ValueError(f"ptx_coef={args.ptx_coef} and ptx_dataset_name belong together; set both or neither.")
+            raise ValueError(f"ptx_coef={args.ptx_coef} and ptx_dataset_name belong together. Set both or neither.")
         if "value" not in backbone.heads:
-            weight = args.reward_weights[0] if args.reward_weights else 1.0  # of the reward that the value starts from
+            weight = (
+                args.reward_weights[0] if args.reward_weights else 1.0
+            )  # of the reward from which the value starts
             backbone.add_value(init=args.value_init, critic=args.critic, reward_weight=weight)
         super().__init__(
             model=backbone,
@@ -102,38 +104,38 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         if args.use_vllm:
             self._connect_vllm()
         self._prepare_sharding()
-        if backbone.policy_is_bare:  # TRL's clone of nothing: the reference is the bare backbone
+        if backbone.policy_is_bare:  # the reference is the bare backbone: TRL's clone of an empty adapter is not needed
             backbone.delete_adapter(ADAPTERS["reference"])
-        backbone.train_only("policy", "value")  # adding adapters toggles requires_grad
+        backbone.train_only("policy", "value")  # adding adapters changes requires_grad
         self._share_trunk()
         learned = [reward for reward in reward_funcs if isinstance(reward, LearnedReward)]
         self._roles_on_trunk = [reward.role for reward in learned if backbone.starts_at_trunk(reward.role)]
         self.texts = texts
         self.health = Health()
         self._kl_exceeded = False  # whether approxkl of this update has exceeded max_approx_kl
-        self._skipping = False  # whether the rest of this update is left out
-        self._approx_kl = 0.0  # of the optimizer step under way, as far as it has come
+        self._skipping = False  # whether the rest of this update is skipped
+        self._approx_kl = 0.0  # mean so far in the current optimizer step
 
     def _check_deepspeed(self) -> None:
         """Raise a ValueError for an option that DeepSpeed cannot serve."""
         for name in ("max_approx_kl", "critic_warmup_updates"):
             if self.is_deepspeed_enabled and getattr(self.args, name):
                 raise ValueError(
-                    f"{name}={getattr(self.args, name)} leaves gradients out of optimizer steps, which DeepSpeed makes as "
-                    f"one with the backward pass; leave it unset, or launch with accelerate_configs/ddp.yaml or "
-                    f"fsdp2.yaml."
+                    f"{name}={getattr(self.args, name)} is not supported by DeepSpeed: it leaves gradients out of optimizer "
+                    f"steps, and DeepSpeed takes each step together with the backward pass. Leave {name} unset, or launch "
+                    f"with accelerate_configs/ddp.yaml or fsdp2.yaml."
                 )
 
     def _prepare_sharding(self) -> None:
         """Have FSDP and DeepSpeed leave precision and gathering to this trainer."""
         if self._dist.is_fsdp:
-            # accelerate's policy for bf16 would round logprobs and values to bfloat16 as they leave the model, and gather the
-            # heads in it. The passes run under autocast, as without FSDP.
+            # accelerate's policy for bf16 would gather the heads in bfloat16, and round logprobs and values to it when they
+            # leave the model. The passes run under autocast, as without FSDP.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-        self.args.ds3_gather_for_generation = False  # `gathered_weights` gathers, for all that a rollout does
+        self.args.ds3_gather_for_generation = False  # `gathered_weights` gathers once for the whole rollout
 
     def _share_trunk(self) -> None:
-        """Compute the layers below the policy's adapter once a rollout, where dropout does not change them."""
+        """Compute the layers below the policy's adapter once a rollout, unless dropout changes them."""
         if not self.args.disable_dropout:
             if depth := self.model.layers_below_policy():
                 logger.warning(
@@ -144,12 +146,12 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         self.model.share_trunk()
         if self.model.value_has_trunk:
             logger.warning(
-                f"The value adapter is frozen in the lowest {self.model.trunk_depth} layers, which the policy leaves as "
-                f"they are: they run once a rollout."
+                f"The value adapter is frozen in the lowest {self.model.trunk_depth} layers, which the policy's adapter does "
+                f"not change: these layers run once a rollout."
             )
 
     def gathered_weights(self) -> AbstractContextManager[None]:
-        """Hold all weights in every process, for what runs the backbone elsewhere than in the wrapped module's forward."""
+        """Hold all weights in every process, for passes that do not go through the wrapped module's forward."""
         return gathered_weights(self.model_wrapped, self.accelerator)
 
     # ------------------------------------------------------------------------------------------ steps 1 to 5
@@ -160,12 +162,12 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
 
     def _roll_out(self, inputs: list[dict]) -> Rollout:
         prompts = [row["prompt"] for row in inputs]
-        # 1. Sample a completion to each prompt.
+        # 1. Sample a completion for each prompt.
         prompt_rows, completion_rows, completions, sampled_rows = self._generate(prompts)
         prompt_ids, prompt_mask, completion_ids, mask = self._padded(prompt_rows, completion_rows)
         sampled = pad([torch.tensor(row) for row in sampled_rows], padding_value=0.0)
         sampled = F.pad(sampled, (0, mask.shape[1] - sampled.shape[1])).to(mask.device)
-        # 2. Measure them under policy, reference and value.
+        # 2. Measure the completions under policy, reference and value.
         with self.accelerator.autocast():
             found = measure(
                 self.model,
@@ -178,7 +180,7 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
                 reward_roles=self._roles_on_trunk,
             )
         weights = self._correct_sampler(found.logprobs, sampled, mask)
-        # 3. Score them.
+        # 3. Score the completions.
         rows = with_known_scores(inputs, found.scores)
         scores = self._scores(rows, prompts, completions, completion_rows)
         # 4. Give every token its reward.
@@ -197,7 +199,7 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         return Rollout(*tokens, advantages, returns, weights, found.trunk, found.value_trunk)
 
     def _padded(self, prompts: list[list[int]], completions: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return token rows as `Rollout` has them: prompts, their mask, completions, their mask."""
+        """Return token rows in the layout of `Rollout`: prompts and their mask, completions and their mask."""
         prompt_ids, prompt_mask = self._pad(prompts, side="left")
         completion_ids, mask = self._pad(completions, side="right")
         short = -(prompt_ids.shape[1] + mask.shape[1]) % WIDTH
@@ -212,7 +214,7 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         return ids.to(self.accelerator.device), mask.to(self.accelerator.device)
 
     def _scores(self, inputs: list[dict], prompts: list, completions: list, completion_rows: list) -> Tensor:
-        """Return the weighted sum of the reward functions (step 3), penalised and clipped as configured, (B,) of this process."""
+        """Return this process's scores (step 3), (B,): the weighted sum of the rewards, then penalised, then clipped."""
         # gathered, (all B, functions)
         columns = self._calculate_rewards(inputs, prompts, completions, completion_rows)
         self._record_rewards(columns, len(prompts))
@@ -229,8 +231,8 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         return whiten(values, mask, self.accelerator.reduce(masked_sums(values, mask), reduction="sum"), **options)
 
     def _adapt_beta(self, kl: Tensor) -> None:
-        """Adapt the KL coefficient for the next rollout to the KL of this one's completions, (all B,)."""
-        # In the warm-up the policy cannot move, and its KL says nothing.
+        """Adapt the KL coefficient of the next rollout to the KL of this rollout's completions, (all B,)."""
+        # In the warm-up the policy does not train, so its KL tells nothing about beta.
         if self.args.kl_target and not self.warming_up and kl.isfinite().all():
             self.beta = adapted_kl_coef(
                 self.beta,
@@ -243,17 +245,16 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
     # ------------------------------------------------------------------------------------------ steps 6 and 7
     @property
     def steps_per_update(self) -> int:
-        """Count the forward and backward passes of one update: all epochs, all minibatches, all pieces of them."""
+        """Count the forward and backward passes of one update: all epochs, all minibatches, all their pieces."""
         return self.args.steps_per_generation * self.num_iterations
 
     @property
     def warming_up(self) -> bool:
-        """Return whether the value alone trains, as in the first updates (`critic_warmup_updates`)."""
+        """Return whether only the value trains, as in the first updates (`critic_warmup_updates`)."""
         return self._step < self.args.critic_warmup_updates * self.steps_per_update
 
     def _prepare_inputs(self, generation_batch: list[dict]) -> Rollout:
-        """Override `_prepare_inputs` (step 6): return the next minibatch, of a fresh rollout at the start of an update, in a new
-        order at the start of each epoch."""
+        """Override `_prepare_inputs` (step 6): return the next minibatch; roll out in an update's first call."""
         if not self.model.training:
             return self._generate_and_score_completions(generation_batch)
         steps = self.args.steps_per_generation
@@ -266,31 +267,34 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         return self._buffered_inputs[position % steps]
 
     def _minibatches(self) -> list[Rollout]:
-        """Cut the rollout in this epoch's order. Each piece carries its share of the tokens of its optimizer step over all
-        processes, so that neither gradient accumulation nor the number of processes changes the gradient."""
+        """Cut the rollout in this epoch's order.
+
+        Each piece carries its share of the tokens of its optimizer step, over all processes. So neither gradient
+        accumulation nor the number of processes changes the gradient.
+        """
         accumulation = self.args.gradient_accumulation_steps
         pieces = minibatches(
             self._rollout, self._order, pieces=self.args.steps_per_generation, accumulation=accumulation
         )
         tokens = torch.stack([piece.completion_mask.sum() for piece in pieces]).float()
         of_step = self.accelerator.reduce(tokens.view(-1, accumulation).sum(dim=1), reduction="sum")
-        # Trainer averages over the pieces of a step, and the backend over processes: what they divide by comes back.
+        # Trainer divides by the pieces of a step, and the backend by the processes: multiply by both.
         shares = tokens / of_step.repeat_interleave(accumulation) * accumulation * self.accelerator.num_processes
         return [replace(piece, share=share) for piece, share in zip(pieces, shares, strict=True)]
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """Override `training_step` (step 7): one forward and backward pass; none where this update has ended early.
+        """Override `training_step` (step 7): run one forward and backward pass, unless this update has ended early.
 
-        Without gradients the optimizer leaves weights and its own state as they are.
+        Without gradients the optimizer changes neither the weights nor its own state.
         """
         position = self._step % self.steps_per_update
         if position == 0:
             self._kl_exceeded = self._skipping = False
         if position % self.args.gradient_accumulation_steps == 0:
-            self._skipping = self._kl_exceeded  # a step that has begun is taken
+            self._skipping = self._kl_exceeded  # an optimizer step that has begun is completed
             self._approx_kl = 0.0
         if self._skipping:
-            model.train()  # as a pass would have: after an evaluation, logs go by it
+            model.train()  # as a pass would do: after an evaluation, the logs depend on it
             self._step += 1
             return torch.zeros((), device=self.accelerator.device)
         warming_up = self.warming_up
@@ -301,14 +305,14 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._dist.is_fsdp:
             for module in fsdp_modules(self.model_wrapped):
-                module.reshard()  # the optimizer steps the shards
+                module.reshard()  # the optimizer updates the shards
         if warming_up:
             for parameter in self.model.role_parameters("policy"):
                 parameter.grad = None
         return loss
 
     def _compute_loss(self, model, rollout: Rollout) -> Tensor:
-        """Override `_compute_loss` (step 7): the clipped losses of a minibatch, the entropy bonus and the texts' loss."""
+        """Override `_compute_loss` (step 7): sum a minibatch's clipped losses, the entropy bonus and the texts' loss."""
         mask, args = rollout.completion_mask, self.args
         texts = self._next_texts() if args.ptx_coef and self.model.training else None
         with self.accelerator.autocast():
@@ -340,7 +344,7 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         return (of_policy + args.vf_coef * value) * share + args.ptx_coef * of_texts
 
     def _next_texts(self) -> tuple[Tensor, Tensor]:
-        """Return texts for this pass, right-padded ids and mask: as many as the minibatch has completions."""
+        """Return the texts of this pass as right-padded ids and mask: one text for each completion of the minibatch."""
         size = self.args.per_device_train_batch_size
         first = (self._step * self.accelerator.num_processes + self.accelerator.process_index) * size
         return self._pad(drawn_texts(self.texts, first, size, self.args.seed), side="right")

@@ -137,7 +137,7 @@ CONTRADICTIONS = {
     "a head with an adapter's start": (
         "ppo",
         {"critic": "head", "value_init": "reward"},
-        "which critic='head' has not",
+        "critic='head' has no value adapter",
     ),
     "bounds the wrong way round": (
         "ppo",

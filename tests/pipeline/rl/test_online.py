@@ -98,7 +98,9 @@ def test_a_reward_function_that_fails_in_mid_training_leaves_a_checkpoint(stage,
             raise failure
         return list(map(float, range(len(completions))))
 
-    with pytest.raises(RewardError, match=r"'fails' raised .* Correct the function and go on from .*checkpoint-2: "):
+    with pytest.raises(
+        RewardError, match=r"'fails' raised .* Correct the function and resume from .*checkpoint-2 with"
+    ):
         make(stage, [fails], steps=4).train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     trainer = make(stage, [fails], steps=4)

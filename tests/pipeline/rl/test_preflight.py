@@ -219,20 +219,20 @@ def with_nan_logprobs(trainer):
     ("spoil", "name", "remedy"),
     [
         (with_dropout, "dropout is off", "set disable_dropout: true"),
-        (with_a_moved_policy, "KL is 0 at step 0", "which start as one adapter"),
-        (with_nan_logprobs, "KL is 0 at step 0: nan", "which start as one adapter"),
-        (with_no_positions, "sampled and rescored logprobs agree", "look at positions, padding, attention"),
-        (with_no_positions, "scores do not depend on batch and padding", "alone, in a batch padded at the right"),
-        (with_pads_attended, "sampled and rescored logprobs agree", "look at positions, padding, attention"),
-        (with_pads_attended, "scores do not depend on batch and padding", "alone, in a batch padded at the right"),
+        (with_a_moved_policy, "KL is 0 at step 0", "which start as the same adapter"),
+        (with_nan_logprobs, "KL is 0 at step 0: nan", "which start as the same adapter"),
+        (with_no_positions, "sampled and rescored logprobs agree", "check positions, padding, attention"),
+        (with_no_positions, "scores do not depend on batch and padding", "alone and its scores in batches padded"),
+        (with_pads_attended, "sampled and rescored logprobs agree", "check positions, padding, attention"),
+        (with_pads_attended, "scores do not depend on batch and padding", "alone and its scores in batches padded"),
         (with_no_temperature_in_scoring, "sampled and rescored logprobs agree", "attention and temperature"),
-        (with_no_temperature_in_sampling, "tokens are drawn from the policy", "what cuts or penalises tokens"),
+        (with_no_temperature_in_sampling, "tokens are drawn from the policy", "options that cut or penalise tokens"),
         (with_tokens_suppressed, "sampled and rescored logprobs agree", "attention and temperature"),
         (with_a_layer_left_out, "sampling and scoring run the same adapters: 1, ", "transformer.h.0"),
         (with_another_sampler, "importance ratios start near 1", "where PPO clips"),
         (with_another_sampler, "sampling and scoring run the same adapters: 8, ", "Backbone.role"),
         (with_no_positions, "logprobs do not depend on the side of the padding", "counts padding as tokens"),
-        (with_scaled_logits, "logprobs are the model's own", "another model than the one that samples"),
+        (with_scaled_logits, "logprobs are the model's own", "a different model from the one that samples"),
         (with_a_dead_head, "scores vary on SFT completions: 0, bound at least 0.001", "there is nothing to learn"),
     ],
 )
@@ -299,7 +299,10 @@ def test_scores_that_are_lengths_are_a_warning(check):
 def test_sampling_from_another_distribution_is_a_warning(check, option):
     ((name, value),) = option.items()
     found = by_name(check(**option))[f"{name} is unset"]
-    assert found.result == "warning" and f"{name}={value!r} changes what is sampled from" in found.why
+    assert (
+        found.result == "warning"
+        and f"{name}={value!r} changes the distribution that tokens are sampled from" in found.why
+    )
 
 
 def test_several_refusals_come_together(check):

@@ -607,7 +607,7 @@ def test_the_order_of_texts_depends_on_seed_and_pass_alone(make_trainer):
 
 @pytest.mark.parametrize("given", [{"ptx_coef": 0.1}, {"texts": TEXTS}, {"ptx_coef": 0.1, "texts": []}])
 def test_texts_and_their_coefficient_belong_together(make_trainer, given):
-    with pytest.raises(ValueError, match="ptx_coef=.* and ptx_dataset_name belong together; set both or neither"):
+    with pytest.raises(ValueError, match="ptx_coef=.* and ptx_dataset_name belong together. Set both or neither"):
         make_trainer(**given)
 
 
@@ -675,7 +675,7 @@ def test_a_reward_function_that_exits_in_mid_training_leaves_a_checkpoint(make_t
             raise SystemExit(0)
         return list(map(float, range(len(completions))))
 
-    with pytest.raises(RewardError, match=r"'leaves' raised SystemExit: 0; .* go on from .*checkpoint-4: "):
+    with pytest.raises(RewardError, match=r"'leaves' raised SystemExit: 0; .* resume from .*checkpoint-4 with"):
         make_trainer([leaves]).train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     trainer = make_trainer([leaves])
