@@ -1,9 +1,10 @@
-"""Checkpoints that are whole or not there, runs that resume to the bit, and signals that end a run without loss.
+"""Write complete checkpoints, resume runs to the bit, and end a run on a signal without loss.
 
-A checkpoint is written to a staging folder, forced to disk and renamed, so that a run killed at any moment leaves no
-half of one. `manifest.json` lists its files with their SHA-256. Weights, rollouts and our own state are safetensors and
-JSON; Trainer's optimizer, scheduler and random states it reads with torch's `weights_only`, which executes nothing.
-Where FSDP or DeepSpeed share out the optimizer, each process writes its part as safetensors too: theirs are pickles.
+A checkpoint is written to a staging folder, forced to disk and then renamed, so that a run that is killed at any moment
+never leaves an incomplete checkpoint. `manifest.json` lists the files with their SHA-256. Weights, rollouts and Spine's own
+state are safetensors and JSON. Trainer's optimizer, scheduler and random states are read with torch's `weights_only`, which
+executes nothing. Where FSDP or DeepSpeed shard the optimizer, each process writes its part as safetensors too, instead of
+their pickles.
 """
 
 import math
@@ -48,29 +49,30 @@ from reward_models.composite import RewardError
 
 
 class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSignals):
-    """Put before one of TRL's trainers, `class SFT(Checkpointed, SFTTrainer)`, it gives it what the module says.
+    """Mixin for one of TRL's trainers, as in `class SFT(Checkpointed, SFTTrainer)`: give it what this module describes.
 
-    Trainer saves weights, optimizer, scheduler, its own state and random states, and finds its place among the batches
-    again. What it and TRL would lose is in `training_state`: what has been measured since the last log, the order of an
-    epoch that has begun, and the completions that an update is learning from.
+    Trainer saves weights, optimizer, scheduler, its own state and random states, and finds its position among the batches
+    again. `training_state` holds what Trainer and TRL would lose: the figures since the last log, the order of an epoch that
+    has begun, and the completions that an update learns from.
     """
 
-    seconds_before = 0.0  # that the run took before it was resumed
+    seconds_before = 0.0  # time of the run before it was resumed
     _staging = False  # whether a checkpoint is being written
 
     # -------------------------------------------------------------------------------------- writing
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Trainer's, without the pickle of its arguments that it leaves beside the weights."""
+        """Override `_save`: remove the pickle of the arguments that Trainer writes beside the weights."""
         super()._save(output_dir, state_dict=state_dict)
         if self.args.should_save:
             (Path(output_dir or self.args.output_dir) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def _get_output_dir(self, trial) -> str:
-        """Where Trainer puts checkpoints: while it writes one, the staging folder."""
+        """Override `_get_output_dir`: return the staging folder while a checkpoint is being written."""
         folder = super()._get_output_dir(trial)
         return os.path.join(folder, STAGING) if self._staging else folder
 
     def _save_checkpoint(self, model, trial) -> None:
+        """Override `_save_checkpoint`: write to the staging folder, then rename; raise an OSError if writing fails."""
         output_dir = Path(self._get_output_dir(trial))
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder, staged = output_dir / name, output_dir / STAGING / name
@@ -82,22 +84,22 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
                 staged.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
-            if self._best() == staged:  # where Trainer found it
+            if self._best() == staged:  # Trainer knows only the staging folder
                 self.state.best_model_checkpoint = str(folder)
                 if self.args.should_save:
                     self.state.save_to_json(staged / TRAINER_STATE_NAME)
             if not self.args.save_only_model:
                 save_state(self.training_state(), staged / f"state_{self.args.process_index}")
-            self.accelerator.wait_for_everyone()  # all files are there
+            self.accelerator.wait_for_everyone()  # until all files are written
             if self.args.should_save:
                 self._publish(staged, folder)
             self._written = self.state.global_step
-        except Exception as error:  # writers raise their own kinds, tokenizers a bare Exception
+        except Exception as error:  # writers raise their own types, tokenizers a bare Exception
             self.state.best_model_checkpoint = best_before
             shutil.rmtree(staged.parent, ignore_errors=True)
             raise OSError(
-                f"{folder} could not be written: {error}. Checkpoints before it are whole. Free some space if the disk "
-                f"is full, and resume with --resume_from_checkpoint auto."
+                f"{folder} could not be written: {error}. Earlier checkpoints are complete. If the disk is full, free some "
+                f"space. Then resume with --resume_from_checkpoint auto."
             ) from error
         finally:
             self._staging = False
@@ -106,12 +108,12 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
             self._push_from_checkpoint(str(folder))
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Trainer's, once the checkpoint has its name: it uploads in the background."""
+        """Override `_push_from_checkpoint`: upload only after the checkpoint has its name."""
         if not self._staging:
             super()._push_from_checkpoint(checkpoint_folder)
 
     def _publish(self, staged: Path, folder: Path) -> None:
-        """Force a written checkpoint to disk, give it its name, and remove what `save_total_limit` leaves no room for."""
+        """Force a written checkpoint to disk, give it its name, and remove checkpoints beyond `save_total_limit`."""
         manifest = {
             "step": self.state.global_step,
             "written": time.time(),
@@ -134,7 +136,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
             os.rename(folder, staged.parent / "replaced")
         os.rename(staged, folder)
         sync(folder.parent)
-        # Where training has diverged, the older ones may be all that is left of a good run.
+        # If training has diverged, only the older checkpoints may be good.
         self._make_room(None if self.diverged else self.args.save_total_limit, folder.name)
 
     def _best(self) -> Path | None:
@@ -142,8 +144,11 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
         return Path(best) if best else None
 
     def _make_room(self, limit: int | None, *kept: str) -> None:
-        """Remove the oldest checkpoints of ours until `limit` are left, but not the best nor those that are `kept`, and
-        what is staged. A checkpoint loses its name first, so that none is ever half there."""
+        """Remove the oldest of Spine's checkpoints until `limit` are left, and the staging folder.
+
+        The best checkpoint and the `kept` ones stay. A checkpoint is renamed before it is removed, so that an incomplete one
+        never has its name.
+        """
         staging, best = Path(self.args.output_dir) / STAGING, self._best()
         ours = [path for path in checkpoints_in(self.args.output_dir) if read_manifest(path)]
         spare = [path for path in ours if path.name not in (*kept, best and best.name)]
@@ -153,7 +158,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
         shutil.rmtree(staging, ignore_errors=True)
 
     def training_state(self) -> dict:
-        """What this process needs to go on, beside what Trainer saves: nested dicts and lists of tensors and JSON."""
+        """Return what this process needs to resume and Trainer does not save: nested dicts and lists of tensors and JSON."""
         names = ("_total_train_tokens", "_step", "_current_train_step_time", "_buffered_inputs")
         state = {
             "counters": {name: getattr(self, name) for name in names if hasattr(self, name)},
@@ -176,17 +181,17 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
 
     # -------------------------------------------------------------------------------------- resuming
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
-        """Trainer's, from a checkpoint that is read through before, and until a signal asks to stop.
+        """Override `train`: check the checkpoint first, and stop on a signal.
 
-        SIGTERM, SIGINT and SIGUSR1 finish the update that is under way, write a checkpoint and exit with 128 + signal.
+        On SIGTERM, SIGINT and SIGUSR1 the run finishes the current update, writes a checkpoint and exits with 128 + signal.
         """
         if resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.args)
         if self.args.should_save:
-            shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)  # of a run that was killed
+            shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)  # of a killed run
         self._frozen = digest((n, p) for n, p in sorted(self.model.named_parameters()) if not p.requires_grad)
         self._trained = {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
-        for config in self.model.peft_config.values():  # peft writes a set in an order that differs between processes
+        for config in self.model.peft_config.values():  # peft writes a set in a different order in each process
             if isinstance(config.target_modules, set):
                 config.target_modules = sorted(config.target_modules)
         self.diverged, self._loss, self._left_out = None, 0.0, False
@@ -196,15 +201,18 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """The trained adapter, with its head if it has one."""
+        """Override `_load_from_checkpoint`: load the trained adapter, with its head if it has one."""
         model = self.accelerator.unwrap_model(model or self.model)
         path = Path(resume_from_checkpoint) / WEIGHTS
         if not path.is_file():
-            raise FileNotFoundError(f"{path}: no such file.")
+            raise FileNotFoundError(f"{path}: no such file. Name a checkpoint that has it, or start a new run.")
         weights = load_file(path)
         odd = sorted(weights.keys() ^ get_peft_model_state_dict(model).keys())
         if odd:
-            raise ValueError(f"{path}: {len(odd)} tensors do not match the model's adapter, first {odd[0]!r}.")
+            raise ValueError(
+                f"{path}: {len(odd)} tensors do not match the model's adapter, first {odd[0]!r}. Set the LoRA "
+                f"options as they were, or start a new run."
+            )
         set_peft_model_state_dict(model, weights)
 
     def _load_best_model(self) -> None:
@@ -216,28 +224,28 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
             return
         if self._shared_out:
             self._load_shards(checkpoint)
-        else:  # Trainer's would do, but until transformers 5.17 several processes on CPUs cannot read with it
+        else:  # not Trainer's own function: until transformers 5.17 it fails with several processes on CPUs
             for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
                 part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
         state = load_state(Path(checkpoint) / f"state_{self.args.process_index}")
         if state["rows"] != self._rows():
             raise ValueError(
-                f"{checkpoint}: written with {state['rows']} rows to train on, and there are {self._rows()}. Resume on "
-                f"the same data, or start anew."
+                f"{checkpoint}: written with {state['rows']} rows to train on, and this run has {self._rows()}. Resume on "
+                f"the same data, or start a new run."
             )
         if state["frozen"] != self._frozen:
             raise ValueError(
-                f"{checkpoint}: written on another backbone, SFT adapter or reward adapter than these. Name the same "
-                f"ones (model_name_or_path, sft_adapter, reward_adapter), or start anew."
+                f"{checkpoint}: written with another backbone, SFT adapter or reward adapter. Name the same ones "
+                f"(model_name_or_path, sft_adapter, reward_adapter), or start a new run."
             )
         then, now = AutoTokenizer.from_pretrained(checkpoint).pad_token, self.processing_class.pad_token
         if then != now:
             raise ValueError(
                 f"{checkpoint}: written with {then!r} as padding, and this run pads with {now!r}. Set --pad_token {then!r}, "
-                f"or start anew."
+                f"or start a new run."
             )
         best = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).best_model_checkpoint
-        if best:  # it lies beside this one, wherever the run's folder has been moved
+        if best:  # it is beside this checkpoint, also if the run's folder was moved
             best = Path(checkpoint).parent / Path(best).name
             if self.args.load_best_model_at_end and not best.is_dir():
                 raise FileNotFoundError(
@@ -248,7 +256,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
         self.load_training_state(state)
 
     def load_training_state(self, state: dict) -> None:
-        """Take up what `training_state` gave."""
+        """Restore the state that `training_state` returned."""
         for name, value in state["counters"].items():
             setattr(self, name, value)
         if state["counters"].get("_buffered_inputs"):
@@ -267,7 +275,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
         return len(self.train_dataset) if hasattr(self.train_dataset, "__len__") else None
 
     def _run_epoch(self, **kwargs):
-        """Override `_run_epoch`: begin where the checkpoint was, and say of an error what is kept."""
+        """Override `_run_epoch`: begin at the position of the checkpoint, and add to an error what is kept."""
         if not self._begin_epoch(**kwargs):
             return
         try:
@@ -281,21 +289,23 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
             raise self.divergence() from error
 
     def _keep(self, model, trial) -> str:
-        """Save a checkpoint of the last whole step, where rewards failed on all processes, and say where it is."""
+        """Save a checkpoint of the last complete step after rewards failed on all processes, and say where it is."""
         step = self.state.global_step
         folder = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         if step == 0:
             return "Nothing has been trained yet."
         if self._within_step:
-            return f"Training ends in the middle of step {step + 1}, and earlier checkpoints are as they were."
+            return f"Training ends in the middle of step {step + 1}. Earlier checkpoints are unchanged."
         if step != self._written:
             self._save_checkpoint(model, trial)
-        return f"Correct the function and go on from {folder}: --resume_from_checkpoint auto."
+        return f"Correct the function and resume from {folder} with --resume_from_checkpoint auto."
 
     # -------------------------------------------------------------------------------------- logs and cards
     def create_model_card(self, *args, **kwargs) -> None:
-        """Override `create_model_card`: name the base model also where it is a folder. With a checkpoint TRL would write it
-        into `output_dir`, over that of an earlier run's adapter."""
+        """Override `create_model_card`: name the base model also if it is a folder, and write no card for a checkpoint.
+
+        TRL would write a checkpoint's card into `output_dir`, over the card of an earlier run's adapter.
+        """
         if self._staging:
             return
         super().create_model_card(*args, **kwargs)
@@ -303,22 +313,21 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
             complete_card(Path(self.args.output_dir) / "README.md", self.model.config._name_or_path)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Override `log`: leave out of the history what is not finite and so was not measured, such as the mean of a reward
-        that applied to no completion. The history goes into JSON."""
+        """Override `log`: leave values that are not finite, such as a mean over no completions, out of the history (JSON)."""
         super().log(logs, *args, **kwargs)
         row = self.state.log_history[-1]
         for name in [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]:
             del row[name]
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
-        """Trainer's, after every step; here it also ends training and saves, if any process was asked to stop."""
+        """Override `_maybe_log_save_evaluate`, called after every step: also end training if a process was asked to stop."""
         self._stop_if_asked()
         self._within_step = False
         self._look_at_weights()
         return super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def end(self) -> None:
-        """Finish the trackers and leave the process group; Trainer has this from transformers 5.18 on."""
+        """Finish the trackers and leave the process group, as Trainer does from transformers 5.18 on."""
         self.accelerator.end_training()
 
     def _finalize_training(self, trial, num_train_samples, start_time):
@@ -334,6 +343,6 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
             self.exit_stopped()
         if self.args.should_save and self.state.best_model_checkpoint and self.args.save_total_limit == 1:
             self._make_room(1)
-        if self._resumed and "loop" in self._resumed:  # there was no epoch left
+        if self._resumed and "loop" in self._resumed:  # no epoch was left to run
             self._take_up_loop()
         return super()._finalize_training(trial, num_train_samples, start_time - self._trained_before)

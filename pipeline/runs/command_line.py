@@ -1,4 +1,4 @@
-"""Read a stage's options from its recipe and the command line, and take no typo silently."""
+"""Read a stage's options from its recipe and the command line, and refuse every typo."""
 
 import difflib
 import sys
@@ -14,23 +14,23 @@ from pipeline.runs.recipe import check_ranges, check_types, find_recipe, read_re
 
 
 def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
-    """Dataclasses from `--config recipe.yaml` and the command line, which overrides it.
+    """Return the dataclasses filled from `--config recipe.yaml` and the command line, which overrides the recipe.
 
     Raises:
         FileNotFoundError: there is no such recipe.
-        ValueError: the recipe is not YAML; a key that no dataclass has, and the message names the nearest one; a value
-            that is not of the key's type, or outside of its range.
+        ValueError: the recipe is not YAML; no dataclass has the key (the message names the nearest one); a value has the
+            wrong type, or is outside of its range.
     """
     runs = args is None
     if runs:
         args = sys.argv[1:]
         report_errors()
-        for stream in (sys.stdout, sys.stderr):  # in an ASCII locale a token or a path may hold what cannot be printed
+        for stream in (sys.stdout, sys.stderr):  # an ASCII locale cannot print all tokens and paths
             if isinstance(stream, TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
     args = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     parser = TrlParser(dataclass_types)
-    parser.error = _refuse  # argparse would print all options of the stage before what is wrong
+    parser.error = _refuse  # argparse would print all options of the stage before the error
     options = [word.lstrip("-").replace("-", "_") for action in parser._actions for word in action.option_strings]
     known = {"config", "env", *options}
     given = [(word[2:].split("=")[0].replace("-", "_"), "command line") for word in args if word.startswith("--")]
@@ -51,15 +51,15 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
     check_types(recipe, dataclass_types, path)
     parser.set_defaults_with_config(**recipe)
     check_ranges(vars(parser.parse_known_args(rest)[0]))
-    with warnings.catch_warnings():  # TRL would have the tokenizer's set instead, which `load_pretrained` does
+    with warnings.catch_warnings():  # TRL asks to set it on the tokenizer, and `load_pretrained` does that
         warnings.filterwarnings("ignore", message="`pad_token` is deprecated")
         parts = parser.parse_args_and_config(args)
     for part in parts:
         for name in ("eos_token", "chat_template_path"):
             if value := getattr(part, name, None):
                 raise ValueError(
-                    f"{name}={value!r} would hold for this stage alone, and all stages read the model's tokenizer. Set it "
-                    f"there: in the tokenizer of a local copy of the model, which model_name_or_path names."
+                    f"{name}={value!r} would change only this stage, and all stages must use the same tokenizer. Leave it "
+                    f"unset. Change the tokenizer of a local copy of the model, and name the copy in model_name_or_path."
                 )
         _check_generation_kwargs(part)
     if runs:
@@ -68,23 +68,23 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
     return parts
 
 
-# Fields of GenerationConfig that change more than which tokens are drawn, and why each is refused.
+# Fields of GenerationConfig that change more than which tokens are drawn, and the reason to refuse each.
 NO_SAMPLING = {
     "temperature": "logprobs would be those of another temperature. Set the option temperature",
-    "eos_token_id": "completions end where the model's own generation config ends them. Name it there",
+    "eos_token_id": "completions end where the model's own generation config ends them. Set it there",
     "pad_token_id": "all stages pad with one token. Set pad_token",
     "stop_strings": "completions end at a token. Leave it unset",
     "num_return_sequences": "a prompt has one completion at a time. Set num_generations",
     "num_beams": "completions are sampled one token after the other. Leave it unset",
     "prompt_lookup_num_tokens": "completions are sampled one token after the other. Leave it unset",
-    "return_dict_in_generate": "tokens alone are returned. Leave it unset",
+    "return_dict_in_generate": "only tokens are returned. Leave it unset",
 }
 
 
 def _check_generation_kwargs(args: object) -> None:
     """Raise a ValueError for an entry of `generation_kwargs` that is unknown, or does more than change which tokens are drawn.
 
-    `sample` gives each prompt one completion, which ends as its mask says. With vLLM the entries are vLLM's own.
+    `sample` gives each prompt one completion, and its mask says where that ends. With vLLM the entries are vLLM's options.
     """
     given = getattr(args, "generation_kwargs", None) or {}
     if getattr(args, "use_vllm", False):
@@ -100,7 +100,7 @@ def _check_generation_kwargs(args: object) -> None:
 
 
 def _check_trackers(report_to: list[str] | None) -> None:
-    """Raise a ValueError for a tracker that is not installed: Trainer does so after the model is loaded."""
+    """Raise a ValueError for a tracker that is not installed: Trainer would do so only after the model is loaded."""
     try:
         for callback in get_reporting_integration_callbacks(report_to):
             callback()

@@ -1,7 +1,7 @@
-"""What ends a training that has diverged: a loss, a gradient or a weight that is not finite.
+"""End training that has diverged: a loss, a gradient or a weight is not finite.
 
-Trainer itself would log such a loss as 0.0 (`logging_nan_inf_filter`) and train on. `pipeline.runs.checkpoints.Checkpointed`
-looks at every step of every stage, and says with these words why it ended.
+Trainer itself would log such a loss as 0.0 (`logging_nan_inf_filter`) and train on. With this module every trainer of
+`pipeline.runs.checkpoints.Checkpointed` checks each step, and its error says why training ended.
 """
 
 import math
@@ -18,14 +18,17 @@ from pipeline.backbone.architecture import all_finite
 
 
 def learns_from(inputs: object) -> bool:
-    """Return whether a batch has a token to learn from. Where a text was cut before its completion, the mean of the loss
-    over no tokens is NaN, with gradients of 0: that is no divergence."""
+    """Return whether a batch has a token to learn from.
+
+    If all its texts were cut before the completion, the loss is a mean over no tokens: NaN, with gradients of 0. This is
+    not divergence.
+    """
     labels = inputs.get("labels") if isinstance(inputs, Mapping) else None
     return labels is None or bool((labels != -100).any())
 
 
 def first_problem(loss: float, norm: float) -> str | None:
-    """Say what of a step is not finite: the loss of a batch, else the norm of all gradients."""
+    """Return a sentence on what is not finite in a step, the loss or else the norm of all gradients, or None."""
     for name, value in (("loss", loss), ("gradient's norm", norm)):
         if not math.isfinite(value):
             return f"The {name} is {value}"
@@ -33,28 +36,32 @@ def first_problem(loss: float, norm: float) -> str | None:
 
 
 def remedy(args: TrainingArguments) -> str:
-    """Say what to change. A resumed run goes on with the learning rate that it had, so training is to start anew."""
+    """Return a sentence on what to change.
+
+    Training must start again: a resumed run would continue with the same learning rate.
+    """
     more = ["max_grad_norm: 1.0"] if not args.max_grad_norm else []
     if args.bf16 or args.fp16:
         more.append("bf16: false" if args.bf16 else "fp16: false")
-    also = f" Where that is not enough, set {' and '.join(more)}." if more else ""
-    return f"Start anew with a lower learning_rate (it was {args.learning_rate:g}).{also}"
+    also = f" If that is not enough, set {' and '.join(more)}." if more else ""
+    return f"Start a new run with a lower learning_rate (it was {args.learning_rate:g}).{also}"
 
 
 class EndsAtDivergence:
-    """Put before one of TRL's trainers: a loss, a gradient or a weight that is not finite ends training with an error.
+    """Mixin for one of TRL's trainers: a loss, a gradient or a weight that is not finite ends training with an error.
 
-    The step is not taken, a checkpoint of the one before is left, and an adapter of an earlier run is not written over.
+    The optimizer does not take the step. A checkpoint of the step before is saved, and the adapter of an earlier run is not
+    overwritten.
     """
 
-    diverged: str | None = None  # what is not finite, once something is
-    _loss = 0.0  # of the optimizer step under way, where it is not finite
+    diverged: str | None = None  # a sentence on what is not finite
+    _loss = 0.0  # of the current optimizer step, if it is not finite
     _within_step = False  # whether a part of an optimizer step is done
     _written = 0  # the step of the last checkpoint that this run wrote
-    _left_out = False  # whether that step was not taken, and the weights before it are still to be saved
+    _left_out = False  # whether a step was not taken and the weights before it are still to be saved
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """Override `training_step`: note a loss that is not finite. Trainer would log the mean of those before it."""
+        """Override `training_step`: record a loss that is not finite; Trainer would log the mean of the losses before it."""
         learns = learns_from(inputs)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self._within_step = True
@@ -63,14 +70,13 @@ class EndsAtDivergence:
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        """Override `_get_grad_norm`, which Trainer calls just before the optimizer steps: where the loss or a gradient is
-        not finite on any process, that step is not taken and training ends.
+        """Override `_get_grad_norm`: end training without the step if a loss or a gradient is not finite on any process.
 
-        DeepSpeed steps as one with the backward pass. With float16, a gradient that is not finite lowers the loss's scale,
-        and is no divergence until nothing is left of the scale.
+        Trainer calls this just before the optimizer's step. DeepSpeed takes the step together with the backward pass. With
+        float16, a gradient that is not finite lowers the loss scale; this is divergence only if the scale falls below 1.
 
         Raises:
-            FloatingPointError: under DeepSpeed; elsewhere `_finalize_training` raises it, once a checkpoint is written.
+            FloatingPointError: only under DeepSpeed. Otherwise `_finalize_training` raises it, after a checkpoint is written.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
         scaler = self.accelerator.scaler
@@ -85,15 +91,17 @@ class EndsAtDivergence:
             if not self.accelerator.optimizer_step_was_skipped:
                 self.diverged += ", which DeepSpeed has taken"
             raise self.divergence()
-        model.zero_grad(set_to_none=True)  # so that the optimizer leaves weights and its own state as they are
-        self._tr_loss.nan_to_num_(0.0)  # it and the metrics since the last log go into the checkpoint
+        model.zero_grad(set_to_none=True)  # so that the optimizer changes neither weights nor its own state
+        self._tr_loss.nan_to_num_(0.0)  # this sum and the metrics since the last log go into the checkpoint
         self._metrics["train"].clear()
         self._left_out = self.control.should_training_stop = True
         return 0.0
 
     def _look_at_weights(self) -> None:
-        """Before Trainer saves or evaluates: refuse weights that are not finite. Where a step was left out, save the weights
-        before it, once, and log nothing of it."""
+        """Refuse weights that are not finite, before Trainer saves or evaluates.
+
+        If a step was not taken, save the weights before it once, and log nothing of the step.
+        """
         control = self.control
         if not self.diverged and not (control.should_save or control.should_evaluate or control.should_training_stop):
             return
@@ -107,21 +115,21 @@ class EndsAtDivergence:
             control.should_save, self._left_out = self._left_out and finite, False
 
     def _look_at_outputs(self) -> None:
-        """After the last step: refuse weights that are finite and give a token logits that are not."""
+        """Refuse, after the last step, finite weights that give a token logits which are not finite."""
         model, ids = self.model_wrapped, torch.ones(1, 1, dtype=torch.long, device=self.args.device)
-        training = model.training  # TRL's logs go by it
+        training = model.training  # TRL's logs depend on it
         model.eval()
         with torch.no_grad(), self.compute_loss_context_manager():
             logits = model(input_ids=ids, attention_mask=ids).logits
         model.train(training)
         for module in model.modules():
             if isinstance(module, FSDPModule):
-                module.reshard()  # the best checkpoint, which may be loaded next, goes into the shards
+                module.reshard()  # the best checkpoint may be loaded next, into the shards
         if not self.accelerator.gather(logits.isfinite().all().int().view(1)).all():
             self.diverged = f"An output of the model is not finite after step {self.state.global_step}"
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
-        """Override `evaluate`: raise a FloatingPointError where no batch has a finite loss."""
+        """Override `evaluate`: raise a FloatingPointError if no batch has a finite loss."""
         metrics = super().evaluate(*args, **kwargs)
         losses = [value for name, value in metrics.items() if name.endswith("_loss") and not math.isfinite(value)]
         if losses:
@@ -130,11 +138,11 @@ class EndsAtDivergence:
         return metrics
 
     def divergence(self) -> FloatingPointError:
-        """Say what is not finite, what is left, and what to do."""
+        """Return the error: what is not finite, what is kept, and what to do."""
         folder = Path(self.args.output_dir)
         kept = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         left = f"{kept} has the weights before that step. " if self._written == self.state.global_step > 0 else ""
         return FloatingPointError(
-            f"{self.diverged}: training has diverged and ends. {left}No adapter is saved, so that one of an earlier run in "
-            f"{folder} is as it was. {remedy(self.args)}"
+            f"{self.diverged}: training has diverged and ends. {left}No adapter is saved: {folder} keeps the adapter of an "
+            f"earlier run, if there is one. {remedy(self.args)}"
         )

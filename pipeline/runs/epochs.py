@@ -1,26 +1,27 @@
-"""Resume in the middle of an epoch: the order of its batches, and what Trainer starts anew with each call of `train`."""
+"""Resume in the middle of an epoch: restore the order of its batches and Trainer's sums of the loss."""
 
 import torch
 from accelerate.utils import compare_versions, send_to_device
 from torch import Tensor
 
 
-# What Trainer starts anew with each call of `train`: sums of the loss since the last log and since the beginning.
+# Trainer resets these in each call of `train`: sums of the loss since the last log and since the beginning.
 LOOP = (
     "_tr_loss",
     "_total_loss_scalar",
     "_globalstep_last_logged",
     "_initial_num_input_tokens_seen",
-    # Until 5.19 Trainer divided the loss of a run by all its steps.
+    # Before 5.19 Trainer divided the loss of a run by the number of all its steps.
     *(["_initial_global_step"] if compare_versions("transformers", ">=", "5.19.0") else []),
 )
 
 
 class ResumesEpochs:
-    """Put before one of TRL's trainers, with `_resumed`: the state of the checkpoint that it goes on from, or None.
+    """Mixin for one of TRL's trainers: resume in the middle of an epoch.
 
-    Trainer skips the batches that were trained on. But samplers draw an epoch's order when it begins, from random states
-    that are no longer those of the checkpoint.
+    `_resumed` is the state of the checkpoint from which the run resumes, or None. Trainer skips the batches that were
+    trained on. But samplers draw an epoch's order when the epoch begins, and the random states of that moment are no longer
+    there.
     """
 
     _sampler = None
@@ -34,15 +35,17 @@ class ResumesEpochs:
         return self._sampler
 
     def _order_state(self) -> dict[str, Tensor | None]:
-        """Random states that an epoch's order is drawn from: torch's, or that of the sampler's own generator, which moves
-        on with every epoch."""
+        """Return the random states that an epoch's order is drawn from.
+
+        They are torch's state and that of the sampler's own generator, if it has one. Every epoch changes the latter.
+        """
         generator = getattr(self._sampler, "generator", None)
         return {"torch": torch.get_rng_state(), "sampler": None if generator is None else generator.get_state()}
 
     def _begin_epoch(
         self, *, resume_from_checkpoint, steps_trained_in_current_epoch, epoch, epochs_trained, **kwargs
     ) -> bool:
-        """Put the random states back that the epoch's order is drawn from, and return whether a step is left to take."""
+        """Restore the random states that the epoch's order is drawn from, and return whether a step is left to take."""
         checkpoint, skipped = resume_from_checkpoint, steps_trained_in_current_epoch
         sampler = None
         if checkpoint is not None and epoch == epochs_trained:
@@ -52,7 +55,7 @@ class ResumesEpochs:
             sampler = self._resumed["epoch_start" if skipped else "now"]["sampler"]
             if not skipped:
                 self._load_rng_state(checkpoint)
-        if self.state.global_step >= self.state.max_steps:  # Trainer would take one more step before it looks
+        if self.state.global_step >= self.state.max_steps:  # Trainer would take one more step before this check
             self.control.should_training_stop = True
             return False
         if sampler is not None:

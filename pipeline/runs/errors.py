@@ -1,7 +1,7 @@
-"""How a command ends with an error: in one message where the input is wrong, with a traceback where the code is.
+"""Report the error that ends a command: one message for a wrong input, a traceback for a bug.
 
-An error that a `raise` of ours says in full needs no traceback; it would hide the message. What anything else raises may be
-a bug, and keeps it.
+An error that Spine's own code raises says everything in its message, and a traceback would hide the message. Any other error
+may be a bug, and keeps its traceback.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ from types import TracebackType
 from pipeline.runs.launch import launch_command
 
 
-# What our code raises where a user is to change something.
+# Types of the errors that ask a user to change something.
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
 ROOT = Path(__file__).parents[2]
 OURS = tuple(str(ROOT / package) + os.sep for package in ("pipeline", "data", "reward_models"))
@@ -24,12 +24,12 @@ OPTIONS = str(ROOT / "pipeline" / "runs" / "command_line.py")
 
 
 def report_errors() -> None:
-    """Have this process tell the error that ends it as `report` does; its exit code is 1, as ever."""
+    """Make this process report the error that ends it with `report`; the exit code stays 1."""
     sys.excepthook = report
 
 
 def is_expected(error: BaseException, trace: TracebackType | None) -> bool:
-    """Tell whether a `raise` statement of ours made the error, or one of those who check their options in `parse`."""
+    """Return whether a `raise` statement of Spine, or of a library that checks its options in `parse`, made the error."""
     frames = traceback.extract_tb(trace)
     if not frames or not isinstance(error, EXPECTED):
         return False
@@ -39,8 +39,11 @@ def is_expected(error: BaseException, trace: TracebackType | None) -> bool:
 
 
 def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an error: the message and its notes if it is expected, else the traceback. Of several processes that have the same
-    error one prints it, and torch's launcher, which ends with a table of the processes, gets the message for it."""
+    """Print an error: the message and its notes if it is expected, else the traceback.
+
+    If several processes have the same error, one of them prints it. torch's launcher ends with a table of the processes, and
+    gets the message for that table.
+    """
     if issubclass(kind, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
         return
@@ -55,18 +58,20 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
     sys.stderr.write(f"[rank {os.environ.get('RANK', 0)}] {text}" if several else text)
     launcher = None if several or not expected else launch_command()
     if launcher is not None and not launcher.quiet:
-        sys.stderr.write("(accelerate adds a traceback of its own; `accelerate launch --quiet` leaves it out.)\n")
+        sys.stderr.write("(accelerate adds its own traceback. `accelerate launch --quiet` leaves it out.)\n")
 
 
 def _tell_launcher(text: str, message: str) -> bool:
-    """Write the file that torch's launcher reads an error of this process from, and tell whether no other process of this
-    machine had the same error before."""
+    """Write this process's error to the file that torch's launcher reads.
+
+    Return whether this is the first process of this machine with this error.
+    """
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if not path:
         return True
     first = True
     try:
-        # The launcher gives each process a folder, beside those of the others.
+        # The launcher gives each process a folder, all in one parent folder.
         told = Path(path).parents[1] / f"told-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         told.touch(exist_ok=False)
     except FileExistsError:

@@ -1,5 +1,6 @@
-"""What was asked for against what runs. Most wrong launches fail silently: one process where two were meant, runs that
-know nothing of each other, DDP in the place of FSDP. Each is refused, before any long work.
+"""Check that a run is what `accelerate launch` was asked for, and refuse it otherwise, before any long work.
+
+Most wrong launches fail silently: one process instead of two, processes that each run alone, DDP instead of FSDP.
 """
 
 import argparse
@@ -20,18 +21,18 @@ from pipeline.backbone.sharding import is_set, kind_of
 
 
 def check_launch(args: TrainingArguments | None = None, *, shards: bool = True) -> PartialState:
-    """Say what this run is, and refuse what is not what `accelerate launch` was asked for. Every stage calls it first.
+    """Print how this run is launched, and refuse a launch that is not what was asked for. Every stage calls this first.
 
     Args:
-        args: the stage's; None for a stage that trains nothing.
-        shards: whether the stage runs where the model is sharded over processes (FSDP, ZeRO-3).
+        args: the training arguments of the stage; None for a stage that trains nothing.
+        shards: whether the stage supports a model that is sharded over processes (FSDP, ZeRO-3).
 
     Raises:
-        ValueError: fewer processes than asked for, processes that do not know each other, a CPU in the place of a GPU
-            or the other way round, or a way to shard that does not apply or that the stage does not support.
+        ValueError: there are fewer processes than asked for; processes are not connected; a CPU is used instead of a GPU or
+            the other way round; the model is not sharded as asked for, or the stage does not support it.
     """
     no_accelerator = not torch.accelerator.is_available()
-    # Without an accelerator, processes find each other only when accelerate is told so; TrainingArguments has use_cpu.
+    # Without an accelerator, processes connect only if accelerate is told so; TrainingArguments has use_cpu for it.
     state = args.distributed_state if args else PartialState(cpu=is_set("ACCELERATE_USE_CPU") or no_accelerator)
     found, where, config = state.num_processes, state.device.type, None
     launcher = launch_command()
@@ -42,33 +43,33 @@ def check_launch(args: TrainingArguments | None = None, *, shards: bool = True) 
         source = path or "the command line"
         if asked != found and int(os.environ.get("WORLD_SIZE", 1)) != asked:
             raise ValueError(
-                f"{source} asks for {asked} processes, and accelerate started {found}: it starts several only with "
-                f"distributed_type MULTI_GPU, FSDP or DEEPSPEED, also on CPUs. Launch with "
+                f"{source} asks for {asked} processes, and accelerate started {found}. It starts several only with "
+                f"distributed_type MULTI_GPU, FSDP or DEEPSPEED, also on CPUs. On CPUs launch with "
                 f"accelerate_configs/cpu_ddp.yaml."
             )
         if config and config.use_cpu and where != "cpu":
-            raise ValueError(f"{source} sets use_cpu: true, and this process is on {where}; add --use_cpu true.")
+            raise ValueError(f"{source} sets use_cpu: true, and this process is on {where}. Add --use_cpu true.")
         if config and not config.use_cpu and not launcher.cpu and where == "cpu" and not no_accelerator:
             raise ValueError(
-                f"{source} asks for accelerators, and this process is on the CPU; set use_cpu: false in the recipe, or "
-                f"launch with a config of the CPU (cpu.yaml, cpu_ddp.yaml)."
+                f"{source} asks for accelerators, and this process is on the CPU. Set use_cpu: false in the recipe, or "
+                f"launch with a config for CPUs (cpu.yaml, cpu_ddp.yaml)."
             )
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world != found:
         raise ValueError(
-            f"{world} processes were started, and each runs by itself: accelerate found no accelerator to join them. "
+            f"{world} processes were started, and each runs by itself: accelerate found no accelerator to connect them. "
             f"On CPUs add --use_cpu true (use_cpu in the recipe)."
         )
     if args and args.n_gpu > 1:
         raise ValueError(
-            f"one process was started for {args.n_gpu} GPUs, which torch's DataParallel would share; launch with "
-            f"accelerate_configs/ddp.yaml, or show one GPU alone with CUDA_VISIBLE_DEVICES."
+            f"one process was started for {args.n_gpu} GPUs, and would use them with torch's DataParallel. Launch with "
+            f"accelerate_configs/ddp.yaml, or show only one GPU with CUDA_VISIBLE_DEVICES."
         )
     kind = kind_of(state)
     if args and shards is False and kind in ("FSDP", "ZeRO-3"):
         raise ValueError(
-            f"this stage does not run under {kind}: the weights that TRL's trainer scores and samples with, or sends to "
-            f"vLLM (use_vllm), are sharded there. Launch with accelerate_configs/ddp.yaml or zero2.yaml."
+            f"this stage does not run under {kind}: TRL's trainer needs whole weights to score and sample, or to send to "
+            f"vLLM (use_vllm), and {kind} shards them. Launch with accelerate_configs/ddp.yaml or zero2.yaml."
         )
     if state.is_main_process:
         processes = "1 process" if found == 1 else f"{found} processes"
@@ -79,7 +80,7 @@ def check_launch(args: TrainingArguments | None = None, *, shards: bool = True) 
 
 
 def check_wrapper(trainer: Trainer) -> None:
-    """Have the trainer refuse, before its first step, a model that accelerate wrapped otherwise than was asked for."""
+    """Make the trainer refuse, before its first step, a model that accelerate did not wrap as asked for."""
     trainer.add_callback(_WrapperCheck(trainer))
 
 
@@ -91,8 +92,8 @@ class _WrapperCheck(TrainerCallback):
         asked, wrapped = kind_of(args.distributed_state), self.trainer.model_wrapped
         if _wrapper_kind(wrapped) != asked:
             raise ValueError(
-                f"the launch asks for {asked}, and accelerate made the model a {type(wrapped).__name__}; launch with "
-                f"one of accelerate_configs/ as it is."
+                f"the launch asks for {asked}, and accelerate made the model a {type(wrapped).__name__}. Launch with one "
+                f"of accelerate_configs/ without changes."
             )
 
 
@@ -107,8 +108,10 @@ def _wrapper_kind(model: nn.Module) -> str:
 
 
 def launch_command() -> argparse.Namespace | None:
-    """The options of the `accelerate launch` that started this process, None where something else did. accelerate
-    hands on what it did, not what it was asked for, which only its own command line tells."""
+    """Return the options of the `accelerate launch` that started this process, or None if something else started it.
+
+    accelerate passes on what it did, not what it was asked for. Only its own command line tells that.
+    """
     try:
         words = psutil.Process().parent().cmdline()
     except (psutil.Error, AttributeError):

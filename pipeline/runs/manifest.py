@@ -1,6 +1,6 @@
 """Find the checkpoint to resume from, and check that it is whole and fits the launch.
 
-`manifest.json` lists a checkpoint's files with their SHA-256, and what the step's place among the batches depends on.
+`manifest.json` lists a checkpoint's files with their SHA-256, and the options that its position among the batches depends on.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from pipeline.backbone.sharding import kind_of
 MANIFEST = "manifest.json"
 STAGING = ".staging"
 NAME = re.compile(PREFIX_CHECKPOINT_DIR + r"-\d+")
-# A place among the batches means something only while these stay as they were.
+# A position among the batches is valid only if these options are unchanged.
 ORDER = (
     "seed",
     "data_seed",
@@ -33,14 +33,14 @@ ORDER = (
 
 
 def find_checkpoint(args: TrainingArguments) -> str | None:
-    """The checkpoint that `resume_from_checkpoint` asks for, checked, or None to start anew.
+    """Check and return the checkpoint that `resume_from_checkpoint` asks for, or None to start a new run.
 
-    `auto` is the newest in `output_dir`. A damaged one is an error, never passed over: which other one to go back to
-    is the user's choice.
+    `auto` is the newest checkpoint in `output_dir`. If it is damaged, this is an error: the user must choose the checkpoint
+    to go back to.
 
     Raises:
-        FileNotFoundError: there is no such folder, or a file of it is missing.
-        ValueError: it is damaged, or of a launch or a recipe that this one cannot go on from.
+        FileNotFoundError: there is no such folder, or one of its files is missing.
+        ValueError: the checkpoint is damaged, or was written by a launch or a recipe that this run cannot continue.
     """
     asked = args.resume_from_checkpoint
     if not asked:
@@ -48,7 +48,7 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
     if asked == "auto":
         found = checkpoints_in(args.output_dir)
         if not found:
-            PartialState().print(f"{args.output_dir} holds no checkpoint: training starts anew.")
+            PartialState().print(f"{args.output_dir} holds no checkpoint: training starts from the beginning.")
             return None
         asked = str(found[-1])
     check_checkpoint(asked, args)
@@ -57,78 +57,84 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
 
 
 def check_checkpoint(folder: str | Path, args: TrainingArguments) -> None:
-    """Read a checkpoint through, and see that it fits this launch; raises what `find_checkpoint` does."""
+    """Check that a checkpoint is complete and fits this launch. Raises the errors of `find_checkpoint`."""
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
             f"resume_from_checkpoint={str(folder)!r}: no such folder. Name a {PREFIX_CHECKPOINT_DIR}-<step> folder, or "
-            f"auto for the newest of output_dir."
+            f"auto for the newest checkpoint in output_dir."
         )
     manifest = read_manifest(folder)
     if manifest is None:
         raise ValueError(
-            f"{folder / MANIFEST}: missing or damaged, so the checkpoint cannot be trusted. {other_checkpoint(folder)}"
+            f"{folder / MANIFEST}: missing or damaged. The checkpoint cannot be trusted. {other_checkpoint(folder)}"
         )
     names = {name_in(path, folder) for path in files_in(folder)} - {MANIFEST}
     for name, expected in manifest["files"].items():
         path = folder / name
         if name not in names:
             raise FileNotFoundError(
-                f"{path}: the checkpoint's manifest lists it and it is missing. {other_checkpoint(folder)}"
+                f"{path}: the file is missing, and the checkpoint's manifest lists it. {other_checkpoint(folder)}"
             )
         if path.stat().st_size != expected["bytes"]:
             raise ValueError(
-                f"{path}: {path.stat().st_size} bytes, written with {expected['bytes']}: it is cut off or was changed. "
-                f"{other_checkpoint(folder)}"
+                f"{path}: {path.stat().st_size} bytes, and the manifest says {expected['bytes']}. The file is cut off or was "
+                f"changed. {other_checkpoint(folder)}"
             )
         if file_digest(path) != expected["sha256"]:
             raise ValueError(
-                f"{path}: its SHA-256 is not the manifest's: the file is damaged. {other_checkpoint(folder)}"
+                f"{path}: its SHA-256 is not the manifest's. The file is damaged. {other_checkpoint(folder)}"
             )
     unlisted = sorted(names - manifest["files"].keys())
     if unlisted:
-        raise ValueError(f"{folder / unlisted[0]}: not a file of this checkpoint (its manifest has none). Remove it.")
+        raise ValueError(
+            f"{folder / unlisted[0]}: not a file of this checkpoint: its manifest does not list it. Remove it."
+        )
     if "optimizer" not in manifest["holds"]:
         raise ValueError(
-            f"{folder}: written with save_only_model, so it holds no state to resume from. {other_checkpoint(folder)}"
+            f"{folder}: written with save_only_model, and so it holds no state to resume from. {other_checkpoint(folder)}"
         )
     if manifest["world_size"] != args.world_size:
         raise ValueError(
-            f"{folder}: written by {manifest['world_size']} processes, and this launch has {args.world_size}. Random "
-            f"states, rollouts and the order of prompts belong to a process each: launch with --num_processes "
+            f"{folder}: written by {manifest['world_size']} processes, and this launch has {args.world_size}. Each process "
+            f"has its own random states, rollouts and order of prompts. Launch with --num_processes "
             f"{manifest['world_size']}."
         )
     kind = kind_of(args.distributed_state)
     if manifest.get("kind", kind) != kind:
         raise ValueError(
-            f"{folder}: written under {manifest['kind']}, and this launch runs as {kind}. The optimizer's state lies "
-            f"otherwise there: launch as then, or start anew."
+            f"{folder}: written under {manifest['kind']}, and this launch runs as {kind}. The checkpoint stores the optimizer "
+            f"state in another layout. Launch with the same configuration, or start a new run."
         )
     for name, then in manifest["order"].items():
         now = getattr(args, name, None)
         if now != then:
             raise ValueError(
-                f"{folder}: written with {name}={then!r}, and {name}={now!r} would put its step elsewhere among the "
-                f"batches. Set {name} as it was, or start anew."
+                f"{folder}: written with {name}={then!r}, and this run has {name}={now!r}, which changes the order of the "
+                f"batches. Set {name} as it was, or start a new run."
             )
 
 
 def other_checkpoint(folder: Path) -> str:
-    """The remedy for a checkpoint of no use: the newest of the others."""
+    """Return the remedy for a checkpoint that cannot be used: a sentence with the newest of the others."""
     others = [path for path in checkpoints_in(folder.parent) if path.name != folder.name and read_manifest(path)]
-    return f"Go on from another: --resume_from_checkpoint {others[-1]}" if others else "There is no other: start anew."
+    if not others:
+        return "There is no other checkpoint. Start a new run."
+    return f"Resume from another checkpoint: --resume_from_checkpoint {others[-1]}"
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
-    """Checkpoint folders in the order they were written; those that do not say when come last, so that they are
-    noticed."""
+    """Return the checkpoint folders in the order in which they were written.
+
+    Folders that do not say when come last, as if they were the newest, so that they are noticed.
+    """
     folders = [path for path in Path(output_dir).glob("*") if NAME.fullmatch(path.name) and path.is_dir()]
     written = {path: (read_manifest(path) or {}).get("written", float("inf")) for path in folders}
     return sorted(folders, key=lambda path: (written[path], len(path.name), path.name))
 
 
 def read_manifest(folder: Path) -> dict | None:
-    """A checkpoint's manifest, None if there is none or it is damaged."""
+    """Return a checkpoint's manifest, or None if it is missing or damaged."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         return manifest if manifest["sha256"] == manifest_digest(manifest) else None
@@ -137,7 +143,7 @@ def read_manifest(folder: Path) -> dict | None:
 
 
 def manifest_digest(manifest: dict) -> str:
-    """Of all that a manifest says, but for this itself."""
+    """Return the SHA-256 of the manifest without its own `sha256` field."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Open a run that trains: everything that can be refused within a second, before anything of size is read."""
+"""Open a run that trains: make all checks that take less than a second, before anything large is read."""
 
 from transformers import TrainingArguments
 from trl import ModelConfig
@@ -18,15 +18,15 @@ def open_run(
     rewards: RewardArguments | None = None,
     shards: bool = True,
 ) -> str | None:
-    """Check launch, folders and reward weights, and return the checkpoint to go on from, if any.
+    """Check launch, folders and reward weights, and return the checkpoint to resume from, if any.
 
     Args:
-        leaves_reward: whether the run leaves a reward adapter (True) or a policy (False) in `output_dir`.
-        policies: policy adapters that it reads; None is one that is not set.
-        rewards: the rewards that it trains against.
-        shards: whether it runs where the model is sharded over processes (FSDP, ZeRO-3).
+        leaves_reward: whether the run saves a reward adapter (True) or a policy (False) in `output_dir`.
+        policies: policy adapters that the run reads; None is an option that is not set.
+        rewards: the rewards that the run trains against.
+        shards: whether the run supports a model that is sharded over processes (FSDP, ZeRO-3).
 
-    Raises what `check_launch`, `check_folders`, `RewardArguments.check_weights` and `find_checkpoint` raise.
+    Raises the errors of `check_launch`, `check_folders`, `RewardArguments.check_weights` and `find_checkpoint`.
     """
     check_launch(args, shards=shards)
     adapters = rewards.reward_adapter if rewards else ()

@@ -1,6 +1,6 @@
-"""Write and read the optimizer where FSDP or DeepSpeed share it out: each process its part, as safetensors.
+"""Write and read an optimizer that FSDP or DeepSpeed shards: each process its part, as safetensors.
 
-accelerate and DeepSpeed would write pickles, and execute what is in them as they read.
+accelerate and DeepSpeed would write pickles, and reading a pickle can execute code from it.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from pipeline.runs.state_files import load_state, local_part, save_state
 
 
-# What DeepSpeed's optimizers call their part of torch's optimizer state and of the weights in float32: ZeRO-2, ZeRO-3.
+# Names in DeepSpeed's state of its part of torch's optimizer state and of the weights in float32, in ZeRO-2 and ZeRO-3.
 ZERO = (
     ("base_optimizer_state", "single_partition_of_fp32_groups"),
     ("optimizer_state_dict", "fp32_flat_groups"),
@@ -20,7 +20,7 @@ ZERO = (
 
 
 def _shard_like(parameter: Tensor, value: Any) -> Any:
-    """What an optimizer keeps for a sharded parameter, in this process: a moment is sharded as it is, a count is not."""
+    """Return an optimizer's entry for a sharded parameter: a moment is sharded like the parameter, a count is not."""
     if (
         not isinstance(parameter, DTensor)
         or not isinstance(value, Tensor)
@@ -32,10 +32,10 @@ def _shard_like(parameter: Tensor, value: Any) -> Any:
 
 
 def check_zero(optimizer: Any) -> None:
-    """Refuse an optimizer of DeepSpeed's that does not keep its part of the state in memory, flat.
+    """Refuse a DeepSpeed optimizer that does not keep its part of the state in memory as flat tensors.
 
     Raises:
-        ValueError: the DeepSpeed config asks for one.
+        ValueError: the DeepSpeed config asks for such an optimizer.
     """
     flat = any(
         hasattr(optimizer, name) for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
@@ -43,22 +43,24 @@ def check_zero(optimizer: Any) -> None:
     on_disk = any(getattr(optimizer, name, False) for name in ("swap_optimizer", "params_in_nvme_and_cpu"))
     if not flat or on_disk or optimizer.elastic_checkpoint:
         raise ValueError(
-            f"the DeepSpeed config makes the optimizer a {type(optimizer).__name__} of which no checkpoint can be "
-            f"written: take stage 1, 2 or 3 without nvme and elastic_checkpoint, as accelerate_configs/zero2.json."
+            f"the DeepSpeed config makes the optimizer a {type(optimizer).__name__}, and no checkpoint of it can be "
+            f"written. Set stage 1, 2 or 3 without nvme and elastic_checkpoint, as in accelerate_configs/zero2.json."
         )
 
 
 class OptimizerShards:
-    """Put before one of TRL's trainers: under FSDP and DeepSpeed each process writes its part of the optimizer, with the
-    weights that it steps in float32, as `optimizer_<process>`."""
+    """Mixin for one of TRL's trainers: under FSDP and DeepSpeed each process writes its part of the optimizer.
+
+    The part goes into `optimizer_<process>`, together with the float32 weights that this process updates.
+    """
 
     @property
     def _shared_out(self) -> bool:
-        """Whether processes hold a part each of the optimizer's state."""
+        """Return whether each process holds a part of the optimizer's state."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
-        """Trainer's, but it would have accelerate and DeepSpeed unpickle a checkpoint of theirs, where this has ours."""
+        """Override `_prepare_for_training`: read our safetensors, so that accelerate and DeepSpeed unpickle nothing."""
         theirs = None if self._shared_out else resume_from_checkpoint
         prepared = super()._prepare_for_training(max_steps, train_dataloader, theirs)
         if self.is_deepspeed_enabled:
@@ -70,7 +72,7 @@ class OptimizerShards:
         return prepared
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Trainer's; where processes share the optimizer out, each writes its part, with the weights that it steps."""
+        """Override `_save_optimizer_and_scheduler`: if the optimizer is sharded, each process writes its part and weights."""
         if not self._shared_out:
             super()._save_optimizer_and_scheduler(output_dir)
             return
@@ -87,19 +89,22 @@ class OptimizerShards:
         save_state(state, Path(output_dir) / f"optimizer_{self.args.process_index}")
 
     def _zero_state(self) -> tuple[dict, tuple[str, str]]:
-        """The state of DeepSpeed's optimizer in this process, and the names of what is saved of it."""
+        """Return the state of DeepSpeed's optimizer in this process, and the names of the entries to save."""
         state = self.optimizer.optimizer.state_dict()
         return state, next(names for names in ZERO if names[0] in state)
 
     def _load_shards(self, checkpoint: str) -> None:
-        """This process's part of the optimizer and of the weights, with the scheduler."""
+        """Load this process's part of the optimizer and of the weights, and the scheduler."""
         path = Path(checkpoint) / f"optimizer_{self.args.process_index}"
         state = load_state(path)
         then, now = state["trained"], self._trained
         odd = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
         if odd:
-            raise ValueError(f"{path}.json: {len(odd)} tensors do not match the model's adapter, first {odd[0]!r}.")
-        # JSON has no integers for keys.
+            raise ValueError(
+                f"{path}.json: {len(odd)} tensors do not match the model's adapter, first {odd[0]!r}. Set the LoRA options "
+                f"as they were, or start a new run."
+            )
+        # JSON keys are text, not integers.
         state["optimizer"]["state"] = {int(index): entry for index, entry in state["optimizer"]["state"].items()}
         if self.is_deepspeed_enabled:
             zero = self.optimizer.optimizer

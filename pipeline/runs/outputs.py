@@ -1,4 +1,4 @@
-"""What every stage leaves behind beside its adapter: a model card, a metrics file, the backbone's identity."""
+"""Write what every stage saves beside its adapter: a model card, a metrics file, the backbone's identity."""
 
 import time
 from pathlib import Path
@@ -14,35 +14,39 @@ from pipeline.backbone.identity import write_identity
 from pipeline.runs.folders import open_to_umask
 
 
-FIGURES = ("rows", "kept", "cut", "dropped", "longest")  # of `Counts`, those that are reported
+FIGURES = ("rows", "kept", "cut", "dropped", "longest")  # the reported fields of `Counts`
 
 
 def seconds_running() -> float:
-    """Seconds since this process was started, imports included."""
+    """Return the seconds since this process was started, imports included."""
     return time.time() - psutil.Process().create_time()
 
 
 def completions_sampled(trainer: Trainer) -> int:
-    """How many completions one of TRL's online trainers, or PPO, has sampled to learn from, over all processes."""
+    """Count the completions that PPO or one of TRL's online trainers has sampled to learn from, over all processes."""
     args = trainer.args
     passes = trainer.state.global_step * args.gradient_accumulation_steps
     return -(-passes // (args.steps_per_generation * args.num_iterations)) * args.generation_batch_size
 
 
 def complete_card(card: Path, base: str) -> None:
-    """Name the base model and the trained one in a model card, where TRL writes "None" of what is in a folder. Of the base's
-    path it gives the last name alone: the rest is of this machine."""
+    """Name the base model and the trained model in a model card: TRL writes "None" for a model in a folder.
+
+    Only the last part of the base's path is given, since the rest belongs to this machine.
+    """
     text = card.read_text(encoding="utf-8")
     text = text.replace("[None](https://huggingface.co/None)", f"`{Path(base).name}`")
     card.write_text(text.replace('model="None"', f'model="{card.parent.name}"'), encoding="utf-8")
 
 
 def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict, *, complete: bool = True) -> None:
-    """Save the trained adapter with model card, backbone identity and `metrics.json`, and push them to the hub with
-    `push_to_hub`, unless the folder is not `complete` yet. The stage calls `trainer.end` once nothing more needs the
-    other processes."""
+    """Save the trained adapter with model card, backbone identity and `metrics.json`.
+
+    With `push_to_hub` they are pushed to the hub, unless the folder is not `complete` yet. The stage calls `trainer.end` when
+    it no longer needs the other processes.
+    """
     folder = Path(trainer.args.output_dir)
-    trainer.save_model(_internal_call=True)  # else Trainer would push before the rest is there
+    trainer.save_model(_internal_call=True)  # without this Trainer would push before the rest is written
     if trainer.is_world_process_zero():
         trainer.create_model_card(model_name=folder.name)
         add_rows_to_card(folder, metrics.get("rows", {}))
@@ -53,14 +57,14 @@ def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict, *, complete:
             open_to_umask(adapter)
         if complete:
             push(trainer.args, trainer.hub_model_id)
-    trainer.accelerator.wait_for_everyone()  # what is read next, by whichever process, is there
+    trainer.accelerator.wait_for_everyone()  # any process may read the files next
 
 
 def rows_report(counts: dict[str, tuple[str, Counts]]) -> dict[str, dict]:
-    """Say, before training, how many rows of each dataset are read, and return it for `metrics.json`.
+    """Print, before training, how many rows of each dataset are read, and return the numbers for `metrics.json`.
 
     Args:
-        counts: for `train`, `held_out` and so on, where the rows come from and how many there are.
+        counts: source and number of the rows of `train`, `held_out` and so on.
     """
     for part, (source, of_part) in counts.items():
         PartialState().print(f"{part} ({source}): {of_part}.")
@@ -78,7 +82,7 @@ def add_rows_to_card(folder: Path, rows: dict[str, dict]) -> None:
 
 
 def rows_table(rows: dict[str, dict]) -> str:
-    """Return what `rows_report` returned as a markdown table."""
+    """Return the result of `rows_report` as a markdown table."""
     lines = [
         "| rows | source | read | kept whole | cut | dropped | longest (tokens) |",
         "|---|---|---:|---:|---:|---:|---:|",
@@ -90,8 +94,10 @@ def rows_table(rows: dict[str, dict]) -> str:
 
 
 def push(args: TrainingArguments, repository: str | None) -> None:
-    """With `push_to_hub`, upload the output folder as it is, but for pickles, and for checkpoints, which are Trainer's to
-    push as `hub_strategy` says."""
+    """Upload the output folder if `push_to_hub` is set, without pickles and checkpoints.
+
+    Trainer itself pushes checkpoints, as `hub_strategy` says.
+    """
     if args.push_to_hub:
         upload_folder(
             repo_id=repository,

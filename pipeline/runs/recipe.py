@@ -1,7 +1,7 @@
-"""What a recipe may say: YAML without its surprises, and the type and range of every option, before anything is loaded.
+"""Check a recipe before anything is loaded: its YAML, and the type and range of every option.
 
-Most options are TRL's and Trainer's, which take `max_steps: 0` for three epochs, a `learning_rate` of -1 for a number
-and `save_strategy: no` for False. Here each is one error.
+Most options belong to TRL and Trainer. They read `max_steps: 0` as three epochs, accept a `learning_rate` of -1, and read
+`save_strategy: no` as False. Here each of these is an error.
 """
 
 import math
@@ -28,13 +28,13 @@ FROM_1 = """
     sample_prompts eval_prompts max_prompts max_pairs batch_size lora_r lora_top_layers
 """
 SHARE = "gamma lam min_reward_accuracy min_p lora_dropout adam_beta1 adam_beta2"
-# What the numbers of an option may be; unset (None) is always right.
+# Ranges of the options that are numbers; unset (None) is always allowed.
 RANGES = (
     (ABOVE_0.split(), "above 0", lambda x: x > 0),
     (FROM_0.split(), "0 or more", lambda x: x >= 0),
     (FROM_1.split(), "1 or more", lambda x: x >= 1),
     ([*SHARE.split(), "min_kept"], "from 0 to 1", lambda x: 0 <= x <= 1),
-    (["ptx_max_length"], "2 or more", lambda x: x >= 2),  # of one token nothing is predicted
+    (["ptx_max_length"], "2 or more", lambda x: x >= 2),  # a text of one token has nothing to predict
     (["seed"], "from 0 to 4294967295", lambda x: 0 <= x < 2**32),
     # Trainer would read 0 as unset, and train `num_train_epochs`.
     (["max_steps"], "1 or more, or -1 to train num_train_epochs", lambda x: x == -1 or x >= 1),
@@ -43,7 +43,7 @@ RANGES = (
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which takes the last of two equal keys without a word, but for that."""
+    """PyYAML's safe loader, which also refuses a key that comes twice."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -55,18 +55,18 @@ class _Loader(yaml.SafeLoader):
 
 
 def find_recipe(path: str) -> str:
-    """Return where a recipe is. Those of `pipeline/recipes` are found from any folder."""
+    """Return the path of a recipe. Recipes of `pipeline/recipes` are found from any folder."""
     ours = Path(__file__).parents[1] / "recipes" / path.removeprefix("pipeline/recipes/")
     named = path.startswith("pipeline/recipes/") and not Path(path).exists()
     return str(ours) if named and ours.is_file() else path
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """The keys and values of a recipe.
+    """Read the keys and values of a recipe.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not YAML, or not a mapping, or has a key twice.
+        ValueError: the file is not YAML, is not a mapping, or has a key twice.
     """
     try:
         with open(path, encoding="utf-8") as file:
@@ -80,17 +80,17 @@ def read_recipe(path: str) -> dict[str, Any]:
         line = f" line {mark.line + 1}" if mark else ""
         raise ValueError(f"{path}{line}: not a YAML recipe ({problem}). Correct the file.") from error
     if not isinstance(recipe, dict):
-        raise ValueError(f"{path}: a recipe is a YAML mapping of keys to values.")
+        raise ValueError(f"{path}: not a YAML mapping. Write a recipe as lines of `key: value`.")
     return recipe
 
 
 def check_types(recipe: dict[str, Any], dataclass_types: tuple, path: str) -> None:
-    """Check that each value of a recipe is of the type that its dataclass gives the key.
+    """Check that each value of a recipe has the type that its dataclass gives the key.
 
-    A number may be written as text (YAML reads `1e-5` as text).
+    A number may be written as text, since YAML reads `1e-5` as text.
 
     Raises:
-        ValueError: for the first that is not.
+        ValueError: a value has another type.
     """
     for kind in dataclass_types:
         hints = get_type_hints(kind)
@@ -108,7 +108,7 @@ def _check_type(option: Field, value: Any, hint: Any, path: str) -> None:
     elif not (_fits(value, hint) or value is option.default):
         remedy = ""
         if isinstance(value, bool):  # YAML 1.1
-            remedy = " YAML reads yes, no, on and off as true and false; put the word in quotes if that is what it is."
+            remedy = " YAML reads yes, no, on and off as true and false. Put quotes around such a word."
         raise ValueError(f"{where} must be {_words(hint)}.{remedy}")
 
 
@@ -129,7 +129,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in inner
     if origin in (list, tuple):
-        if isinstance(value, str):  # one text needs no brackets
+        if isinstance(value, str):  # a single text needs no brackets
             return inner[0] is str
         return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
     if hint is bool:
@@ -150,17 +150,17 @@ def _words(hint: Any) -> str:
     found = []
     for part in _parts(hint):
         if get_origin(part) in (list, tuple):
-            found.append(f"a list, in brackets, of which each is {_words(get_args(part)[0])}")
+            found.append(f"a list in brackets, each entry {_words(get_args(part)[0])}")
         else:
             found.append(names.get(part) or ("a mapping" if part is dict else "text"))
     return " or ".join(dict.fromkeys(found))
 
 
 def check_ranges(options: dict[str, Any]) -> None:
-    """Check the options that are numbers, whichever stage they belong to.
+    """Check the ranges of all options that are numbers, of any stage.
 
     Raises:
-        ValueError: for the first that is outside of its range, or not finite.
+        ValueError: a number is outside of its range, or not finite.
     """
     for names, words, holds in RANGES:
         for name in names:

@@ -1,4 +1,4 @@
-"""Prepare the rows of a stage as tokens, and say which of them are kept, cut and dropped."""
+"""Prepare the rows of a stage as tokens, and count those that are kept, cut and dropped."""
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -18,18 +18,18 @@ def prepare_rows(
     needs_rest: bool = False,
     row: str = "row",
 ) -> tuple[dict[str, Dataset], dict[str, dict]]:
-    """Check texts or pairs as TRL's trainers will tokenize them, and count what `max_length` leaves of each part.
+    """Check texts or pairs in the tokens of TRL's trainers, and count the rows of each part that `max_length` keeps.
 
     Args:
-        parts: `train`, and `held_out` if any, each with where its rows come from (`DataArguments.load`).
-        drops, needs_rest: what becomes of longer rows, as `data.tokens.Lengths.counts` has it.
-        row: what the messages call a row.
+        parts: `train`, and `held_out` if any, each with the source of its rows (`DataArguments.load`).
+        drops, needs_rest: the treatment of longer rows, as in `data.tokens.Lengths.counts`.
+        row: the messages' word for a row.
 
     Returns:
-        The rows of each part, and what `metrics.json` says of them.
+        The rows of each part, and their counts for `metrics.json`.
 
     Raises:
-        ValueError: what `prepare_tokens` raises; or fewer than the share `min_kept` of a part's rows are kept whole.
+        ValueError: an error of `prepare_tokens`; or a smaller share than `min_kept` of a part's rows is kept uncut.
     """
     rows, counts = {}, {}
     for part, (source, found) in parts.items():

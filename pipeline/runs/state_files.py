@@ -1,4 +1,4 @@
-"""Training state as files: nested values and tensors as JSON and safetensors, and a digest that tells states apart."""
+"""Write and read training state: nested values as JSON, and their tensors as safetensors."""
 
 import json
 import math
@@ -15,8 +15,10 @@ TENSOR, FLOAT = "__tensor__", "__float__"
 
 
 def save_state(state: Any, path: Path) -> None:
-    """Write nested dicts and lists of tensors and JSON values as `path`.json and `path`.safetensors; of a tensor that is
-    sharded over processes, this one's part."""
+    """Write nested dicts and lists of tensors and JSON values as `path`.json and `path`.safetensors.
+
+    Of a tensor that is sharded over processes, this process's part is written.
+    """
     tensors = {}
 
     def without_tensors(value: Any, name: str) -> Any:
@@ -28,7 +30,7 @@ def save_state(state: Any, path: Path) -> None:
         if isinstance(value, (list, tuple)):
             return [without_tensors(entry, f"{name}.{i}") for i, entry in enumerate(value)]
         if isinstance(value, float) and not math.isfinite(value):
-            return {FLOAT: str(value)}  # JSON has no such number
+            return {FLOAT: str(value)}  # JSON has no NaN and no infinity
         return value
 
     text = json.dumps(without_tensors(state, "state"), allow_nan=False)
@@ -37,13 +39,13 @@ def save_state(state: Any, path: Path) -> None:
 
 
 def load_state(path: Path) -> Any:
-    """What `save_state` wrote, with tensors on the CPU."""
+    """Read the files of `save_state`, with tensors on the CPU."""
     tensors = load_file(path.with_suffix(".safetensors"))
 
     def with_tensors(value: Any) -> Any:
         if isinstance(value, dict):
             if value.keys() == {TENSOR}:
-                return tensors[value[TENSOR]].clone()  # of the file, which may be removed
+                return tensors[value[TENSOR]].clone()  # the file may be removed
             if value.keys() == {FLOAT}:
                 return float(value[FLOAT])
             return {key: with_tensors(entry) for key, entry in value.items()}
@@ -57,7 +59,7 @@ def local_part(value: Tensor) -> Tensor:
 
 
 def sync(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
+    """Force a file, or the list of a folder's files, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

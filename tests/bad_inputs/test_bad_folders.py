@@ -370,14 +370,18 @@ OUTPUTS = {
     "the SFT adapter it starts from": (
         "ppo",
         lambda world: world.sft,
-        r"the run reads this folder and would write over",
+        r"the run reads this folder and would overwrite",
     ),
-    "the reward adapter it reads": ("grpo", lambda world: world.reward, r"the run reads this folder and would write"),
-    "the model": ("sft", lambda world: world.tiny, r"the run reads this folder and would write over"),
+    "the reward adapter it reads": (
+        "grpo",
+        lambda world: world.reward,
+        r"the run reads this folder and would overwrite",
+    ),
+    "the model": ("sft", lambda world: world.tiny, r"the run reads this folder and would overwrite"),
     "another model": (
         "dpo",
         lambda world: world.copy(world.tiny),
-        r"holds a model, which an adapter must not lie beside",
+        r"holds a model, and an adapter must not be beside it",
     ),
     "a reward adapter": (
         "sft",
@@ -401,7 +405,11 @@ def test_outputs(stage, value, message, refuses):
 def test_an_adapter_that_the_run_would_write_over_or_remove(beneath, refuses, world):
     shutil.copytree(world.reward if beneath == "value" else world.sft, world.folder / "out" / beneath)
     adapter = {"reward_adapter" if beneath == "value" else "sft_adapter": str(world.folder / "out" / beneath)}
-    refuses("ppo", rf"^output_dir=\S+out': the run reads \S+out/{beneath} beneath it, and would write over", **adapter)
+    refuses(
+        "ppo",
+        rf"^output_dir=\S+out': the run reads \S+out/{beneath} beneath this folder, and would overwrite",
+        **adapter,
+    )
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT])

@@ -38,12 +38,12 @@ TYPES = {
         "logging_steps: yes\n",
         r"logging_steps=True must be a number\. YAML reads yes, no, on and off",
     ),
-    "off for a word": ("eval_strategy: off\n", r"eval_strategy=False must be text\. .*put the word in quotes"),
+    "off for a word": ("eval_strategy: off\n", r"eval_strategy=False must be text\. .*Put quotes around such a word"),
     "a word for yes": ("packing: maybe\n", r"packing='maybe' must be true or false\."),
     "a number for text": ("run_name: 2024\n", r"run_name=2024 must be text or null\."),
     "a number for a list": (
         "lora_target_modules: 5\n",
-        r"lora_target_modules=5 must be a list, in brackets, of which",
+        r"lora_target_modules=5 must be a list in brackets, each entry",
     ),
     "infinity for a whole number": ("lora_r: .inf\n", r"lora_r=inf must be a whole number\."),
     "no such dtype": ("dtype: float61\n", r"dtype='float61' is not one of auto, bfloat16, float16, float32\."),
@@ -98,8 +98,8 @@ RANGES = [
     ("best_of_n", "max_completion_length", 0, "1 or more"),
 ]
 CONTRADICTIONS = {
-    "an end of text of one stage": ("sft", {"eos_token": "!"}, r"^eos_token='!' would hold for this stage alone"),
-    "a chat template of one stage": ("sft", {"chat_template_path": "x"}, r"^chat_template_path='x' would hold for"),
+    "an end of text of one stage": ("sft", {"eos_token": "!"}, r"^eos_token='!' would change only this stage"),
+    "a chat template of one stage": ("sft", {"chat_template_path": "x"}, r"^chat_template_path='x' would change only"),
     "thinking that the reward would not see": (
         "rloo",
         {"chat_template_kwargs": '{"enable_thinking": false}'},
@@ -121,7 +121,7 @@ CONTRADICTIONS = {
             ("ppo", "temperature", 0.5, "logprobs would be those of another temperature"),
             ("ppo", "num_return_sequences", 2, "a prompt has one completion at a time. Set num_generations"),
             ("rloo", "num_beams", 3, "completions are sampled one token after the other"),
-            ("grpo", "return_dict_in_generate", True, "tokens alone are returned"),
+            ("grpo", "return_dict_in_generate", True, "only tokens are returned"),
             ("grpo", "stop_strings", "the", "completions end at a token"),
         )
     },

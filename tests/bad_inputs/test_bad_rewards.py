@@ -64,7 +64,7 @@ NAMES = {
         r"reward_weights=\[1\.0, 2\.0\] has 2 weights for 1 rewards",
     ),
     "a weight that is no number": ({"reward_weights": ["nan"]}, r"reward_weights=\[nan\] must be finite"),
-    "a lone weight in YAML": ({"recipe": "reward_weights: 1.0\n"}, r"reward_weights=1\.0 must be a list, in brackets"),
+    "a lone weight in YAML": ({"recipe": "reward_weights: 1.0\n"}, r"reward_weights=1\.0 must be a list in brackets"),
     "a scale without an adapter": (
         {"reward_adapter": "", "reward_funcs": "reward_models.rules.get_length(target=3)", "normalize_scores": True},
         r"normalize_scores scales reward adapters; name one",

@@ -52,7 +52,7 @@ def diverges(world):
             world.run(stage, **{**SMALL[stage], "max_steps": 4, **options})
         said = str(caught.value)
         assert re.search(message, said), said
-        assert "Start anew with a lower learning_rate" in said
+        assert "Start a new run with a lower learning_rate" in said
         assert left(out) == before
         assert all(finite(folder) for folder in out.glob("checkpoint-*"))
         return out

@@ -67,7 +67,7 @@ def test_key_of_another_stage(tmp_path):
 @pytest.mark.parametrize("text", ["", "- beta\n- 0.1\n", "beta\n"])
 def test_recipe_that_is_no_mapping(tmp_path, text):
     (tmp_path / "r.yaml").write_text(text)
-    with pytest.raises(ValueError, match=r"r\.yaml: a recipe is a YAML mapping"):
+    with pytest.raises(ValueError, match=r"r\.yaml: not a YAML mapping"):
         parse(DataArguments, args=["--config", str(tmp_path / "r.yaml")])
 
 

@@ -131,7 +131,7 @@ def test_a_stage_resumes_to_the_bit(stage, run_stage, tmp_path, monkeypatch, cap
     monkeypatch.setattr(Trainer, "_inner_training_loop", loop)
     run_stage(stage, output_dir=tmp_path / "at once", **options)
     expected = files(tmp_path / "at once")
-    assert "holds no checkpoint: training starts anew" in capsys.readouterr().out
+    assert "holds no checkpoint: training starts from the beginning" in capsys.readouterr().out
     for step in (3, 4, 6, 10, None):
         kill[0] = step
         if step is None:
@@ -209,24 +209,26 @@ def test_a_damaged_file_is_named_and_the_one_before_is_taken_only_by_name(make_t
             with pytest.raises((ValueError, FileNotFoundError)) as caught:
                 find_checkpoint(args)
             assert str(caught.value).startswith(f"{path}: "), caught.value
-            assert str(caught.value).endswith(f"Go on from another: --resume_from_checkpoint {killed_run / other}")
+            assert str(caught.value).endswith(
+                f"Resume from another checkpoint: --resume_from_checkpoint {killed_run / other}"
+            )
             path.write_bytes(data)
     assert find_checkpoint(args) == str(newest)
     (newest / MANIFEST).unlink()
     assert find_checkpoint(arguments(make_trainer, killed_run, killed_run / other)) == str(killed_run / other)
     shutil.rmtree(killed_run / other)
-    with pytest.raises(ValueError, match="There is no other: start anew"):
+    with pytest.raises(ValueError, match="There is no other checkpoint. Start a new run"):
         find_checkpoint(args)
 
 
 def test_what_does_not_fit_the_launch_is_refused(make_trainer, ppo_run, killed_run, tmp_path, monkeypatch, capsys):
     newest = killed_run / "checkpoint-6"
     assert find_checkpoint(arguments(make_trainer, tmp_path / "new", "auto")) is None
-    assert "new holds no checkpoint: training starts anew" in capsys.readouterr().out
+    assert "new holds no checkpoint: training starts from the beginning" in capsys.readouterr().out
     assert find_checkpoint(arguments(make_trainer, killed_run, None)) is None
     with pytest.raises(FileNotFoundError, match="no such folder. Name a checkpoint-<step> folder, or auto"):
         find_checkpoint(arguments(make_trainer, killed_run, killed_run / "checkpoint-5"))
-    with pytest.raises(ValueError, match="written with seed=42, and seed=7 would put its step elsewhere"):
+    with pytest.raises(ValueError, match="written with seed=42, and this run has seed=7, which changes the order"):
         find_checkpoint(arguments(make_trainer, killed_run, "auto", seed=7))
     (newest / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match="notes.txt: not a file of this checkpoint"):
@@ -242,11 +244,11 @@ def test_what_does_not_fit_the_launch_is_refused(make_trainer, ppo_run, killed_r
         find_checkpoint(arguments(make_trainer, killed_run, "auto"))
     monkeypatch.undo()
     trainer = make_trainer(output_dir=str(killed_run), max_steps=12)
-    with pytest.raises(ValueError, match="written with 16 rows to train on, and there are 8"):
+    with pytest.raises(ValueError, match="written with 16 rows to train on, and this run has 8"):
         trainer.train(resume_from_checkpoint=str(newest))
     trainer = make_trainer(output_dir=str(killed_run), max_steps=12, prompts=PROMPTS * 2)
     next(p for name, p in trainer.model.named_parameters() if ".ref." in name).data += 1
-    with pytest.raises(ValueError, match="written on another backbone, SFT adapter or reward adapter"):
+    with pytest.raises(ValueError, match="written with another backbone, SFT adapter or reward adapter"):
         trainer.train(resume_from_checkpoint=str(newest))
 
 
@@ -262,7 +264,7 @@ def test_what_does_not_fit_the_launch_is_refused(make_trainer, ppo_run, killed_r
 def test_an_optimizer_of_deepspeed_that_cannot_be_saved_is_refused(optimizer):
     """Those that can are in tests/test_distributed.py."""
     with pytest.raises(
-        ValueError, match="no checkpoint can be written: take stage 1, 2 or 3 without nvme and elastic"
+        ValueError, match="no checkpoint of it can be written. Set stage 1, 2 or 3 without nvme and elastic"
     ):
         check_zero(SimpleNamespace(**optimizer))
 
@@ -362,7 +364,7 @@ def test_a_disk_that_fills_up(disk, ppo_run, make_trainer, tmp_path):
             pytest.skip("mounting a file system is not allowed here")
         ppo_run("run", kill=6, **options)
         fill()
-        with pytest.raises(OSError, match="checkpoint-12 could not be written: .*Checkpoints before it are whole"):
+        with pytest.raises(OSError, match="checkpoint-12 could not be written: .*Earlier checkpoints are complete"):
             ppo_run("run", resume=str(folder / "checkpoint-6"), **options)
         assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-6"]
         assert not (folder / ".staging").exists()
@@ -455,7 +457,9 @@ def test_a_signal_ends_the_update_and_saves(number, code, ppo_run, make_trainer,
         trainer.train()
     assert caught.value.code == code and signal.getsignal(number) is before
     name = signal.Signals(number).name
-    said = f"{name}: stopped after step 8; checkpoint-8 is in {tmp_path / 'run'}. Go on with the same command and"
+    said = (
+        f"{name}: stopped after step 8. checkpoint-8 is in {tmp_path / 'run'}. To continue, run the same command with"
+    )
     assert f"{said} --resume_from_checkpoint auto." in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-8"]
     if number == signal.SIGTERM:
@@ -555,7 +559,7 @@ def test_two_processes_resume_to_the_bit(launch, tiny, sft_adapter, reward_adapt
     workers = process.children(recursive=True)
     process.terminate()
     wait_for_end([process, *workers], log)
-    stopped = re.search(r"SIGTERM: stopped after step (\d+); checkpoint-\1 is in", log.read_text())
+    stopped = re.search(r"SIGTERM: stopped after step (\d+)\. checkpoint-\1 is in", log.read_text())
     assert stopped and (folder / f"checkpoint-{stopped[1]}" / "rng_state_1.pth").is_file(), log.read_text()[-4000:]
     assert int(stopped[1]) % 8 == 0  # an update is of 8
     assert launch(*given, folder, log).wait(120) == 0, log.read_text()[-4000:]
@@ -582,7 +586,7 @@ def test_one_process_stops_under_the_launcher_and_without_it(launch, tiny, tmp_p
     workers = process.children(recursive=True)
     os.killpg(process.pid, signal.SIGTERM)  # as slurm, a terminal or `timeout` does
     wait_for_end([process, *workers], log)
-    assert re.search(r"SIGTERM: stopped after step (\d+); checkpoint-\1 is in", log.read_text())
+    assert re.search(r"SIGTERM: stopped after step (\d+)\. checkpoint-\1 is in", log.read_text())
     steps = int(max(folder.glob("checkpoint-*")).name.removeprefix("checkpoint-"))
     process = launch("sft", None, tmp_path / "recipe.yaml", folder, log)
     later = steps // 4 * 4 + 8
