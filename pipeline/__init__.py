@@ -1,5 +1,8 @@
-"""The pipeline's commands. Its neighbours `data` and `reward_models` are made sure of first: Python looks for packages in the
-folder that a command is started in, and a user has a `data` of their own."""
+"""The pipeline's commands.
+
+First this module makes sure that `data` and `reward_models` are the packages of this project: Python looks for packages in the
+folder in which a command is started, and a user may have their own `data` there.
+"""
 
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -7,22 +10,22 @@ from pathlib import Path
 
 
 def _claim(name: str, folder: Path) -> None:
-    """Have `name` mean the package in `folder`.
+    """Make `name` mean the package in `folder`.
 
-    A folder of that name without Python, such as one of data files, hides the package of an editable installation, so ours
-    is imported here.
+    A folder of the same name without Python code, such as one of data files, hides the package of an editable installation.
+    So the package is imported here.
 
     Raises:
-        ImportError: another module has the name.
+        ImportError: another module has this name.
     """
     ours = folder / "__init__.py"
     found = find_spec(name)
     if found is not None and found.origin:
         if Path(found.origin).resolve() != ours:
             raise ImportError(
-                f"{found.origin} is imported in the place of this project's package {name!r}, and so a stage cannot run. "
-                f"Rename it, or start from another folder; with PYTHONSAFEPATH=1 Python does not look in the current one.",
-                name=__name__,  # then `python -m` prints this alone
+                f"{found.origin} is imported instead of this project's package {name!r}, and so a stage cannot run. Rename "
+                f"it, or start from another folder, or set PYTHONSAFEPATH=1, so that Python ignores the current folder.",
+                name=__name__,  # `python -m` then prints only this message
             )
         return
     spec = spec_from_file_location(name, ours, submodule_search_locations=[str(folder)])

@@ -1,14 +1,15 @@
-"""Best-of-n: sample n completions of the SFT policy and keep the one that the reward scores highest.
+r"""Best-of-n: sample n completions of the SFT policy and keep the one that the reward scores highest.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.best_of_n --config pipeline/recipes/demo/best_of_n.yaml
+    accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.best_of_n \
+        --config pipeline/recipes/demo/best_of_n.yaml
 
-It trains nothing, and says what the reward model is worth before PPO is asked to climb it (Stiennon et al. 2020, arXiv
-2009.01325; Gao et al. 2022, arXiv 2210.10760). One pool of completions a prompt serves all n: what is reported are
-exact expectations over the pool's subsets of size n (`pipeline.reports.metrics.best_of_n`). Wins are against one more
-completion of each prompt, which is in no pool. Distinct-2 is a property of a set of texts and has no such expectation:
-it is that of the best among the first n of each pool.
+This trains nothing. It shows how good the reward model is before PPO optimises it (Stiennon et al. 2020, arXiv 2009.01325;
+Gao et al. 2022, arXiv 2210.10760). One pool of completions for each prompt serves all n. The figures are exact expectations
+over the pool's subsets of size n (`pipeline.reports.metrics.best_of_n`). Wins are against one more completion of each prompt,
+which is in no pool. Distinct-2 belongs to a set of texts and has no such expectation: it is that of the best completions among
+the first n of each pool.
 
-Leaves best_of_n.json, best_of_n.md and best_of_n.png in `output_dir`.
+Saves best_of_n.json, best_of_n.md and best_of_n.png in `output_dir`.
 """
 
 import asyncio
@@ -41,17 +42,19 @@ from reward_models.rules import distinct_n, sentiment
 
 @dataclass
 class BestOfNArguments(CompletionArguments):
-    """How many completions of each prompt."""
+    """Options of best-of-n."""
 
-    n: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "Completions to choose from."})
+    n: list[int] = field(
+        default_factory=lambda: [1, 2, 4, 8, 16], metadata={"help": "Numbers of completions to choose from."}
+    )
     report: str | None = field(
-        default=None, metadata={"help": "report.json of pipeline.evaluation, whose policy is drawn into the plot."}
+        default=None, metadata={"help": "report.json of pipeline.evaluation; its policy is added to the plot."}
     )
 
     def __post_init__(self):
         super().__post_init__()
         if min(self.n, default=0) < 1:
-            raise ValueError(f"n={self.n} is no list of numbers of completions, each 1 or more.")
+            raise ValueError(f"n={self.n} must be a list of numbers of completions, each 1 or more.")
         if self.report is not None and not Path(self.report).is_file():
             raise FileNotFoundError(f"report={self.report!r}: no such file. Run pipeline.evaluation first.")
 

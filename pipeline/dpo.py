@@ -1,9 +1,9 @@
-"""TRL's DPO on PPO's footing: the same backbone, start, reference and preference pairs, and no reward model.
+"""DPO, a baseline with PPO's backbone, start, reference and preference pairs, and no reward model.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.dpo --config pipeline/recipes/baselines/dpo.yaml
 
-Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) learns from people's labels themselves and
-samples nothing. The trainer is TRL's own, with our checkpoints.
+Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) learns directly from people's labels and
+samples nothing. The trainer is TRL's, with Spine's checkpoints.
 """
 
 from dataclasses import dataclass, field
@@ -29,13 +29,13 @@ from pipeline.runs.rows import prepare_rows
 
 @dataclass
 class PairArguments(PolicyArguments):
-    """Where the policy starts, and how much of the data it learns from."""
+    """The start of the policy, and the number of pairs that it learns from."""
 
-    max_pairs: int | None = field(default=None, metadata={"help": "So many pairs, drawn at random; unset: all."})
+    max_pairs: int | None = field(default=None, metadata={"help": "Number of pairs, drawn at random. Unset: all."})
 
 
 class DPO(Checkpointed, DPOTrainer):
-    """TRL's DPOTrainer, with our checkpoints."""
+    """TRL's DPOTrainer, with Spine's checkpoints."""
 
 
 def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DPOConfig) -> None:
@@ -64,7 +64,7 @@ def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DP
     )
     if args.disable_dropout:
         without_dropout(backbone.get_base_model(), model.model_name_or_path)
-    backbone.train_only("policy")  # adding adapters toggles requires_grad
+    backbone.train_only("policy")  # adding adapters changes requires_grad
     set_seed(args.seed)
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)

@@ -1,9 +1,10 @@
-"""Held-out prompts, answered by SFT and by PPO: did the policy get better by a judge that neither was trained on?
+r"""Evaluation of SFT and PPO on held-out prompts, by a judge that neither was trained on.
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.evaluation --config pipeline/recipes/demo/evaluation.yaml
+    accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.evaluation \
+        --config pipeline/recipes/demo/evaluation.yaml
 
-The independent judge is VADER's rule-based compound (-1..1) of prompt and completion. Leaves report.json, report.md
-and plots in `output_dir`. Any policy adapter can stand where PPO's does, such as a baseline's.
+The independent judge is VADER's rule-based compound (-1 to 1) of prompt and completion. Saves report.json, report.md and plots
+in `output_dir`. Any policy adapter can be evaluated in the place of PPO's, such as that of a baseline.
 """
 
 import asyncio
@@ -40,17 +41,19 @@ from reward_models.rules import distinct_n, sentiment
 
 @dataclass
 class EvaluationArguments(CompletionArguments):
-    """What is compared."""
+    """The adapters that are compared."""
 
     policy_adapter: str = field(
         kw_only=True, metadata={"help": "Policy adapter to evaluate, of PPO or of a baseline."}
     )
-    sft_adapter: str | None = field(default=None, metadata={"help": "Adapter it started from; unset: the backbone."})
-    policy_name: str = field(default="PPO", metadata={"help": "What report.md calls it."})
+    sft_adapter: str | None = field(
+        default=None, metadata={"help": "Adapter that the policy started from. Unset: the bare backbone."}
+    )
+    policy_name: str = field(default="PPO", metadata={"help": "Name of the policy in report.md."})
 
 
 class Completions:
-    """Completions of one role to the prompts, and what each is worth."""
+    """One role's completions of the prompts, and the figures of each."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase):
         self.tokenizer = tokenizer
@@ -88,8 +91,11 @@ def complete(
     runner: asyncio.Runner,
     args: EvaluationArguments,
 ) -> Completions:
-    """Sample one completion a prompt as `role`, with its KL to the reference, likelihood under the backbone, rewards and
-    judge. Processes share the batches, and all get all results."""
+    """Sample one completion of each prompt as `role`, and measure it.
+
+    The figures are its KL to the reference, its likelihood under the backbone, its rewards and the judge. Processes share
+    the batches, and every process gets all results.
+    """
     asked, parts = prompts["prompt"][:], []
     prompt_ids = tokenize_prompts(asked, tokenizer)
     batches = sample(
@@ -134,7 +140,7 @@ def complete(
 
 
 def as_text(prompt: str | list[dict]) -> str:
-    """A prompt as the table of samples shows it: a conversation as a line for each turn."""
+    """Return a prompt for the table of samples: a conversation becomes one line for each turn."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
@@ -170,7 +176,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     if not state.is_main_process:
         return
     sft, policy = results["sft"], results["policy"]
-    first = next(iter(rewards.reward_adapter), None)  # of several, the one that the value started from
+    first = next(iter(rewards.reward_adapter), None)  # the value started from the first of several
     stages = {"sft": args.sft_adapter, "reward": first, "policy": args.policy_adapter}
     metrics = {stage: read_metrics(folder) if folder else {} for stage, folder in stages.items()}
     measured = {key: value for key, value in metrics["reward"].items() if key not in ("history", "rows", "seconds")}
@@ -192,7 +198,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     history = metrics["policy"].get("history", [])
-    curves = any("score" in row for row in history)  # those of PPO; other trainers log other things
+    curves = any("score" in row for row in history)  # only PPO logs these; other trainers log other figures
     if curves:
         draw_ppo_curves(history, folder / "ppo_curves.png")
     draw_score_histograms(sft.scores, policy.scores, folder / "score_histograms.png", args.policy_name)

@@ -1,9 +1,10 @@
-"""GRPO on PPO's footing: the same backbone, start, reference, prompts and rewards, and no value function.
+"""GRPO, a baseline with PPO's backbone, start, reference, prompts and rewards, and no value function.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.grpo --config pipeline/recipes/baselines/grpo.yaml
 
 Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300): the advantage of a completion is its reward
-less the mean of its prompt's group, over the group's deviation. The trainer is TRL's own, with our checkpoints.
+minus the mean of its prompt's group, divided by the group's deviation. The trainer is TRL's, with Spine's checkpoints,
+sampling and checks of rewards.
 """
 
 from trl import GRPOConfig, ModelConfig

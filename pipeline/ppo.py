@@ -1,8 +1,8 @@
-"""PPO against the reward: policy, reference, reward and value are adapters on one backbone.
+"""PPO, with policy, reference, reward and value as adapters on one backbone.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.ppo --config pipeline/recipes/demo/ppo.yaml
 
-Leaves the policy adapter in `output_dir` and the value adapter with its head in `output_dir/value`.
+Saves the policy adapter in `output_dir`, and the value adapter with its head in `output_dir/value`.
 """
 
 from dataclasses import asdict
@@ -36,17 +36,17 @@ logger = get_logger(__name__)
 
 
 def load_held_out(data: DataArguments, args: PPOConfig) -> Dataset | None:
-    """Read the prompts of the evaluation in training, the first `eval_prompts`; None where `eval_strategy` is off.
+    """Read the first `eval_prompts` prompts for the evaluation during training; None if `eval_strategy` is off.
 
     Raises:
-        ValueError: none are held out; or what `load_prompts` raises.
+        ValueError: there are no held-out prompts; or an error of `load_prompts`.
     """
     if args.eval_strategy == "no":
         return None
     if data.eval_source is None:
         raise ValueError(
-            f"eval_strategy={args.eval_strategy.value!r}: {data.dataset_name} has no held-out prompts; name some in "
-            f"eval_dataset_name."
+            f"eval_strategy={args.eval_strategy.value!r} needs held-out prompts, and {data.dataset_name} has none. Name a "
+            f"dataset of prompts in eval_dataset_name."
         )
     prompts = load_prompts(data.eval_source, data.dataset_eval_split, drop=data.drop_bad_rows)
     return prompts.select(range(min(args.eval_prompts, len(prompts))))
@@ -63,8 +63,8 @@ def main(
 ) -> None:
     if args.use_vllm and model.load_in_4bit:
         raise ValueError(
-            "use_vllm=True with load_in_4bit=True is not supported: vLLM is sent weights that the policy is merged into, "
-            "and those in 4 bits cannot take it. Leave one of the two unset."
+            "use_vllm=True with load_in_4bit=True is not supported: vLLM gets weights with the policy merged in, and it "
+            "cannot be merged into 4-bit weights. Leave one of the two unset."
         )
     checkpoint = open_run(
         args, model, policies=(start.sft_adapter,), rewards=rewards, leaves_reward=False, shards=not args.use_vllm
@@ -91,7 +91,7 @@ def main(
         rows, of_texts = prepare_rows(parts, tokenizer, data, max_length=most)
         report |= of_texts
         ptx_rows = tokenize_texts(rows["texts"], tokenizer, most)
-    if len(prompts) < args.generation_batch_size:  # TRL samples each prompt once a pass and drops a short last batch
+    if len(prompts) < args.generation_batch_size:  # TRL samples each prompt once a pass, and drops a short last batch
         prompts = prompts.repeat(-(-args.generation_batch_size // len(prompts)))
 
     learned = learned_rewards(rewards, backbone, tokenizer)
@@ -104,8 +104,8 @@ def main(
         processing_class=tokenizer,
         texts=ptx_rows,
     )
-    if not model.load_in_4bit:  # which was loaded where it is to be
-        backbone.to(args.device)  # under FSDP and DeepSpeed Trainer leaves it where it is until training begins
+    if not model.load_in_4bit:  # a 4-bit model is already on its device
+        backbone.to(args.device)  # under FSDP and DeepSpeed Trainer moves it only when training begins
     adapters = {reward.role: folder for reward, folder in zip(learned, rewards.reward_adapter, strict=True)}
     vllm = trainer.vllm_generation if args.use_vllm else None
     with trainer.gathered_weights(), trainer.accelerator.autocast():

@@ -1,10 +1,10 @@
-"""The reward model: which of two completions people prefer.
+"""The reward model, which predicts which of two completions people prefer.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.reward --config pipeline/recipes/demo/reward.yaml
 
-Trains a LoRA adapter and a score head on the frozen backbone with TRL's RewardTrainer, where pairs of one ranking share
-a batch and each text is scored once, and measures it on held-out pairs: accuracy beside the human ceiling, by rating
-gap, and calibration.
+Trains a LoRA adapter and a score head on the frozen backbone with TRL's RewardTrainer. Pairs of one ranking share a batch,
+and each text is scored once. Then measures the reward model on held-out pairs: accuracy, beside the accuracy that people
+reach and for each rating gap, and calibration.
 """
 
 import math
@@ -38,30 +38,32 @@ from reward_models.ranking import RankingTrainer
 
 @dataclass
 class RewardModelArguments:
-    """What the reward stage adds to TRL's RewardConfig."""
+    """Options of the reward stage beside those of TRL's RewardConfig."""
 
     use_margin: bool = field(
         default=False,
-        metadata={"help": "Subtract the `margin` column in the loss (Llama 2). It costs calibration: scores stretch."},
+        metadata={
+            "help": "Subtract the `margin` column in the loss (Llama 2). Scores spread, and calibration gets worse."
+        },
     )
     sft_adapter: str | None = field(
         default=None,
-        metadata={
-            "help": "Policy whose completions PPO will start from: measure the mean and deviation of their scores."
-        },
+        metadata={"help": "Policy that PPO starts from: measure mean and deviation of its completions' scores."},
     )
-    sft_completions: int = field(default=256, metadata={"help": "How many of its completions."})
-    max_completion_length: int = field(default=64, metadata={"help": "Tokens sampled at most for each."})
+    sft_completions: int = field(default=256, metadata={"help": "Number of completions of sft_adapter."})
+    max_completion_length: int = field(default=64, metadata={"help": "Most tokens sampled for each of them."})
 
 
 class RewardModel(Checkpointed, RankingTrainer):
-    """Our RankingTrainer, with checkpoints."""
+    """RankingTrainer, with Spine's checkpoints."""
 
 
 def held_out_report(trainer: RewardModel) -> dict:
-    """Accuracy and calibration on the trainer's evaluation pairs. A text that stands in many pairs is scored once.
-    Processes share the texts."""
-    rows, model = trainer.eval_dataset, trainer.model_wrapped  # sharded, the wrapper alone can run it
+    """Measure accuracy and calibration on the trainer's evaluation pairs.
+
+    A text of several pairs is scored once. Processes share the texts.
+    """
+    rows, model = trainer.eval_dataset, trainer.model_wrapped  # only the wrapper can run a sharded model
     model.eval()
 
     def score(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -90,7 +92,7 @@ def held_out_report(trainer: RewardModel) -> dict:
 def normalization_of(
     pairs: RewardModelArguments, model: ModelConfig, args: RewardConfig, prompts: list
 ) -> Normalization:
-    """Mean and deviation of the trained adapter's scores on completions of the SFT policy."""
+    """Measure mean and deviation of the trained adapter's scores on completions of the SFT policy."""
     backbone, tokenizer = load_backbone(
         model, pairs.sft_adapter, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
     )
@@ -106,12 +108,12 @@ def main(
     if args.train_sampling_strategy not in ("random", "group_by_length"):
         raise ValueError(
             f"train_sampling_strategy={args.train_sampling_strategy!r} is not supported: pairs of a ranking are batched "
-            f"together. Name random or group_by_length."
+            f"together. Set random or group_by_length."
         )
     checkpoint = open_run(args, model, policies=(pairs.sft_adapter,), leaves_reward=True)
     parts = data.load(load_preferences)
     source, train = parts["train"]
-    if pairs.sft_adapter:  # whose completions of the prompts are scored
+    if pairs.sft_adapter:  # completions of the prompts will be scored
         train = explicit_prompts(train, source, drop=data.drop_bad_rows)
     if not pairs.use_margin and "margin" in train.column_names:
         train = train.remove_columns("margin")
@@ -124,9 +126,9 @@ def main(
     rows, report = prepare_rows(parts, tokenizer, data, max_length=args.max_length, drops=True, row="pair")
     identity = fingerprint(base)
     if pairs.sft_adapter:
-        # One that does not fit is refused before training.
+        # Refuse an adapter that does not fit before training.
         read_adapter(pairs.sft_adapter, needs_head=False, base=base, tokenizer=tokenizer)
-        # Drawn at random: pairs of one ranking follow each other.
+        # Draw at random, since pairs of one ranking follow each other.
         train = rows["train"]
         completed = train.shuffle(seed=args.seed).select(range(min(pairs.sft_completions, len(train))))
         limits = context_length(base), pairs.max_completion_length
@@ -144,7 +146,7 @@ def main(
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = held_out_report(trainer) if "held_out" in rows else {}
-    (Path(args.output_dir) / FILE).unlink(missing_ok=True)  # an earlier run's scale is not that of these scores
+    (Path(args.output_dir) / FILE).unlink(missing_ok=True)  # an earlier run's scale does not fit these scores
     metrics |= {"rows": report, "history": trainer.state.log_history}
     finish_stage(trainer, identity, metrics, complete=not pairs.sft_adapter)
     accelerator, repository = trainer.accelerator, trainer.hub_model_id

@@ -1,9 +1,9 @@
-"""RLOO on PPO's footing: the same backbone, start, reference, prompts and rewards, and no value function.
+"""RLOO, a baseline with PPO's backbone, start, reference, prompts and rewards, and no value function.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.rloo --config pipeline/recipes/baselines/rloo.yaml
 
 REINFORCE leave-one-out (Ahmadian et al. 2024, arXiv 2402.14740): the baseline of a completion is the mean reward of
-the others to the same prompt. The trainer is TRL's own, with our checkpoints, sampling and checks of rewards.
+the other completions of the same prompt. The trainer is TRL's, with Spine's checkpoints, sampling and checks of rewards.
 """
 
 from trl import ModelConfig, RLOOConfig

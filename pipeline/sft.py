@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the reference, and where the policy starts.
+"""Supervised fine-tuning, which makes the reference and the start of the policy.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.sft --config pipeline/recipes/demo/sft.yaml
 
@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 
 
 class SFT(Checkpointed, SFTTrainer):
-    """TRL's SFTTrainer, with our checkpoints."""
+    """TRL's SFTTrainer, with Spine's checkpoints."""
 
 
 def main(data: DataArguments, lora: LoraArguments, model: ModelConfig, args: SFTConfig) -> None:
@@ -36,12 +36,12 @@ def main(data: DataArguments, lora: LoraArguments, model: ModelConfig, args: SFT
     parts = data.load(load_texts)
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token)
     check_max_length(args.max_length, context_length(base))
-    if type(base.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:  # better known now than after SFT
+    if type(base.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:  # say so now, not after SFT
         logger.warning(
-            f"{model.model_name_or_path}: transformers has no sequence classifier of the family {base.config.model_type!r}: "
-            f"pipeline.reward cannot train a reward model on it, and PPO takes reward functions (reward_funcs)."
+            f"{model.model_name_or_path}: transformers has no sequence classifier for the family {base.config.model_type!r}. "
+            f"pipeline.reward cannot train a reward model on this model. Give PPO reward functions instead (reward_funcs)."
         )
-    # A row whose completion is cut off whole is dropped by TRL.
+    # TRL drops a row whose whole completion is cut off.
     needs_rest = args.completion_only_loss is not False and args.truncation_mode == "keep_start"
     rows, report = prepare_rows(parts, tokenizer, data, max_length=args.max_length, needs_rest=needs_rest)
     identity = fingerprint(base)

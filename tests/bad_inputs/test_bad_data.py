@@ -209,7 +209,7 @@ def test_data_that_is_not_there(stage, key, value, message, refuses):
 
 
 def test_evaluation_without_held_out_prompts(refuses):
-    message = "eval_strategy='steps': .* has no held-out prompts; name some in eval_dataset_name"
+    message = r"eval_strategy='steps' needs held-out prompts, and .* has none\. Name a dataset of prompts in eval_dataset_name"
     refuses("ppo", message, loads=True, eval_strategy="steps", eval_steps=1)
 
 

@@ -146,7 +146,7 @@ CONTRADICTIONS = {
     ),
     "one bound": ("ppo", {"recipe": "reward_clip_range: [5]\n"}, r"reward_clip_range=\[5\] must be two numbers"),
     "a group of one": ("grpo", {"num_generations": 1}, "at least 2 generations"),
-    "no completions": ("best_of_n", {"n": [0, 2]}, r"n=\[0, 2\] is no list of numbers of completions"),
+    "no completions": ("best_of_n", {"n": [0, 2]}, r"n=\[0, 2\] must be a list of numbers of completions"),
     "a report that is not there": ("best_of_n", {"report": "none.json"}, "report='none.json': no such file"),
     "an optimizer on the command line": (
         "sft",

@@ -197,7 +197,7 @@ def test_a_module_of_the_users_that_hides_one_of_ours_is_named(name, tmp_path):
     assert done.returncode == 1 and "imported\n" not in done.stdout
     package = name.removesuffix(".py").split("/")[0]
     (line,) = done.stderr.splitlines()
-    assert f"{path} is imported in the place of this project's package {package!r}" in line
+    assert f"{path} is imported instead of this project's package {package!r}" in line
     assert "Rename it, or start from another folder" in line
 
 
