@@ -391,7 +391,7 @@ OUTPUTS = {
     "a policy": (
         "reward",
         lambda world: world.copy(world.sft),
-        r"holds a policy adapter, and this run leaves a reward",
+        r"holds a policy adapter, and this run saves a reward",
     ),
 }
 

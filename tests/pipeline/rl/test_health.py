@@ -9,9 +9,15 @@ from pipeline.rl.health import Health
 
 SYMPTOMS = {
     # name: observations in order, and what the message of the last of them says
-    "negative KL": ([{"kl": [-1.0, -1.1, -0.9, -1.0]}], r"is -1\.00 nats a sequence, which sampling noise \(0\.04\)"),
+    "negative KL": (
+        [{"kl": [-1.0, -1.1, -0.9, -1.0]}],
+        r"is -1\.00 nats a sequence\. Sampling noise \(0\.04\) does not",
+    ),
     "exploding KL": ([{"kl": [30.0, 32.0], "length": 24.0}], r"is 31\.0 nats a sequence, more than 1 a token"),
-    "flat reward": ([{"scores": [2.0, 2.0]}] * 5, r"of the last 5 rollouts scored 2: there is nothing to learn"),
+    "flat reward": (
+        [{"scores": [2.0, 2.0]}] * 5,
+        r"of the last 5 rollouts has the score 2: there is nothing to learn",
+    ),
     "collapsed entropy": ([{"entropy": 4.0}, {"entropy": 0.3}], r"fell from 4\.00 to 0\.30 nats a token"),
 }
 

@@ -273,7 +273,7 @@ def test_a_reward_model_that_nobody_measured_is_a_warning(check):
     found = by_name(check(metrics=None))["reward model's accuracy"]
     assert (found.result, found.measured) == ("warning", None)
     assert str(found).startswith(
-        "reward model's accuracy: unknown, bound at least 0.55. Its folder has no metrics.json"
+        "reward model's accuracy: unknown, bound at least 0.55. The adapter's metrics.json is missing"
     )
 
 

@@ -92,7 +92,9 @@ def test_gradient_checkpointing_changes_no_result(make_trainer, policy):
 def test_where_the_trunk_is_not_shared(make_trainer, caplog):
     trainer = make_trainer(policy=TOP_LAYER, value_init="reward")
     assert trainer.model.trunk_depth == 1
-    assert "The value adapter is frozen in the lowest 1 layers, which the policy leaves as they are" in caplog.text
+    assert (
+        "The value adapter is frozen in the lowest 1 layers, which the policy's adapter does not change" in caplog.text
+    )
     trainer = make_trainer(policy=TOP_LAYER, disable_dropout=False)
     assert trainer.model.trunk_depth == 0 and "disable_dropout=False changes their states" in caplog.text
 

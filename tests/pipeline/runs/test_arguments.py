@@ -339,7 +339,7 @@ def test_defaults_of_what_is_an_option():
         ({"value_init": "zero"}, "value_init='zero' is not one of auto, reward, policy."),
         (
             {"critic": "head", "value_init": "policy"},
-            "value_init='policy' starts a value adapter, which critic='head'",
+            "value_init='policy' is for a value adapter, and critic='head'",
         ),
         ({"kl_target": 0.0}, "kl_target=0.0 must be above 0."),
         ({"kl_horizon": -1.0}, "kl_horizon=-1.0 must be above 0."),
@@ -348,7 +348,7 @@ def test_defaults_of_what_is_an_option():
             {"kl_target": 6.0, "kl_horizon": 31, "per_device_train_batch_size": 8, "steps_per_generation": 4},
             "kl_horizon=31 is shorter than one rollout of 32 sequences",
         ),
-        ({"kl_target": 6.0, "beta": 0.0}, "beta=0.0 cannot be adapted to kl_target=6.0; start above 0."),
+        ({"kl_target": 6.0, "beta": 0.0}, "beta=0.0 cannot be adapted to kl_target=6.0. Set beta above 0."),
     ],
     ids=str,
 )

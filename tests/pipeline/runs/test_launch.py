@@ -74,7 +74,7 @@ def test_two_processes_as_asked(launched, capsys):
         (
             "accelerate launch --cpu --num_processes 2 -m pipeline.sft",
             {},
-            r"the command line asks for 2 processes, and accelerate started 1: .* Launch with accelerate_configs/cpu_ddp",
+            r"the command line asks for 2 processes, and accelerate started 1\. .* launch with accelerate_configs/cpu_ddp",
         ),
         (
             f"accelerate launch --config_file {CPU} --num_processes 3 -m pipeline.sft",
@@ -90,12 +90,12 @@ def test_two_processes_as_asked(launched, capsys):
         (
             f"accelerate launch --config_file {CPU} -m pipeline.sft",
             {"device": "cuda", "accelerator": True},
-            "cpu.yaml sets use_cpu: true, and this process is on cuda; add --use_cpu true",
+            "cpu.yaml sets use_cpu: true, and this process is on cuda. Add --use_cpu true",
         ),
         (
             "accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes 2 -m pipeline.sft",
             {"processes": 2, "kind": DistributedType.MULTI_CPU, "WORLD_SIZE": "2", "accelerator": True},
-            "ddp.yaml asks for accelerators, and this process is on the CPU; set use_cpu: false in the recipe",
+            "ddp.yaml asks for accelerators, and this process is on the CPU. Set use_cpu: false in the recipe",
         ),
         (
             "accelerate launch --config_file accelerate_configs/fsdp2.yaml --num_processes 2 -m pipeline.sft",
