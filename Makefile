@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make demo` runs the pipeline, `make test` runs the tests.
+# Two commands set up everything: `make demo` runs the pipeline, and `make test` runs the tests.
 PYTHON ?= python3.11
 SEED ?= 0
 MINUTES ?= 30
@@ -14,18 +14,19 @@ ABLATIONS ?= value_init=auto value_init=policy critic=head lora_top_layers=4 nor
 LAUNCH = .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml -m
 RECIPES = pipeline/recipes
 
-# glibc gives every large tensor back to the kernel and faults it in again; keeping the memory saves a quarter of a
-# training step on a CPU. Other allocators ignore these.
+# glibc returns the memory of every large tensor to the kernel and then asks for it again. Keeping the memory saves a quarter
+# of a training step on a CPU. Other allocators ignore these variables.
 export MALLOC_TRIM_THRESHOLD_ = 4294967296
 export MALLOC_MMAP_THRESHOLD_ = 4294967296
-# These commands run on CPUs; DeepSpeed, which the tests bring, would warn that it looked for a GPU.
+# These commands run on CPUs. Without this, DeepSpeed, which the tests install, would warn that it found no GPU.
 export DS_ACCELERATOR = cpu
 
 .PHONY: demo smollm2 smollm2-chat baselines seeds ablations reward-long backbone bench bench-scaling gpu soak lint types test \
 	test-fast test-vllm
 
-# SFT, reward model, PPO and evaluation; leaves $(OUT)/report.md and report.json. `demo` is on the embedded default, in four
-# minutes, and `smollm2` on a pretrained model of 135M parameters, in less than half an hour after its download of 93 MB.
+# Run SFT, reward model, PPO and evaluation; write $(OUT)/report.md and report.json. `demo` uses the embedded model and data,
+# and takes four minutes. `smollm2` uses a pretrained model of 135M parameters, and takes less than half an hour after its
+# download of 93 MB.
 smollm2: OUT = runs/smollm2
 demo smollm2: .venv/installed
 	$(LAUNCH) pipeline.sft --config $(RECIPES)/$@/sft.yaml --seed $(SEED) --output_dir $(OUT)/sft
@@ -36,8 +37,8 @@ demo smollm2: .venv/installed
 	$(LAUNCH) pipeline.evaluation --config $(RECIPES)/$@/evaluation.yaml --seed $(SEED) --output_dir $(OUT) \
 		--sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward --policy_adapter $(OUT)/ppo
 
-# The same four stages on conversations: from HH preferences ($(HH): hub id, or .jsonl or .jsonl.gz file) to a chat policy
-# of SmolLM2; leaves $(CHAT)/report.md.
+# Run the same four stages on conversations, from HH preferences ($(HH): a hub id, or a .jsonl or .jsonl.gz file) to a chat
+# policy of SmolLM2; write $(CHAT)/report.md.
 smollm2-chat: .venv/installed
 	.venv/bin/python -m pipeline.convert_hh $(HH) $(CHAT)/data --max_tokens 256 --tokenizer $(SMOLLM2) --held_out 0.25 \
 		--max_pairs 1500 $(if $(wildcard $(HH)),,--data_dir harmless-base)
@@ -53,7 +54,7 @@ smollm2-chat: .venv/installed
 		--seed $(SEED) --dataset_name $(CHAT)/data/prompts_test.jsonl --output_dir $(CHAT) --sft_adapter $(CHAT)/sft \
 		--reward_adapter $(CHAT)/reward --policy_adapter $(CHAT)/ppo
 
-# Best-of-n, RLOO, GRPO and DPO from the demo's SFT and reward adapters; leaves $(BASELINES)/table.md and table.json.
+# Run best-of-n, RLOO, GRPO and DPO from the demo's SFT and reward adapters; write $(BASELINES)/table.md and table.json.
 baselines: .venv/installed
 	@test -f $(OUT)/report.json || { echo "$(OUT)/report.json: no such file. Run \`make demo\` first." >&2; exit 1; }
 	$(LAUNCH) pipeline.best_of_n --config $(RECIPES)/demo/best_of_n.yaml --seed $(SEED) \
@@ -76,8 +77,9 @@ seeds: .venv/installed
 	for seed in $(SEEDS); do $(MAKE) demo SEED=$$seed OUT=runs/seeds/$$seed || exit 1; done
 	.venv/bin/python -m pipeline.tables seeds runs/seeds
 
-# What single settings of PPO are worth: 24 updates instead of the 36 of the demo, three seeds each, from the adapters
-# that `make seeds` left; about 25 minutes; leaves runs/ablations/table.md. The first is the recipe as it is.
+# Measure the effect of single settings of PPO, in about 25 minutes; write runs/ablations/table.md. Each setting runs with
+# three seeds, and with 24 updates instead of the demo's 36. The runs start from the adapters of `make seeds`. The first
+# setting is the unchanged recipe.
 ablations: .venv/installed
 	for seed in 0 1 2; do \
 		for change in $(ABLATIONS); do \
@@ -97,39 +99,39 @@ ablations: .venv/installed
 	done
 	.venv/bin/python -m pipeline.tables ablations runs/ablations $(ABLATIONS)
 
-# A longer reward model, about five minutes; leaves runs/reward-long/metrics.json.
+# Train a reward model for longer, in about five minutes; write runs/reward-long/metrics.json.
 reward-long: .venv/installed
 	$(LAUNCH) pipeline.reward --config $(RECIPES)/reward_long.yaml
 
-# The embedded backbone from nothing, about an hour; writes data/backbone.
+# Train the embedded backbone from the beginning, in about an hour; write data/backbone.
 backbone: .venv/installed
 	$(LAUNCH) pipeline.pretrain --config $(RECIPES)/backbone.yaml
 
-# One PPO update beside TRL 1.12's, the last release with PPO, about 25 minutes: of GPT-2 124M, of the demo and of SmolLM2;
-# leaves runs/bench/ppo_update*.json.
+# Time one PPO update and the same update by TRL 1.12, the last release with PPO, in about 25 minutes; write
+# runs/bench/ppo_update*.json. The models are GPT-2 124M, the demo's and SmolLM2.
 bench: .venv/installed .venv-trl112/installed
 	.venv/bin/python -m tests.benchmarks.ppo_update --trl_python .venv-trl112/bin/python
 
-# Seconds of an update against its sizes, measured and predicted, about 10 minutes; leaves runs/bench/scaling.png.
+# Measure and predict the seconds of an update for several sizes, in about 10 minutes; write runs/bench/scaling.png.
 bench-scaling: .venv/installed
 	.venv/bin/python -m tests.benchmarks.scaling
 
-# Preflight, PPO, the plan and seconds on this machine's GPUs, one or two, at most 10 minutes; leaves runs/gpu/report.json.
-# Beside TRL 1.12 where `make .venv-trl112/installed` was run.
+# Check the preflight, PPO, the plan and the seconds on one or two GPUs of this machine, in at most 10 minutes; write
+# runs/gpu/report.json. This includes a comparison with TRL 1.12 if `make .venv-trl112/installed` was run before.
 gpu: .venv/tests
 	.venv/bin/python -m tests.benchmarks.gpu
 
-# PPO for $(MINUTES) minutes: its memory watched, then killed and resumed again and again; prints a table.
+# Run PPO for $(MINUTES) minutes: watch its memory, then kill and resume it many times; print a table.
 soak: .venv/installed
 	.venv/bin/python -m tests.soak --minutes $(MINUTES)
 
-# A process for each of up to 4 cores: models so small run faster on a core each than on several together. GPUs are hidden,
-# since what the tests compare to the bit is said of CPUs; `make gpu` is theirs.
+# Run the tests, with one process on each of up to 4 cores: such small models run faster on one core than on several. GPUs are
+# hidden, since the comparisons to the bit hold on CPUs; `make gpu` is for GPUs.
 test: .venv/tests
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
 		--no-loadscope-reorder
 
-# What one runs while editing: the tests that train nothing.
+# Run the tests that train nothing, while you edit.
 test-fast: .venv/tests
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m 'not slow' --numprocesses logical --maxprocesses 4 \
 		--dist worksteal
@@ -141,7 +143,7 @@ lint: .venv/lint
 types: .venv/lint
 	.venv/bin/mypy
 
-# PPO with vLLM itself on a CPU, of the embedded backbone and of SmolLM2, about five minutes after installation.
+# Run PPO with the real vLLM on a CPU, for the embedded backbone and SmolLM2, in about five minutes after installation.
 test-vllm: .venv-vllm/installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/with_vllm
 
@@ -158,15 +160,15 @@ test-vllm: .venv-vllm/installed
 	.venv/bin/python -m pip install --quiet --editable '.[lint]'
 	touch $@
 
-# TRL 1.12.0 on the releases that ours is tested with.
+# Install TRL 1.12.0 with the releases of the other libraries that Spine is tested with.
 .venv-trl112/installed: Makefile
 	$(PYTHON) -m venv .venv-trl112
 	.venv-trl112/bin/python -m pip install --quiet \
 		trl==1.12.0 torch==2.13.0 transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 psutil
 	touch $@
 
-# vLLM's CPU build wants torch's: where the package index has none, name PyTorch's own in PIP_EXTRA_INDEX_URL. It brings
-# torchvision and others built for CUDA, which fail to load beside it and which we do not need.
+# vLLM's CPU build needs torch's CPU build. If the package index has none, name PyTorch's index in PIP_EXTRA_INDEX_URL. vLLM
+# also installs torchvision and others, built for CUDA: they fail to load beside it, and they are not needed.
 .venv-vllm/installed: pyproject.toml Makefile
 	$(PYTHON) -m venv .venv-vllm
 	.venv-vllm/bin/python -m pip install --quiet torch==2.13.0
