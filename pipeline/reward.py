@@ -3,8 +3,8 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.reward --config pipeline/recipes/demo/reward.yaml
 
 Trains a LoRA adapter and a score head on the frozen backbone with TRL's RewardTrainer. Pairs of one ranking share a batch,
-and each text is scored once. Then measures the reward model on held-out pairs: accuracy, beside the accuracy that people
-reach and for each rating gap, and calibration.
+and each text is scored once. Then measures the reward model on held-out pairs: accuracy, the accuracy that people
+reach, accuracy for each rating gap, and calibration.
 """
 
 import math
@@ -38,7 +38,7 @@ from reward_models.ranking import RankingTrainer
 
 @dataclass
 class RewardModelArguments:
-    """Options of the reward stage beside those of TRL's RewardConfig."""
+    """Options of the reward stage that TRL's RewardConfig does not have."""
 
     use_margin: bool = field(
         default=False,

@@ -88,9 +88,7 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         if bool(args.ptx_coef) != bool(texts):
             raise ValueError(f"ptx_coef={args.ptx_coef} and ptx_dataset_name belong together. Set both or neither.")
         if "value" not in backbone.heads:
-            weight = (
-                args.reward_weights[0] if args.reward_weights else 1.0
-            )  # of the reward from which the value starts
+            weight = args.reward_weights[0] if args.reward_weights else 1.0  # of the reward that the value starts from
             backbone.add_value(init=args.value_init, critic=args.critic, reward_weight=weight)
         super().__init__(
             model=backbone,
@@ -104,7 +102,7 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         if args.use_vllm:
             self._connect_vllm()
         self._prepare_sharding()
-        if backbone.policy_is_bare:  # the reference is the bare backbone: TRL's clone of an empty adapter is not needed
+        if backbone.policy_is_bare:  # the bare backbone is the reference, and TRL's clone is not needed
             backbone.delete_adapter(ADAPTERS["reference"])
         backbone.train_only("policy", "value")  # adding adapters changes requires_grad
         self._share_trunk()

@@ -1,1 +1,1 @@
-"""What every run has: arguments, launch, checkpoints, output folders."""
+"""Modules that every run uses: arguments, launch, checkpoints, output folders."""

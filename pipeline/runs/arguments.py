@@ -1,4 +1,4 @@
-"""Options of the stages beside those of TRL's configs: data, adapters, prompts to complete."""
+"""Options of the stages that TRL's configs do not have: data, adapters, prompts to complete."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -79,7 +79,7 @@ class PolicyArguments:
 
 @dataclass
 class TextArguments:
-    """The texts of the language-model loss (PTX), which keeps the policy from forgetting them."""
+    """The texts of the language-model loss (PTX), which keeps the policy from forgetting how to write them."""
 
     ptx_dataset_name: str | None = field(
         default=None, metadata={"help": "Texts of the language-model loss (ptx_coef)."}
@@ -92,7 +92,7 @@ class TextArguments:
 
 @dataclass
 class OnlineArguments(PolicyArguments):
-    """Options of RLOO and GRPO beside those of TRL's configs."""
+    """Options of RLOO and GRPO that TRL's configs do not have."""
 
     pad_token: str | None = field(default=None, metadata=PAD_TOKEN)
 

@@ -1,4 +1,4 @@
-"""Write what every stage saves beside its adapter: a model card, a metrics file, the backbone's identity."""
+"""Write the files that every stage saves with its adapter: a model card, a metrics file, the backbone's identity."""
 
 import time
 from pathlib import Path

@@ -108,7 +108,7 @@ def _check_type(option: Field, value: Any, hint: Any, path: str) -> None:
     elif not (_fits(value, hint) or value is option.default):
         remedy = ""
         if isinstance(value, bool):  # YAML 1.1
-            remedy = " YAML reads yes, no, on and off as true and false. Put quotes around such a word."
+            remedy = " YAML reads yes, no, on and off as true and false. If you mean the word, put it in quotes."
         raise ValueError(f"{where} must be {_words(hint)}.{remedy}")
 
 
