@@ -51,7 +51,7 @@ def importance_weights(
 
 
 def disagreement(logprobs: Tensor, sampled_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
-    """Return how far apart the sampled and the rescored logprobs of the real tokens are.
+    """Return how far the sampled and the rescored logprobs of the real tokens differ.
 
     Returns:
         `difference` and `largest`: mean and largest absolute difference of a token, in nats. `ratio`: mean importance

@@ -22,7 +22,7 @@ class Recording:
         return "train" if self.model.training else "eval"
 
     def _mean(self, value: Tensor, tokens: Tensor | None = None) -> float:
-        """Return the mean over processes, weighted by the number of `tokens` where it is given."""
+        """Return the mean over processes, weighted by the number of `tokens` if it is given."""
         weight = torch.ones_like(value, dtype=torch.float32).mean() if tokens is None else tokens.float()
         means, weights = self.accelerator.gather(torch.stack([value.detach().float().mean(), weight]).view(1, 2)).T
         return (means * (weights / weights.sum())).sum().item()

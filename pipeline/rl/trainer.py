@@ -154,7 +154,7 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
 
     # ------------------------------------------------------------------------------------------ steps 1 to 5
     def _generate_and_score_completions(self, inputs: list[dict]) -> Rollout:
-        """Override `_generate_and_score_completions`: steps 1 to 5 of an update."""
+        """Override `_generate_and_score_completions`: run steps 1 to 5 of an update."""
         with self.gathered_weights():
             return self._roll_out(inputs)
 
@@ -252,7 +252,7 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         return self._step < self.args.critic_warmup_updates * self.steps_per_update
 
     def _prepare_inputs(self, generation_batch: list[dict]) -> Rollout:
-        """Override `_prepare_inputs` (step 6): return the next minibatch; roll out in an update's first call."""
+        """Override `_prepare_inputs` (step 6): return the next minibatch; the first call of an update rolls out."""
         if not self.model.training:
             return self._generate_and_score_completions(generation_batch)
         steps = self.args.steps_per_generation
