@@ -7,6 +7,7 @@ dropped is said, and why.
 import difflib
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import datasets
 from datasets import Dataset
@@ -63,7 +64,8 @@ def check_rows(
     Raises what `check` raises, and with `drop`:
         ValueError: no row passes.
     """
-    kind, kept, problems = None, [], {}
+    kind, kept = None, []
+    problems: dict[str, list[int]] = {}
     for number, row in enumerate(rows.select_columns(columns), 1):
         try:
             kind = check(place(rows, number - 1, name), row, kind)
@@ -108,7 +110,7 @@ def require_columns(rows: Dataset, needed: tuple[str, ...], name: str) -> None:
             raise ValueError(f"{name}: no column {column!r}; needed: {list(needed)}, found: {found}. {remedy}")
 
 
-def check_cell(where: str, field: str, value: object, kind: str | None, *, filled: bool) -> str:
+def check_cell(where: str, field: str, value: Any, kind: str | None, *, filled: bool) -> str:
     """Check one cell and return its kind: "text" (a string) or "conversation" (a list of role and content messages).
 
     Raises:

@@ -145,10 +145,11 @@ def _data_files(name: str, folder: Path) -> dict[str, list[Path]]:
     others = [path for path in found if path not in files]
     if others:
         logger.warning(f"{name}: {len(others)} other files in this folder are not read (such as {others[0]}).")
-    splits = {}
+    splits: dict[str, list[Path]] = {}
+    unnamed: list[Path] = []
     for path in files:
-        splits.setdefault(_split_of(path), []).append(path)
-    unnamed = splits.pop(None, [])
+        split = _split_of(path)
+        (unnamed if split is None else splits.setdefault(split, [])).append(path)
     if not splits:
         return {"train": unnamed}
     splits = {split: splits[split] for split in dict.fromkeys([*SPLITS, *splits]) if split in splits}

@@ -17,6 +17,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
+from datasets import Dataset
+
 from data.files import load_rows
 
 
@@ -97,11 +99,13 @@ def convert(
         length: tokens of a conversation, as the model reads it.
         max_tokens: pairs of which a side is longer are left out; None: none is.
     """
-    pairs, dropped = [], {}
+    pairs = []
+    dropped: dict[str, list[int]] = {}
     for number, row in enumerate(rows, 1):
         try:
             found = pair(row.get("chosen"), row.get("rejected"))
             if max_tokens is not None:
+                assert length is not None  # it counts them
                 sides = (found["prompt"] + found[name] for name in ("chosen", "rejected"))
                 if max(map(length, sides)) > max_tokens:
                     raise BrokenRow(LONG)
@@ -133,7 +137,7 @@ def stage_rows(pairs: list[dict]) -> dict[str, list[dict]]:
     }
 
 
-def read_rows(name: str, data_dir: str | None = None) -> Iterable[dict]:
+def read_rows(name: str, data_dir: str | None = None) -> Dataset:
     """Read the rows of a file; or of the split `train` of a folder or of a dataset on the hub, of all of it or of its folder
     `data_dir`.
 
@@ -163,7 +167,7 @@ def write_stages(pairs: list[dict], folder: Path, share: float) -> dict[str, int
     Raises:
         ValueError: one of them would be empty.
     """
-    sides = {"train": [], "test": []}
+    sides: dict[str, list[dict]] = {"train": [], "test": []}
     for row in pairs:
         sides["test" if is_held_out(row["prompt"], share) else "train"].append(row)
     counts = {split: len(rows) for split, rows in sides.items()}

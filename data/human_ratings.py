@@ -51,9 +51,12 @@ def _archive(content: bytes) -> tarfile.TarFile:
 
 def _member(archive: tarfile.TarFile, name: str) -> bytes:
     try:
-        return archive.extractfile(name).read()
-    except (KeyError, AttributeError):  # extractfile gives None for what is no file
-        raise ValueError(f"{SDIST}: it has no file {name!r}; the archive is not the published one.") from None
+        file = archive.extractfile(name)
+    except KeyError:
+        file = None
+    if file is None:  # extractfile gives None for what is no file
+        raise ValueError(f"{SDIST}: it has no file {name!r}; the archive is not the published one.")
+    return file.read()
 
 
 def load_snippets() -> list[Snippet]:
@@ -150,7 +153,8 @@ def preference_pairs(
     members = [(opening, member) for opening, group in groups.items() if len(group) > 1 for member in group]
     wanted = EMBEDDED_PAIRS[split] if pairs is None else pairs
     generator = random.Random(seed)
-    rows, seen, fruitless = [], set(), 0
+    rows: list[dict] = []
+    seen, fruitless = set(), 0
     while len(rows) < wanted:
         fruitless += 1
         if not members or fruitless > 10_000:

@@ -62,7 +62,7 @@ def check_preferences(rows: Dataset, name: str, *, drop: bool = False) -> Datase
     rows = rows.select_columns(columns)
     doubled = "prompt" in columns and all(map(_doubled, rows))
 
-    def check(where: str, row: dict, kind: str | None) -> str:
+    def check(where: str, row: dict, kind: str | None) -> str | None:
         kind = _check_row(where, row, kind)
         split_pair(where, row, doubled=doubled)
         return kind
@@ -112,7 +112,7 @@ def _whole(row: dict) -> bool:
     return isinstance(row["chosen"], list) and row["chosen"][0]["role"] != "assistant"
 
 
-def _check_row(where: str, row: dict, kind: str | None) -> str:
+def _check_row(where: str, row: dict, kind: str | None) -> str | None:
     for field in ("chosen", "rejected"):
         kind = check_cell(where, field, row[field], kind, filled=True)
     if "prompt" in row and not (isinstance(row["prompt"], str) and kind == "conversation"):

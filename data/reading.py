@@ -130,8 +130,8 @@ def _json(name: str, path: Path) -> list[dict]:
     try:
         text = _decode(content)
     except _Problem as problem:
-        line, problem = _line_of(content, problem)
-        raise ValueError(f"{name} line {line}: {problem}. Correct the file.") from None
+        line, reason = _line_of(content, problem)
+        raise ValueError(f"{name} line {line}: {reason}. Correct the file.") from None
     if not text.strip():
         return []
     if not text.lstrip().startswith("["):
@@ -144,7 +144,8 @@ def _json(name: str, path: Path) -> list[dict]:
             except _Problem as problem:
                 raise ValueError(f"{name}: {problem}. Correct the file.") from None
         return _json_lines(name, path)
-    rows, at, line, counted = [], text.index("[") + 1, 1, 0
+    rows: list[dict] = []
+    at, line, counted = text.index("[") + 1, 1, 0
     for number in range(1, sys.maxsize):
         at = _skip(text, at)
         if text[at : at + 1] == "]" and not rows:
@@ -188,6 +189,7 @@ def _decode(content: bytes) -> str:
 
 def _line_of(content: bytes, problem: _Problem) -> tuple[int, str]:
     """Return the line of a byte that is not UTF-8, and the problem with the byte counted in its line."""
+    assert problem.byte is not None  # as in every problem of `_decode`
     line = content.count(b"\n", 0, problem.byte) + 1
     start = content.rfind(b"\n", 0, problem.byte) + 1
     return line, str(problem).replace(f"byte {problem.byte + 1}", f"byte {problem.byte - start + 1}")
@@ -274,11 +276,12 @@ def _csv(name: str, path: Path) -> list[dict]:
     try:
         text = _decode(content)
     except _Problem as problem:
-        line, problem = _line_of(content, problem)
-        raise ValueError(f"{name} line {line}: {problem}. Correct the file.") from None
+        line, reason = _line_of(content, problem)
+        raise ValueError(f"{name} line {line}: {reason}. Correct the file.") from None
     # Strict: a quote that is never closed is an error, not a cell that swallows the rest.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark[0], strict=True)
-    rows, header, line = [], None, 1
+    rows: list[dict] = []
+    header, line = None, 1
     with _cells_of_any_size():
         while True:
             line = reader.line_num + 1

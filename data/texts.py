@@ -44,7 +44,7 @@ def check_texts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
     rows = rows.select_columns(read)
     doubled = "completion" in columns and all(_doubled(row) for row in rows)
 
-    def check(where: str, row: dict, kind: str | None) -> str:
+    def check(where: str, row: dict, kind: str | None) -> str | None:
         kind = kind or FORMATS[columns]
         for field in columns:
             kind = check_cell(where, field, row[field], kind, filled=field != "prompt")

@@ -77,6 +77,7 @@ def split_pair(where: str, row: dict, *, doubled: bool = False) -> Parts:
         return _split_turns(where, chosen, rejected)
     if isinstance(prompt, str):
         parts = _split_turns(where, chosen, rejected)
+        assert isinstance(parts.prompt, list)  # of turns
         if prompt.strip() not in [turn["content"].strip() for turn in parts.prompt if turn["role"] in USERS]:
             raise cell_error(
                 where, "prompt", prompt, "must be the user's turn in 'chosen' and 'rejected'", DROP_PROMPT
@@ -98,10 +99,15 @@ def split_pair(where: str, row: dict, *, doubled: bool = False) -> Parts:
     return parts
 
 
+def _speaker(turn: re.Match[str]) -> str:
+    assert turn.lastgroup is not None  # each alternative of `TURN` is one named group
+    return turn[turn.lastgroup]
+
+
 def _check_own_texts(where: str, prompt: str, chosen: str, rejected: str) -> None:
     """Raise a CellError where both sides hold a prompt beside the column: they open with a turn, or with its words."""
     opened = [TURN.match(side.lstrip("\n ") if side[:1] != "\n" else side) for side in (chosen, rejected)]
-    if all(turn and turn[turn.lastgroup] not in ASSISTANTS for turn in opened):
+    if all(turn and _speaker(turn) not in ASSISTANTS for turn in opened):
         raise cell_error(where, "prompt", prompt, "must not stand beside sides that hold a prompt", DROP_PROMPT)
     if len(prompt.split()) > 1 and begins_with(prompt, chosen) and begins_with(prompt, rejected):
         problem = "must not begin both sides too, as it does not in other rows"
@@ -131,10 +137,10 @@ def _split_turns(where: str, chosen: list[dict], rejected: list[dict]) -> Parts:
 def _split_texts(where: str, chosen: str, rejected: str) -> Parts:
     common = len(os.path.commonprefix([chosen, rejected]))
     turns = [(turn, side) for side in (chosen, rejected) for turn in TURN.finditer(side)]
-    if any(turn[turn.lastgroup] in ASSISTANTS for turn, _ in turns):
+    if any(_speaker(turn) in ASSISTANTS for turn, _ in turns):
         shared = [turn for turn in TURN.finditer(chosen) if turn.end() <= common]
         end = shared[-1].end() if shared else 0
-        answers = bool(shared) and shared[-1][shared[-1].lastgroup] in ASSISTANTS
+        answers = bool(shared) and _speaker(shared[-1]) in ASSISTANTS
         if not answers or any(turn.end() > end for turn, _ in turns):
             problem = "must answer the prompt that 'chosen' answers: the dialogue the same up to the last answer"
             raise cell_error(where, "rejected", rejected[max(0, common - 20) :], problem)
