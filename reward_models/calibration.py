@@ -13,8 +13,8 @@ from numpy.typing import ArrayLike
 GAP_EDGES = (0.5, 1, 1.5, 2, 3, 4, 8)  # rating points of the embedded ratings
 
 
-def _columns(**arrays: ArrayLike | None) -> list[np.ndarray | None]:
-    """The named arrays as float columns of one length, or a ValueError that says which one is not. None stays None."""
+def _columns(**arrays: ArrayLike | None) -> dict[str, np.ndarray]:
+    """The named arrays as float columns of one length, or a ValueError that says which one is not. None is left out."""
     columns = {name: np.asarray(values, dtype=float) for name, values in arrays.items() if values is not None}
     shapes = {name: column.shape for name, column in columns.items()}
     if any(len(shape) != 1 or shape[0] == 0 for shape in shapes.values()) or len(set(shapes.values())) != 1:
@@ -22,7 +22,7 @@ def _columns(**arrays: ArrayLike | None) -> list[np.ndarray | None]:
     for name, column in columns.items():
         if not np.isfinite(column).all():
             raise ValueError(f"{name} has {np.count_nonzero(~np.isfinite(column))} entries that are not finite.")
-    return [columns.get(name) for name in arrays]
+    return columns
 
 
 def _bin(values: np.ndarray, edges: np.ndarray) -> np.ndarray:
@@ -41,17 +41,16 @@ def accuracy(margins: ArrayLike) -> float:
     Raises:
         ValueError: margins is empty, not one column or not finite.
     """
-    (margins,) = _columns(margins=margins)
-    return float(np.heaviside(margins, 0.5).mean())
+    return float(np.heaviside(_columns(margins=margins)["margins"], 0.5).mean())
 
 
 def gap_edges(gaps: ArrayLike) -> Sequence[float]:
     """Bin edges for gaps (pairs,): `GAP_EDGES` where they hold all of them, else the sextiles, since people's own margins may
     be on any scale."""
-    (gaps,) = _columns(gaps=gaps)
-    if GAP_EDGES[0] <= gaps.min() and gaps.max() <= GAP_EDGES[-1]:
+    points = _columns(gaps=gaps)["gaps"]
+    if GAP_EDGES[0] <= points.min() and points.max() <= GAP_EDGES[-1]:
         return GAP_EDGES
-    edges = np.unique(np.quantile(gaps, np.linspace(0, 1, len(GAP_EDGES))))
+    edges = np.unique(np.quantile(points, np.linspace(0, 1, len(GAP_EDGES))))
     return edges.tolist() if len(edges) > 1 else [edges[0], np.nextafter(edges[0], np.inf)]
 
 
@@ -74,20 +73,20 @@ def accuracy_by_gap(
     Raises:
         ValueError: the columns differ in length or are not finite, or the edges do not increase.
     """
-    margins, gaps, agreement = _columns(margins=margins, gaps=gaps, agreement=agreement)
-    edges = np.asarray(edges, dtype=float)
-    if len(edges) < 2 or not (np.diff(edges) > 0).all():
-        raise ValueError(f"edges={edges.tolist()} are not two or more increasing numbers.")
-    index = _bin(gaps, edges)
+    columns = _columns(margins=margins, gaps=gaps, agreement=agreement)
+    limits = np.asarray(edges, dtype=float)
+    if len(limits) < 2 or not (np.diff(limits) > 0).all():
+        raise ValueError(f"edges={limits.tolist()} are not two or more increasing numbers.")
+    index = _bin(columns["gaps"], limits)
     return [
         {
-            "low": float(edges[i]),
-            "high": float(edges[i + 1]),
+            "low": float(limits[i]),
+            "high": float(limits[i + 1]),
             "pairs": int(inside.sum()),
-            "accuracy": accuracy(margins[inside]),
-            **({} if agreement is None else {"human": float(agreement[inside].mean())}),
+            "accuracy": accuracy(columns["margins"][inside]),
+            **({"human": float(columns["agreement"][inside].mean())} if "agreement" in columns else {}),
         }
-        for i in range(len(edges) - 1)
+        for i in range(len(limits) - 1)
         if (inside := index == i).any()
     ]
 
@@ -108,24 +107,24 @@ def reliability_curve(
     Raises:
         ValueError: the columns differ in length, a probability is outside low..high or an outcome outside 0..1.
     """
-    probabilities, outcomes = _columns(probabilities=probabilities, outcomes=outcomes)
+    predicted, observed = _columns(probabilities=probabilities, outcomes=outcomes).values()
     if bins < 1 or not low < high:
         raise ValueError(f"bins={bins}, low={low}, high={high} do not make a range of one or more bins.")
-    if probabilities.min() < low or probabilities.max() > high:
-        raise ValueError(f"probabilities span {probabilities.min()}..{probabilities.max()}, outside {low}..{high}.")
-    if outcomes.min() < 0 or outcomes.max() > 1:
-        raise ValueError(f"outcomes span {outcomes.min()}..{outcomes.max()}, outside 0..1.")
+    if predicted.min() < low or predicted.max() > high:
+        raise ValueError(f"probabilities span {predicted.min()}..{predicted.max()}, outside {low}..{high}.")
+    if observed.min() < 0 or observed.max() > 1:
+        raise ValueError(f"outcomes span {observed.min()}..{observed.max()}, outside 0..1.")
     # Not linspace, whose 3 * 0.1 > 0.3 would put 0.3 one bin too low.
     edges = low + (high - low) * np.arange(bins + 1) / bins
     edges[-1] = high
-    index = _bin(probabilities, edges)
+    index = _bin(predicted, edges)
     return [
         {
             "low": float(edges[i]),
             "high": float(edges[i + 1]),
             "count": int(inside.sum()),
-            "predicted": float(probabilities[inside].mean()),
-            "observed": float(outcomes[inside].mean()),
+            "predicted": float(predicted[inside].mean()),
+            "observed": float(observed[inside].mean()),
         }
         for i in range(bins)
         if (inside := index == i).any()
@@ -164,16 +163,17 @@ def reward_model_report(margins: ArrayLike, agreement: ArrayLike | None = None, 
     Raises:
         ValueError: the columns differ in length, are empty or not finite, or an agreement is outside 0..1.
     """
-    margins, agreement, gaps = _columns(margins=margins, agreement=agreement, gaps=gaps)
-    agree = np.ones(len(margins)) if agreement is None else agreement
-    confidence = 1 / (1 + np.exp(-np.abs(margins)))
-    outcomes = np.select([margins > 0, margins < 0], [agree, 1 - agree], default=0.5)
+    columns = _columns(margins=margins, agreement=agreement, gaps=gaps)
+    margin = columns["margins"]
+    agree = columns.get("agreement", np.ones(len(margin)))
+    confidence = 1 / (1 + np.exp(-np.abs(margin)))
+    outcomes = np.select([margin > 0, margin < 0], [agree, 1 - agree], default=0.5)
     reliability = reliability_curve(confidence, outcomes, bins=10, low=0.5, high=1.0)
     return {
-        "pairs": len(margins),
-        "accuracy": accuracy(margins),
+        "pairs": len(margin),
+        "accuracy": accuracy(margin),
         **({} if agreement is None else {"human_ceiling": float(agree.mean())}),
         "ece": expected_calibration_error(reliability),
-        **({} if gaps is None else {"by_gap": accuracy_by_gap(margins, gaps, gap_edges(gaps), agreement)}),
+        **({} if gaps is None else {"by_gap": accuracy_by_gap(margin, gaps, gap_edges(gaps), agreement)}),
         "reliability": reliability,
     }

@@ -3,12 +3,12 @@
 TRL's trainers call the functions, sync or async, and log each by itself.
 """
 
-import asyncio
 import copy
 import inspect
 import math
 import traceback
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Coroutine, Mapping, Set
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import gather_object
@@ -56,7 +56,7 @@ class Composite:
     def _guard(self, function: Callable, name: str) -> Callable:
         """The function, whose failures are kept, with zeros in their place until `total` raises them."""
 
-        def fail(problem: str, given: dict, cause: BaseException | None = None) -> list[float]:
+        def fail(problem: str, given: dict, cause: BaseException | None = None) -> list[float | None]:
             failure = RewardError(f"reward function {name!r} {problem}")
             failure.__cause__ = cause
             if where := _where(cause):
@@ -72,7 +72,7 @@ class Composite:
             problem = _problem(values, given["prompts"], given["completions"])
             return fail(problem, given) if problem else [None if value is None else float(value) for value in values]
 
-        def raised(error: BaseException, given: dict) -> list[float]:
+        def raised(error: BaseException, given: dict) -> list[float | None]:
             samples = _samples(given["prompts"], given["completions"])
             return fail(f"raised {type(error).__name__}: {error}; it was called with {samples}.", given, error)
 
@@ -146,7 +146,7 @@ def _problem(values: list, prompts: list, completions: list) -> str | None:
     return None
 
 
-def _is_finite(value: object) -> bool:
+def _is_finite(value: Any) -> bool:
     if isinstance(value, (str, bytes)):
         return False
     try:
@@ -192,12 +192,19 @@ def _samples(prompts: list, completions: list) -> str:
     return f"{len(prompts)} completions, the first for prompt {prompts[0]!r}, completion {completions[0]!r}"
 
 
+class Runner(Protocol):
+    """Runs the coroutines of async rewards: an `asyncio.Runner`, or the event loop of a trainer."""
+
+    def run(self, coroutine: Coroutine, /) -> Any:
+        """Return what the coroutine returns."""
+
+
 def call_rewards(
     functions: list[Callable],
     rows: Dataset,
     completions: list,
     completion_ids: list[list[int]],
-    runner: asyncio.Runner,
+    runner: Runner,
 ) -> Tensor:
     """What each function gives for the completions of the prompts in `rows`, (B, functions), NaN for None.
 

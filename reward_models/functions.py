@@ -106,8 +106,10 @@ def load_function(text: str) -> Callable:
 
 def _dotted(path: str, options: str) -> str:
     """Return how a function in a file, such as `./my_rewards.py:brevity`, is to be written."""
-    file, _, name = (path, "", "<function>") if path.endswith(".py") else path.rpartition(":" if ":" in path else ".")
-    file = Path(file.rstrip(":").removesuffix(".py")).expanduser()
+    of_file, _, name = (
+        (path, "", "<function>") if path.endswith(".py") else path.rpartition(":" if ":" in path else ".")
+    )
+    file = Path(of_file.rstrip(":").removesuffix(".py")).expanduser()
     parts, folder = [part for part in file.parts if part not in (".", "..")], Path.cwd()
     if file.is_absolute() or ".." in file.parts:
         parts, folder = [file.name], file.resolve().parent

@@ -46,7 +46,7 @@ def score_rows(
     if share:
         with PartialState().split_between_processes(chunks, apply_padding=True) as mine:
             chunks = mine
-    found = []
+    found: list[tuple[int, float]] = []
     for chunk in chunks:
         tensors = [torch.tensor(rows[i]) for i in chunk]
         ids = pad(tensors, padding_value=pad_token_id).to(device)

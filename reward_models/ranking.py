@@ -14,7 +14,8 @@ from trl import RewardConfig, RewardTrainer
 
 def groups_of(dataset: Dataset, most: int) -> list[list[int]]:
     """Row numbers of tokenized pairs, in groups: a row joins the one before it if they share a text, up to `most`."""
-    groups, texts = [], set()
+    groups: list[list[int]] = []
+    texts: set[tuple] = set()
     for number, ids in enumerate(zip(dataset["chosen_ids"][:], dataset["rejected_ids"][:], strict=True)):
         pair = set(map(tuple, ids))
         if groups and len(groups[-1]) < most and not texts.isdisjoint(pair):

@@ -7,6 +7,7 @@ about 900 px wide, the width of a README, with the type at its final size.
 import math
 from collections.abc import Sequence
 from os import PathLike
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from numpy.typing import ArrayLike
 
 
 # Everywhere: grey-blue is where we start or what we compare with (SFT, people), orange is what was trained (PPO, the
@@ -21,7 +23,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 SFT, PPO = "#5b7a99", "#e0661c"
 INK, GRID = "#2b3440", "#e3e7eb"
 DASHES = (0, (4, 2))
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9,
     "text.color": INK,
     "axes.labelcolor": INK,
@@ -91,11 +93,11 @@ def draw_ppo_curves(history: list[dict], path: str | PathLike) -> None:
 
 
 def draw_score_histograms(
-    sft_scores: Sequence[float], ppo_scores: Sequence[float], path: str | PathLike, policy: str = "PPO"
+    sft_scores: ArrayLike, ppo_scores: ArrayLike, path: str | PathLike, policy: str = "PPO"
 ) -> None:
     """Shares of SFT's and the policy's completions (completions,) by reward model score on common bins, means marked."""
     models = {"SFT": (np.asarray(sft_scores, dtype=float), SFT), policy: (np.asarray(ppo_scores, dtype=float), PPO)}
-    edges = np.histogram_bin_edges(np.concatenate([scores for scores, _ in models.values()]), bins=36)
+    edges = np.histogram_bin_edges(np.concatenate([scores for scores, _ in models.values()]), bins=36).tolist()
     means = {name: scores.mean() for name, (scores, _) in models.items()}
     with matplotlib.rc_context(STYLE):
         figure, (axis,) = _figure(7.5, 3.6)

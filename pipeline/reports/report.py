@@ -1,6 +1,6 @@
 """Write report.md and best-of-n's table."""
 
-from os import PathLike
+from pathlib import Path
 
 import numpy as np
 
@@ -28,7 +28,7 @@ METRICS = (
 )
 
 
-def read_report(path: str | PathLike) -> dict:
+def read_report(path: str | Path) -> dict:
     """Read the evaluation stage's report.json; in older ones the policy is called `ppo`, and its name `policy`."""
     report = read_json(path)
     if "ppo" in report:
