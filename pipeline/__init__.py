@@ -29,6 +29,7 @@ def _claim(name: str, folder: Path) -> None:
             )
         return
     spec = spec_from_file_location(name, ours, submodule_search_locations=[str(folder)])
+    assert spec is not None and spec.loader is not None  # its name ends in .py
     sys.modules[name] = module_from_spec(spec)
     spec.loader.exec_module(sys.modules[name])
 

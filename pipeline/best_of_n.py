@@ -77,7 +77,7 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
 
     asked, prompt_ids = prompts["prompt"][:], tokenize_prompts(prompts["prompt"][:], tokenizer)
     together = rounds(len(prompts), args.batch_size)
-    texts, lengths, judge, scores = [], [], [], []  # each (draws, prompts); the last draw is the opponent
+    texts, tokens, judged, scored = [], [], [], []  # each (draws, prompts); the last draw is the opponent
     with asyncio.Runner() as runner:
         for draw in tqdm(
             range(max(args.n) + 1), desc="completions of every prompt", disable=not state.is_main_process
@@ -94,25 +94,25 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
             )
             parts = []
             for number, batch in enumerate(batches):
-                rows = batch.rows()
-                of_batch = prompts.select(range(batch.first, batch.first + len(rows)))
-                answers = as_answers(tokenizer.batch_decode(rows, skip_special_tokens=True), asked)
-                rewards = call_rewards(composite.functions, of_batch, answers, rows, runner).tolist()
+                ids = batch.rows()
+                of_batch = prompts.select(range(batch.first, batch.first + len(ids)))
+                answers = as_answers(tokenizer.batch_decode(ids, skip_special_tokens=True), asked)
+                columns = call_rewards(composite.functions, of_batch, answers, ids, runner).tolist()
                 if number < together:
-                    composite.check_batch(rewards, of_batch["prompt"][:], answers)
-                parts.append((batch.first, rows, rewards))
-            rows, rewards = gathered(parts)
-            texts.append(tokenizer.batch_decode(rows, skip_special_tokens=True))
+                    composite.check_batch(columns, of_batch["prompt"][:], answers)
+                parts.append((batch.first, ids, columns))
+            ids, columns = gathered(parts)
+            texts.append(tokenizer.batch_decode(ids, skip_special_tokens=True))
             answers = as_answers(texts[-1], asked)
-            lengths.append([len(row) for row in rows])
-            judge.append(sentiment(asked, answers))
-            columns = torch.tensor(rewards, dtype=torch.float64)
-            scores.append(composite.total(columns, asked, answers).tolist())
+            tokens.append([len(row) for row in ids])
+            judged.append(sentiment(asked, answers))
+            total = composite.total(torch.tensor(columns, dtype=torch.float64), asked, answers)
+            scored.append(total.tolist())
     if not state.is_main_process:
         return
 
-    *judge, opponent = np.array(judge)
-    judge, scores, lengths = (np.transpose(columns) for columns in (judge, scores[:-1], lengths[:-1]))
+    judge, scores, lengths = (np.transpose(columns[:-1]) for columns in (judged, scored, tokens))
+    opponent = np.array(judged[-1])
     won = wins(judge, np.broadcast_to(opponent[:, None], judge.shape))
     rows = []
     for n in args.n:

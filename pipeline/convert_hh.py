@@ -58,6 +58,7 @@ def main(args: list[str]) -> None:
     tokenizer = load_chat_tokenizer(given.tokenizer) if given.tokenizer else None
 
     def length(conversation: list[dict]) -> int:
+        assert tokenizer is not None  # --max_tokens comes with --tokenizer
         return len(tokenizer.apply_chat_template(conversation, tokenize=True, return_dict=True)["input_ids"])
 
     pairs, dropped = convert(rows, length, given.max_tokens)

@@ -115,9 +115,12 @@ def complete(
     together = rounds(len(prompt_ids), args.batch_size)
     progress = tqdm(batches, total=total, desc=f"{role} completions", unit="batch", disable=not state.is_main_process)
     for number, batch in enumerate(progress):
-        trunk = backbone.trunk(*batch[:2]) if backbone.trunk_depth else None
+        ids, mask, completions = batch[:3]
+        trunk = backbone.trunk(ids, mask) if backbone.trunk_depth else None
         nats = {
-            adapter: backbone.logprobs(adapter, *batch[:3], temperature, trunk if shares[adapter] else None)
+            adapter: backbone.logprobs(
+                adapter, ids, mask, completions, temperature, trunk if shares[adapter] else None
+            )
             .masked_fill(~batch.mask, 0)
             .sum(dim=1)
             for adapter, temperature in temperatures.items()

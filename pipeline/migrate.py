@@ -18,6 +18,7 @@ import sys
 import textwrap
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import yaml
 from transformers import TrainingArguments
@@ -42,7 +43,7 @@ _BOTH = {
     "dataset_test_split": "dataset_eval_split",
 }
 # Old key -> ours, the value unchanged.
-RENAMED = {
+RENAMED: dict[str, dict[str, str]] = {
     OLD: _BOTH
     | {
         "model_name": "model_name_or_path",
@@ -92,7 +93,7 @@ STEPS = ("logging_steps", "save_steps", "eval_steps", "warmup_steps")
 # What TRL did where a key was left out, if we do or may come to do something else.
 _DEFAULTS = {"cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "gamma": 1.0, "lam": 0.95}
 _DEFAULTS |= {"whiten_rewards": False, "gradient_accumulation_steps": 1}
-DEFAULTS = {
+DEFAULTS: dict[str, dict[str, Any]] = {
     OLD: _DEFAULTS
     | {
         "model_name": "gpt2",
@@ -232,7 +233,7 @@ class Recipe:
 
     def __init__(self, given: dict, dialect: str):
         self.given, self.dialect = given, dialect
-        self.old = DEFAULTS[dialect] | given
+        self.old: dict[str, Any] = DEFAULTS[dialect] | given
         self.lines: dict[str, tuple[object, str]] = {}
         self.notes: dict[str, str] = {}
 
@@ -407,7 +408,7 @@ def migrate(given: dict) -> str:
     recipe = Recipe({key: value for key, value in given.items() if value is not None}, dialect)
     steps_an_update = (_sizes_old if dialect == OLD else _sizes_new)(recipe)
     recipe.set("dataset_name", "human_ratings", "TO DO: your prompts; this is the embedded default")
-    came_from = {}
+    came_from: dict[str, str] = {}
     for key, value in recipe.old.items():
         ours = RENAMED[dialect].get(key, key)
         if key in COUNTED[dialect]:
@@ -480,7 +481,7 @@ def read_command_line(words: list[str]) -> dict:
             )
         else:
             given[key].append(word)
-    options = {}
+    options: dict[str, Any] = {}
     for key, values in given.items():
         values = [_value(yaml.safe_load(value)) for value in values]
         if not values and key.startswith("no_") and key != "no_cuda":

@@ -183,7 +183,7 @@ def activations(
         _shapes_alone(backbone)
         for module in backbone.modules():
             if isinstance(module, nn.LayerNorm) and bf16 and device == "cuda":
-                module.forward = partial(_layer_norm, module)
+                module.forward = partial(_layer_norm, module)  # type: ignore[method-assign]  # of this one module
         ids, mask = torch.ones(tokens, dtype=torch.long), torch.ones(tokens, dtype=torch.bool)
         trunk = backbone.trunk(ids, mask) if backbone.trunk_depth else None
         with _kept() as sizes:

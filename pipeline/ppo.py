@@ -15,6 +15,7 @@ from trl import ModelConfig
 
 from data.prompts import check_prompt_lengths, load_prompts
 from data.texts import load_texts, tokenize_texts
+from data.tokens import Counts
 from pipeline.backbone.loading import context_length
 from pipeline.backbone.lora import LoraArguments
 from pipeline.backbone.rewards import learned_rewards
@@ -78,16 +79,17 @@ def main(
     )
     context = context_length(backbone)
     limits, drop = (tokenizer, context, args.max_completion_length), data.drop_bad_rows
-    counts = {}
+    counts: dict[str, tuple[str, Counts]] = {}
     prompts, found = check_prompt_lengths(prompts, *limits, data.dataset_name, drop=drop)
     counts["train"] = data.dataset_name, found
     if held_out is not None:
+        assert data.eval_source is not None  # `load_held_out` has read it
         held_out, found = check_prompt_lengths(held_out, *limits, data.eval_source, drop=drop)
         counts["held_out"] = data.eval_source, found
     report, ptx_rows = rows_report(counts), None
     if texts.ptx_dataset_name:
         parts = {"texts": (texts.ptx_dataset_name, load_texts(texts.ptx_dataset_name, texts.ptx_dataset_split))}
-        most = min(texts.ptx_max_length, context)
+        most = int(min(texts.ptx_max_length, context))
         rows, of_texts = prepare_rows(parts, tokenizer, data, max_length=most)
         report |= of_texts
         ptx_rows = tokenize_texts(rows["texts"], tokenizer, most)

@@ -100,7 +100,7 @@ def check_adapter(name: str, *, needs_head: bool | None) -> Path:
             f"{name}: {WEIGHTS} holds no score head ({HEAD}), so it cannot score. Train the reward adapter with "
             f"modules_to_save=['score'] (pipeline.reward does)."
         )
-    if needs_head and head[0] != 1:
+    if needs_head and head is not None and head[0] != 1:
         raise ValueError(f"{name}: the score head has {head[0]} outputs; a reward adapter has 1 (num_labels=1).")
     if head is not None and needs_head is False:
         raise ValueError(

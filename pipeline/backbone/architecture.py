@@ -93,13 +93,13 @@ def head_is_all(model: PreTrainedModel) -> bool:
 def attention(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Tensor]:
     """Return what tells a model's decoder of the padding of ids (B, S): the mask, and the positions, if it takes them."""
     inputs = {"attention_mask": attention_mask}
-    if takes_positions(type(model.base_model)):
+    if takes_positions(type(model.base_model)):  # type: ignore[arg-type]  # mypy holds that classes have no hash
         inputs["position_ids"] = positions(attention_mask)
     return inputs
 
 
 @cache
-def takes_positions(model_class: type) -> bool:
+def takes_positions(model_class: type[nn.Module]) -> bool:
     """Return whether a class's forward takes positions. Models of alibi and recurrent ones have none."""
     return "position_ids" in inspect.signature(model_class.forward).parameters
 
@@ -224,7 +224,7 @@ def switch_off_dropout(model: nn.Module) -> None:
     TRL reaches `nn.Dropout`. Many models keep a probability in a module or read it from their config, and call dropout as a
     function; layer drop and router jitter are kept likewise. The config is that of the model in memory; no file changes.
     """
-    configs = {}
+    configs: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
+from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 from transformers import (
@@ -299,7 +300,7 @@ def _unsharded() -> Iterator[None]:
 CONTEXTS = ("max_position_embeddings", "max_seq_len", "seq_length", "max_target_positions")
 
 
-def context_length(model: nn.Module) -> float:
+def context_length(model: PreTrainedModel | PeftModel) -> float:
     """Return how many tokens the model can read at once: infinite where its config has no bound, as of models that count no
     positions (alibi, recurrent ones)."""
     config = model.config.get_text_config()

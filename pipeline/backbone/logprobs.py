@@ -38,8 +38,13 @@ def token_logprobs(
             _logits(logits, rows), flat, entropy_requires_grad=entropy_requires_grad, temperature=temperature
         )
     else:
-        logprobs, entropies = _Chunked.apply(rows, flat, logits, head.weight.shape[0], temperature, entropy)
+        logprobs, entropies = _Chunked.apply(rows, flat, logits, _vocabulary(head), temperature, entropy)
     return logprobs.view(tokens.shape), entropies.view(tokens.shape) if entropy else None
+
+
+def _vocabulary(head: nn.Module) -> int:
+    assert isinstance(head.weight, Tensor)  # (V, D)
+    return head.weight.shape[0]
 
 
 def _logits(head: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
@@ -62,7 +67,8 @@ class _Chunked(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         differentiate = ctx.needs_input_grad[0]
         pieces = -(-len(rows) * vocabulary // LOGITS)  # of like size, so that products are of one shape
-        logprobs, entropies, gradients = [], [], []
+        logprobs, entropies = [], []
+        gradients: list[Tensor] = []
         for piece, token_ids in zip(rows.tensor_split(pieces), tokens.tensor_split(pieces), strict=True):
             with torch.set_grad_enabled(differentiate):
                 piece = piece.detach().requires_grad_(differentiate)
@@ -80,9 +86,9 @@ class _Chunked(torch.autograd.Function):
             ctx.save_for_backward(torch.cat(gradients))
         if not entropy:
             return torch.cat(logprobs), None
-        entropies = torch.cat(entropies)
-        ctx.mark_non_differentiable(entropies)
-        return torch.cat(logprobs), entropies
+        all_entropies = torch.cat(entropies)
+        ctx.mark_non_differentiable(all_entropies)
+        return torch.cat(logprobs), all_entropies
 
     @staticmethod
     def backward(ctx, of_logprobs: Tensor, of_entropy: Tensor | None) -> tuple:

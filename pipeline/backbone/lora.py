@@ -44,6 +44,7 @@ def lora_config(
     if isinstance(modules, str) and modules != "all-linear":
         modules = [modules]  # ModelConfig unwraps a list of one, and peft would take the bare name for a pattern
     if lora and (lora.lora_embeddings or lora.lora_top_layers):
+        assert base is not None  # these options are about its layers
         named = dict(base.named_modules())
         if modules in (None, "all-linear"):  # peft takes that word alone: not in a list, not for some layers
             linear = {name.split(".")[-1] for name, layer in named.items() if isinstance(layer, (nn.Linear, Conv1D))}

@@ -22,7 +22,7 @@ def merged_weights(base: PreTrainedModel, adapter: str, role: str) -> Iterator[t
     """
     layers = {layer.get_base_layer(): layer for layer in base.modules() if isinstance(layer, BaseTunerLayer)}
     uses = Counter(parameter for _, parameter in base.named_parameters(remove_duplicate=False))
-    done = set()
+    done: set[Tensor] = set()
     for path, module in base.named_modules():
         if "lora_" in path:
             continue

@@ -1,6 +1,7 @@
 """Reward adapters on the backbone: take them up as roles, and measure the scale of their scores."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -32,7 +33,7 @@ def learned_rewards(
         shift = 0.0
         if rewards.normalize_scores:
             scale = read_normalization(adapter_folder(folder))
-            backbone.heads[role].weight.data /= scale.std
+            backbone.role_head(role).weight.data /= scale.std
             shift = scale.mean / scale.std
         learned.append(LearnedReward(backbone, tokenizer, role=role, name=Path(folder).absolute().name, shift=shift))
     return learned
@@ -50,7 +51,11 @@ def measure(
 ) -> Normalization:
     """Sample a completion to each prompt as the policy role, and score it as the reward role; processes share the work."""
     prompt_ids = tokenize_prompts(prompts, tokenizer)
-    options = {"max_completion_length": max_completion_length, "temperature": temperature, "batch_size": batch_size}
+    options: dict[str, Any] = {
+        "max_completion_length": max_completion_length,
+        "temperature": temperature,
+        "batch_size": batch_size,
+    }
     batches = sample(backbone, "policy", prompt_ids, tokenizer, **options, share_seed=(seed,))
     (completions,) = gathered([(batch.first, batch.rows()) for batch in batches])
     scores = score_rows(

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import torch
 from accelerate import PartialState
@@ -60,9 +61,9 @@ class Backbone(PeftModelForCausalLM):
         self.heads = nn.ModuleDict()
         self.trunk_depth, self.value_has_trunk = 0, False
         self._logits = None if plain else partial(own_logits, base)
-        self._role = "policy"  # as peft and TRL's own trainers find it
+        self._role: str | None = "policy"  # as peft and TRL's own trainers find it
         # LoRA starts as nothing: B is zero. Until it has learned something, the policy is the bare backbone.
-        self.policy_is_bare = fresh and policy.init_lora_weights is True
+        self.policy_is_bare = isinstance(policy, LoraConfig) and policy.init_lora_weights is True
         # While its weights are here: under FSDP and ZeRO-3 they will be sharded. A plan has none (the meta device).
         self.fingerprint = "" if base.device.type == "meta" else fingerprint(base)
         base.get_output_embeddings().register_forward_pre_hook(_contiguous)
@@ -88,7 +89,7 @@ class Backbone(PeftModelForCausalLM):
         """Give a role that is there the weights of an adapter, and of its head."""
         self._set_weights(role, adapter.weights, adapter.source)
         if adapter.head is not None:
-            self.heads[role].weight.data.copy_(adapter.head)
+            self.role_head(role).weight.data.copy_(adapter.head)
 
     def add_value(self, *, init: str = "auto", critic: str = "adapter", reward_weight: float = 1.0) -> None:
         """Add the value role.
@@ -109,7 +110,7 @@ class Backbone(PeftModelForCausalLM):
             weights = get_peft_model_state_dict(self, adapter_name=ADAPTERS[origin])
             self._set_weights("value", weights, origin)
         hidden_size = self.hidden_size
-        start = self.heads["reward"].weight * reward_weight if origin == "reward" else torch.zeros(1, hidden_size)
+        start = self.role_head("reward").weight * reward_weight if origin == "reward" else torch.zeros(1, hidden_size)
         self._add_head("value", start)
 
     def _add_head(self, role: str, weight: Tensor) -> None:
@@ -122,6 +123,10 @@ class Backbone(PeftModelForCausalLM):
         head = nn.Linear(weight.shape[1], 1, bias=False)
         head.weight.data.copy_(weight)
         self.heads[role] = head.to(self.get_base_model().device)
+
+    def role_head(self, role: str) -> nn.Linear:
+        """Return the head of a role that has one, (1, D)."""
+        return cast(nn.Linear, self.heads[role])
 
     @property
     def hidden_size(self) -> int:
@@ -296,7 +301,9 @@ class Backbone(PeftModelForCausalLM):
     ) -> tuple[Tensor, Tensor]:
         """Return `logprobs` and the entropy at each position, in nats, both (B, T)."""
         hidden = self.hidden_states(role, input_ids, attention_mask, trunk)[:, -completion_ids.shape[1] - 1 : -1]
-        return self._token_logprobs(role, hidden, completion_ids, temperature)
+        logprobs, entropy = self._token_logprobs(role, hidden, completion_ids, temperature)
+        assert entropy is not None  # asked for
+        return logprobs, entropy
 
     def _token_logprobs(
         self, role: str | None, hidden: Tensor, completion_ids: Tensor, temperature: float, **options: bool
@@ -323,7 +330,7 @@ class Backbone(PeftModelForCausalLM):
 
     def _read(self, role: str, hidden: Tensor) -> Tensor:
         """A role's head on hidden states (..., D) -> (...), in the head's own precision, also under autocast."""
-        head = self.heads[role]
+        head = self.role_head(role)
         with torch.autocast(hidden.device.type, enabled=False):
             return head(hidden.to(head.weight.dtype)).squeeze(-1)
 
@@ -349,7 +356,8 @@ class Backbone(PeftModelForCausalLM):
         FSDP and DeepSpeed see a single forward of the module they wrap.
         """
         if completion_ids is None:
-            if attention_mask is not None and takes_positions(type(self.get_base_model().base_model)):
+            decoder = type(self.get_base_model().base_model)
+            if attention_mask is not None and takes_positions(decoder):  # type: ignore[arg-type]  # as in `attention`
                 kwargs.setdefault("position_ids", positions(attention_mask))
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         length = completion_ids.shape[1]
@@ -363,7 +371,8 @@ class Backbone(PeftModelForCausalLM):
             values = self._read("value", hidden)
         if texts is None:
             return logprobs, entropy, values
-        return logprobs, entropy, values, self.logprobs("policy", *texts, texts[0][:, 1:])
+        text_ids, text_mask = texts
+        return logprobs, entropy, values, self.logprobs("policy", text_ids, text_mask, text_ids[:, 1:])
 
     def save_pretrained(self, save_directory, selected_adapters: list[str] | None = None, **kwargs) -> None:
         """peft's, but of the policy alone unless adapters are named: what TRL's trainers trained, without the roles

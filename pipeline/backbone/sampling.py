@@ -1,6 +1,6 @@
 """Completions of any role to any prompts, in PPO's rollouts and outside of training: one place for all who sample."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
@@ -52,21 +52,24 @@ class SampledLogprobs(LogitsProcessor):
     """
 
     def __init__(self, temperature: float):
-        self.temperature, self.logits, self.kept = temperature, None, []
+        self.temperature = temperature
+        self.logits: Tensor | None = None
+        self.kept: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self.logits is not None:
-            self._keep(input_ids[:, -1])
+            self._keep(self.logits, input_ids[:, -1])
         self.logits = scores
         return scores
 
-    def _keep(self, tokens: Tensor) -> None:
-        logits = self.logits.float() / self.temperature
+    def _keep(self, scores: Tensor, tokens: Tensor) -> None:
+        logits = scores.float() / self.temperature
         self.kept.append(logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1))
 
     def read(self, sequences: Tensor) -> Tensor:
         """Return the logprobs (B, T) of the last T tokens of `sequences`, once all are drawn."""
-        self._keep(sequences[:, -1])
+        assert self.logits is not None  # `generate` has drawn a token
+        self._keep(self.logits, sequences[:, -1])
         self.logits = None
         return torch.stack(self.kept, dim=1)
 
@@ -172,7 +175,7 @@ def rounds(prompts: int, batch_size: int) -> int:
     return -(-prompts // batch_size) // PartialState().num_processes
 
 
-def gathered(parts: list[tuple[int, *tuple[list, ...]]]) -> list[list]:
+def gathered(parts: Sequence[tuple[int, *tuple[list, ...]]]) -> list[list]:
     """Columns of all prompts, in their order, from all processes: each part is what one of them found for a batch, the
     number of its first prompt and a list a column."""
     ordered = sorted(gather_object(parts), key=lambda part: part[0])

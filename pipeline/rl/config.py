@@ -145,10 +145,10 @@ class PPOConfig(RLOOConfig):
                 f"value_init={self.value_init!r} is for a value adapter, and critic='head' has no value adapter. Leave "
                 f"value_init unset."
             )
-        bounds = [self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max]
-        if None not in bounds and not _ascends(bounds):
+        low, high = self.vllm_importance_sampling_clip_min, self.vllm_importance_sampling_clip_max
+        if low is not None and high is not None and not _ascends([low, high]):
             raise ValueError(
-                f"vllm_importance_sampling_clip_min={bounds[0]} must be below vllm_importance_sampling_clip_max={bounds[1]}."
+                f"vllm_importance_sampling_clip_min={low} must be below vllm_importance_sampling_clip_max={high}."
             )
         if self.reward_clip_range is not None and not _ascends(self.reward_clip_range):
             raise ValueError(

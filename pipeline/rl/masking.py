@@ -21,7 +21,7 @@ def whiten(values: Tensor, mask: Tensor, sums: Tensor, *, shift_mean: bool = Tru
     `sums` are the `masked_sums` of the whole batch (all processes). Without `shift_mean` the mean is kept. The variance is
     the biased one, as in openai/lm-human-preferences, which removes the mean of advantages and keeps that of rewards.
     """
-    count, total, squares = sums
+    count, total, squares = sums.unbind()
     mean = total / count
     variance = (squares / count - mean.square()).clamp(min=0)
     whitened = (values - mean) * torch.rsqrt(variance + 1e-8)

@@ -1,6 +1,6 @@
 """Measure sampled completions under every role, in as few passes as possible (step 2 of an update)."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,5 +55,6 @@ def measure(
         states = [x if x is None else F.pad(x, (0, 0, begin, after)) for x in (trunk, value_trunk)]
         batches.append((*of_tokens, *states, *scores))
     back = order.argsort()
-    tensors = [None if parts[0] is None else torch.cat(parts)[back] for parts in zip(*batches, strict=True)]
-    return Measured(*tensors[:5], dict(zip(reward_roles, tensors[5:], strict=True)))
+    tensors: list[Any] = [None if x[0] is None else torch.cat(x)[back] for x in zip(*batches, strict=True)]
+    logprobs, ref_logprobs, values, trunk, value_trunk, *scores = tensors
+    return Measured(logprobs, ref_logprobs, values, trunk, value_trunk, dict(zip(reward_roles, scores, strict=True)))

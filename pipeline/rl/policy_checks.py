@@ -56,11 +56,12 @@ def policy_checks(
     with adapters_that_run(backbone) as scoring:
         policy = [_rescored(backbone, "policy", batch, args) for batch in batches]
     for batch, (logprobs, entropy) in zip(batches, policy, strict=True):
-        again, reference = (_rescored(backbone, role, batch, args)[0] for role in ("policy", "reference"))
+        assert batch.logprobs is not None  # sampled with keep_logprobs
+        second, ref_logprobs = (_rescored(backbone, role, batch, args)[0] for role in ("policy", "reference"))
         for name, value in (
             ("sampled", batch.logprobs),
-            ("again", again),
-            ("reference", reference),
+            ("again", second),
+            ("reference", ref_logprobs),
             ("policy", logprobs),
             ("surprise", logprobs + entropy),
         ):
@@ -70,8 +71,8 @@ def policy_checks(
     again, reference = ((tokens["policy"] - tokens[name]).abs().mean().item() for name in ("again", "reference"))
     # In units of logits, since a temperature below 1 magnifies rounding too.
     scale = min(1.0, args.temperature)
-    found = disagreement(tokens["policy"] * scale, tokens["sampled"] * scale, real)
-    sampled = {name: value.item() for name, value in found.items()}
+    compared = disagreement(tokens["policy"] * scale, tokens["sampled"] * scale, real)
+    sampled = {name: value.item() for name, value in compared.items()}
     yield held(
         "dropout is off",
         again,
@@ -201,7 +202,7 @@ def _drawn_check(surprise: Tensor, args: PPOConfig) -> Check:
 
 
 # Options that draw from another distribution than PPO scores, and the values that change nothing.
-WITHOUT_EFFECT = {
+WITHOUT_EFFECT: dict[str, tuple] = {
     "top_k": (0, None),
     "top_p": (1.0,),
     "min_p": (None, 0.0),

@@ -48,6 +48,7 @@ class PolicySampler(Online):
             return [list(row) for row in rows]
         with self.accelerator.autocast():  # in the precision of the training pass
             batch = self.sample(prompt_ids, keep_logprobs=True)
+        assert batch.logprobs is not None
         self._sampled_logprobs = [row[real].tolist() for row, real in zip(batch.logprobs, batch.mask, strict=True)]
         return batch.rows()
 

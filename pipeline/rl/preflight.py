@@ -102,11 +102,11 @@ def _vllm_check(
     device, differences = backbone.get_base_model().device, []
     for start in range(0, len(prompt_rows), BATCH):
         rows = slice(start, start + BATCH)
-        completion_ids = [torch.tensor(row) for row in completions[rows]]
+        drawn = [torch.tensor(row) for row in completions[rows]]
         theirs = [torch.tensor([math.nan if x is None else x for (x,) in row]) for row in sampled[rows]]
         asked = [torch.tensor(row) for row in prompt_rows[rows]]
         prompts, prompt_mask = padded(asked, tokenizer.pad_token_id, "left", device)
-        completion_ids, mask = padded(completion_ids, tokenizer.pad_token_id, "right", device)
+        completion_ids, mask = padded(drawn, tokenizer.pad_token_id, "right", device)
         inputs = torch.cat([prompts, completion_ids], dim=1), torch.cat([prompt_mask, mask], dim=1)
         ours = backbone.logprobs("policy", *inputs, completion_ids, args.temperature)
         differences.append((ours.float() - pad(theirs, padding_value=0.0).to(device)).abs()[mask])

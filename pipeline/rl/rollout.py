@@ -1,6 +1,7 @@
 """The record of one round of sampling, from the sampled tokens to the minibatches that the loss reads."""
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ class Rollout:
     def rows(self, index: Tensor | slice) -> "Rollout":
         """Return the rows of `index`, in its order."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "share"}
-        return Rollout(**{name: x if x is None else x[index] for name, x in tensors.items()})
+        rows: dict[str, Any] = {name: x if x is None else x[index] for name, x in tensors.items()}
+        return Rollout(**rows)
 
     def trimmed(self) -> "Rollout":
         """Return the same rows without the columns that are padding in all of them."""

@@ -105,6 +105,6 @@ class SampleTable(TrainerCallback):
         )
         scores = trainer.composite.total(columns, asked, completions)
         model.train(was_training)
-        columns = zip(asked, texts, scores.tolist(), kl.tolist(), sentiment(asked, completions), strict=True)
+        figures = zip(asked, texts, scores.tolist(), kl.tolist(), sentiment(asked, completions), strict=True)
         names = ("prompt", "completion", "score", "kl", "judge")
-        return [{"step": step, **dict(zip(names, row, strict=True))} for row in columns]
+        return [{"step": step, **dict(zip(names, row, strict=True))} for row in figures]

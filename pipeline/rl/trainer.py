@@ -63,6 +63,7 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
     """
 
     scores_every_row = True
+    beta: float  # KL coefficient of the next rollout
 
     _tag_names = ["trl", "ppo", "spine"]
     _name = "PPO"
@@ -108,7 +109,7 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         self._share_trunk()
         learned = [reward for reward in reward_funcs if isinstance(reward, LearnedReward)]
         self._roles_on_trunk = [reward.role for reward in learned if backbone.starts_at_trunk(reward.role)]
-        self.texts = texts
+        self.texts = texts or []
         self.health = Health()
         self._kl_exceeded = False  # whether approxkl of this update has exceeded max_approx_kl
         self._skipping = False  # whether the rest of this update is skipped
@@ -314,7 +315,7 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         mask, args = rollout.completion_mask, self.args
         texts = self._next_texts() if args.ptx_coef and self.model.training else None
         with self.accelerator.autocast():
-            logprobs, entropy, values, *of_texts = model(
+            logprobs, entropy, values, *text_logprobs = model(
                 input_ids=torch.cat([rollout.prompt_ids, rollout.completion_ids], dim=1),
                 attention_mask=torch.cat([rollout.prompt_mask, mask], dim=1),
                 completion_ids=rollout.completion_ids,
@@ -330,7 +331,7 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         value, value_clipped = value_loss(values, rollout.values, rollout.returns, mask, clip=args.value_clip)
         entropy = masked_mean(entropy, mask)
         of_policy = policy - args.entropy_coef * entropy if args.entropy_coef else policy
-        of_texts = text_loss(*of_texts, texts[1][:, 1:]) if texts else torch.zeros_like(policy)
+        of_texts = text_loss(text_logprobs[0], texts[1][:, 1:]) if texts else torch.zeros_like(policy)
         approxkl = approx_kl(logprobs, rollout.logprobs, mask).detach()
         if texts:
             self._record(**{"loss/ptx": of_texts})

@@ -130,7 +130,7 @@ class CompletionArguments:
         return prompts
 
     def check_lengths(
-        self, prompts: Dataset, tokenizer: PreTrainedTokenizerBase, context: int
+        self, prompts: Dataset, tokenizer: PreTrainedTokenizerBase, context: float
     ) -> tuple[Dataset, dict[str, dict]]:
         """Check the lengths of the prompts in tokens, and return the usable prompts and their counts for the report.
 

@@ -13,6 +13,7 @@ import shutil
 import time
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
@@ -57,6 +58,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
     """
 
     seconds_before = 0.0  # time of the run before it was resumed
+    _resumed: dict[str, Any] | None = None  # the state of the checkpoint that the run goes on from
     _staging = False  # whether a checkpoint is being written
 
     # -------------------------------------------------------------------------------------- writing
@@ -160,7 +162,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
     def training_state(self) -> dict:
         """Return what this process needs to resume and Trainer does not save: nested dicts and lists of tensors and JSON."""
         names = ("_total_train_tokens", "_step", "_current_train_step_time", "_buffered_inputs")
-        state = {
+        state: dict[str, Any] = {
             "counters": {name: getattr(self, name) for name in names if hasattr(self, name)},
             "metrics": self._metrics,
             "loop": {name: getattr(self, name) for name in LOOP},

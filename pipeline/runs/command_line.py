@@ -22,7 +22,7 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
             wrong type, or is outside of its range.
     """
     runs = args is None
-    if runs:
+    if args is None:
         args = sys.argv[1:]
         report_errors()
         for stream in (sys.stdout, sys.stderr):  # an ASCII locale cannot print all tokens and paths

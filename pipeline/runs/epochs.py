@@ -1,5 +1,7 @@
 """Resume in the middle of an epoch: restore the order of its batches and Trainer's sums of the loss."""
 
+from typing import Any
+
 import torch
 from accelerate.utils import compare_versions, send_to_device
 from torch import Tensor
@@ -24,7 +26,7 @@ class ResumesEpochs:
     there.
     """
 
-    _sampler = None
+    _sampler: Any = None
 
     def _take_up_loop(self) -> None:
         for name, value in self._resumed.pop("loop").items():

@@ -102,8 +102,8 @@ def _wrapper_kind(model: nn.Module) -> str:
         return "FSDP"
     if isinstance(model, DistributedDataParallel):
         return "DDP"
-    if hasattr(model, "zero_optimization_stage"):  # DeepSpeed's engine
-        return f"ZeRO-{model.zero_optimization_stage()}"
+    if stage := getattr(model, "zero_optimization_stage", None):  # DeepSpeed's engine
+        return f"ZeRO-{stage()}"
     return "no wrapper"
 
 
@@ -113,8 +113,9 @@ def launch_command() -> argparse.Namespace | None:
     accelerate passes on what it did, not what it was asked for. Only its own command line tells that.
     """
     try:
-        words = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):
+        parent = psutil.Process().parent()
+        words = parent.cmdline() if parent else []
+    except psutil.Error:
         return None
     for i, word in enumerate(words):
         if word == "accelerate.commands.launch" or Path(word).name == "accelerate-launch":

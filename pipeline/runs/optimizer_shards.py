@@ -27,8 +27,14 @@ def _shard_like(parameter: Tensor, value: Any) -> Any:
         or value.shape != local_part(parameter).shape
     ):
         return value
-    place = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
-    return DTensor.from_local(value.to(parameter.device), parameter.device_mesh, parameter.placements, **place)
+    return DTensor.from_local(
+        value.to(parameter.device),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def check_zero(optimizer: Any) -> None:

@@ -99,6 +99,7 @@ def push(args: TrainingArguments, repository: str | None) -> None:
     Trainer itself pushes checkpoints, as `hub_strategy` says.
     """
     if args.push_to_hub:
+        assert repository is not None  # Trainer has made it
         upload_folder(
             repo_id=repository,
             folder_path=args.output_dir,

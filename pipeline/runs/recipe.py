@@ -5,6 +5,7 @@ Most options belong to TRL and Trainer. They read `max_steps: 0` as three epochs
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import Field, fields
 from enum import Enum
 from pathlib import Path
@@ -84,7 +85,7 @@ def read_recipe(path: str) -> dict[str, Any]:
     return recipe
 
 
-def check_types(recipe: dict[str, Any], dataclass_types: tuple, path: str) -> None:
+def check_types(recipe: dict[str, Any], dataclass_types: tuple, path: str | None) -> None:
     """Check that each value of a recipe has the type that its dataclass gives the key.
 
     A number may be written as text, since YAML reads `1e-5` as text.
@@ -99,7 +100,7 @@ def check_types(recipe: dict[str, Any], dataclass_types: tuple, path: str) -> No
                 _check_type(option, recipe[option.name], hints[option.name], path)
 
 
-def _check_type(option: Field, value: Any, hint: Any, path: str) -> None:
+def _check_type(option: Field, value: Any, hint: Any, path: str | None) -> None:
     where = f"{path}: {option.name}={value!r}"
     choices = option.metadata.get("choices") or _choices(hint)
     if choices and isinstance(value, str):
@@ -156,7 +157,7 @@ def _words(hint: Any) -> str:
     return " or ".join(dict.fromkeys(found))
 
 
-def check_ranges(options: dict[str, Any]) -> None:
+def check_ranges(options: Mapping[str, Any]) -> None:
     """Check the ranges of all options that are numbers, of any stage.
 
     Raises:
