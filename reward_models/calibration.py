@@ -5,6 +5,7 @@ chosen text minus that of the rejected one. All arrays are (pairs,).
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -140,7 +141,9 @@ def expected_calibration_error(curve: list[dict[str, float]]) -> float:
     return float(np.average(gaps, weights=[row["count"] for row in curve]))
 
 
-def reward_model_report(margins: ArrayLike, agreement: ArrayLike | None = None, gaps: ArrayLike | None = None) -> dict:
+def reward_model_report(
+    margins: ArrayLike, agreement: ArrayLike | None = None, gaps: ArrayLike | None = None
+) -> dict[str, Any]:
     """Accuracy, human ceiling and calibration of a reward model on pairs that people have rated.
 
     Confidence is that in the predicted winner, sigmoid(|margin|) in 0.5..1, and its outcome is the share of raters who

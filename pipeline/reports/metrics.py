@@ -91,4 +91,5 @@ def wins(ours: ArrayLike, theirs: ArrayLike) -> np.ndarray:
     ours, theirs = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     if ours.shape != theirs.shape:
         raise ValueError(f"ours has shape {ours.shape} and theirs {theirs.shape}; wins are counted row by row.")
-    return np.heaviside(ours - theirs, 0.5)
+    won: np.ndarray = np.heaviside(ours - theirs, 0.5)
+    return won

@@ -85,7 +85,7 @@ def sorted_steps(order: Tensor, lengths: Tensor, size: int) -> Tensor:
 
     If a group is then cut into pieces, each piece has rows of about the same length, and needs little padding.
     """
-    return torch.cat([step[lengths[step].argsort(stable=True)] for step in order.split(size)])
+    return torch.cat([step[lengths[step].argsort(stable=True)] for step in torch.split(order, size)])
 
 
 def minibatches(rollout: Rollout, order: Tensor, *, pieces: int, accumulation: int) -> list[Rollout]:
