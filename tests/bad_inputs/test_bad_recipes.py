@@ -38,7 +38,10 @@ TYPES = {
         "logging_steps: yes\n",
         r"logging_steps=True must be a number\. YAML reads yes, no, on and off",
     ),
-    "off for a word": ("eval_strategy: off\n", r"eval_strategy=False must be text\. .*If you mean the word, put it in quotes"),
+    "off for a word": (
+        "eval_strategy: off\n",
+        r"eval_strategy=False must be text\. .*If you mean the word, put it in quotes",
+    ),
     "a word for yes": ("packing: maybe\n", r"packing='maybe' must be true or false\."),
     "a number for text": ("run_name: 2024\n", r"run_name=2024 must be text or null\."),
     "a number for a list": (

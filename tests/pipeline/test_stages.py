@@ -17,8 +17,8 @@ from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.lora import LoraArguments
 from pipeline.reward import RewardModelArguments
 from pipeline.rl import online
-from pipeline.runs import outputs
 from pipeline.rl.config import PPOConfig
+from pipeline.runs import outputs
 from pipeline.runs.arguments import DataArguments, OnlineArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
 from reward_models.functions import RewardArguments
