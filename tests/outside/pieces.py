@@ -17,7 +17,7 @@ def minibatches(
     of_all: list[int] | None = None,
     processes: int = 1,
     **fields: Tensor,
-) -> list[dict[str, Tensor]]:
+) -> list[Rollout]:
     """Cut a rollout of one process into `pieces`, as PPO does in an epoch whose order is that of the rows.
 
     Args:
@@ -27,9 +27,14 @@ def minibatches(
     """
     rows = len(mask)
     ids, zeros = torch.zeros(rows, 1, dtype=torch.long), torch.zeros(mask.shape)
-    rollout = {name: fields.get(name, zeros) for name in Rollout._fields}
-    rollout |= {"prompt_ids": ids, "prompt_mask": ids == 0, "completion_mask": mask}
-    rollout |= {name: None for name in ("weights", "trunk", "value_trunk")}
+    tokens = ("logprobs", "values", "advantages", "returns")
+    rollout = Rollout(
+        prompt_ids=ids,
+        prompt_mask=ids == 0,
+        completion_ids=zeros.long(),
+        completion_mask=mask,
+        **{name: fields.get(name, zeros) for name in tokens},
+    )
     args = SimpleNamespace(
         steps_per_generation=pieces,
         gradient_accumulation_steps=accumulation,

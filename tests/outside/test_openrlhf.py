@@ -15,7 +15,7 @@ from tests.outside.pieces import minibatches
 
 def weighted(batches: list[dict], accumulation: int = 1) -> float:
     """Return what the pieces of a step add up to, each with the mean over its tokens of `returns` as its loss."""
-    losses = [masked_mean(batch["returns"], batch["completion_mask"]) * batch["share"] for batch in batches]
+    losses = [masked_mean(batch.returns, batch.completion_mask) * batch.share for batch in batches]
     return (sum(losses) / accumulation).item()
 
 
@@ -40,7 +40,7 @@ def test_pieces_of_a_step_weigh_by_their_tokens():
     mask = tensor([[1, 1, 0], [0, 0, 0], [1, 1, 1], [1, 1, 0]]).bool()
     batches = minibatches(mask, pieces=2, accumulation=2, returns=loss)
     assert weighted(batches, accumulation=2) == pytest.approx(4)
-    plain = sum(masked_mean(batch["returns"], batch["completion_mask"]).item() for batch in batches) / 2
+    plain = sum(masked_mean(batch.returns, batch.completion_mask).item() for batch in batches) / 2
     assert plain == pytest.approx(3.25)
 
 

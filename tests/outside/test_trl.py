@@ -61,9 +61,9 @@ def test_the_fields_of_a_row_stay_together():
     y = torch.tensor([[1.0, 1.0], [2.0, 2.0], [3.0, 3.0]])
     mask = torch.tensor([[True, True], [True, False], [True, True]])
     found = minibatches(mask, pieces=3, accumulation=3, logprobs=x, values=y)  # the shortest row comes first
-    rows = {tuple(batch["logprobs"][0].tolist()): batch["values"][0].tolist() for batch in found}
+    rows = {tuple(batch.logprobs[0].tolist()): batch.values[0].tolist() for batch in found}
     assert rows == {(10, 11): [1, 1], (20, 21): [2, 2], (30, 31): [3, 3]}
-    assert found[0]["values"][0, 0] == 2 and all(batch["weights"] is None for batch in found)
+    assert found[0].values[0, 0] == 2 and all(batch.weights is None for batch in found)
 
 
 # ------------------------------------------------------------------------------------------------ completions
@@ -80,7 +80,7 @@ def test_which_completions_ended(pad, monkeypatch):
     backbone = chain(torch.zeros(4, 4), ends=END)
     completions = torch.tensor([[pad if token == PAD else token for token in row] for row in COMPLETIONS])
     monkeypatch.setattr(backbone, "generate", lambda input_ids, **options: torch.cat([input_ids, completions], dim=1))
-    monkeypatch.setattr("pipeline.sampling.SampledLogprobs.read", lambda self, sequences: None)
+    monkeypatch.setattr("pipeline.backbone.sampling.SampledLogprobs.read", lambda self, sequences: None)
     batch = complete(backbone, [[1], [2], [3]], 8, end=END, pad=pad)
     assert batch.mask.sum(dim=1).tolist() == [8, 4, 8]
     assert [row[-1] == END for row in batch.rows()] == [False, True, True]

@@ -59,9 +59,9 @@ def test_every_row_is_in_one_minibatch():
     """32 rows, 8 at a time, in minibatches of 4; their fields stay together."""
     numbers = torch.arange(32.0).unsqueeze(1).expand(32, 3)
     found = minibatches(torch.ones(32, 3).bool(), pieces=8, logprobs=numbers, values=numbers + 100)
-    assert [len(batch["logprobs"]) for batch in found] == [4] * 8
-    assert torch.cat([batch["logprobs"] for batch in found]).tolist() == numbers.tolist()
-    assert all(torch.equal(batch["values"], batch["logprobs"] + 100) for batch in found)
+    assert [len(batch.logprobs) for batch in found] == [4] * 8
+    assert torch.cat([batch.logprobs for batch in found]).tolist() == numbers.tolist()
+    assert all(torch.equal(batch.values, batch.logprobs + 100) for batch in found)
 
 
 def test_minibatches_of_3_of_8_are_refused():
