@@ -59,7 +59,7 @@ def kl_held(history: Sequence[dict]) -> float:
 
 
 def seeds_table(reports: Sequence[dict]) -> str:
-    """The README's table and chart of one recipe under several seeds, from the report.json of each and its `kl_held`."""
+    """The table and chart of docs/results.md: one recipe under several seeds, from the report.json of each and its `kl_held`."""
 
     def change(report: dict, key: str, form: str) -> str:
         return f"{report['sft'][key]:{form}} → {report['policy'][key]:{form}}"
