@@ -1,5 +1,3 @@
-import inspect
-
 import pytest
 import torch
 from datasets import Dataset
@@ -172,8 +170,3 @@ def test_the_order_of_the_data_has_a_seed_of_its_own(tiny, tmp_path):
         return list(trainer._get_train_sampler())
 
     assert order(seed=1, data_seed=7) == order(seed=2, data_seed=7) == order(seed=7) != order(seed=1)
-
-
-def test_trl_has_what_we_override():
-    arguments = ["self", "dataset", "processing_class", "args", "dataset_name"]
-    assert list(inspect.signature(RewardTrainer._prepare_dataset).parameters) == arguments

@@ -1,7 +1,6 @@
 """PPO that samples with vLLM: what TRL sends it, what comes back, and what becomes of it. vLLM itself is not here: behind
 TRL's own code stands a plain transformers model, which knows the weights that it was sent and no others."""
 
-import inspect
 import json
 import math
 from types import SimpleNamespace
@@ -11,10 +10,9 @@ import torch
 from conftest import PROMPTS
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from trl import ModelConfig, RLOOTrainer
+from trl import ModelConfig
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
-from trl.generation.vllm_generation import VLLMGeneration
 
 from pipeline import ppo
 from pipeline.backbone.lora import LoraArguments
@@ -470,28 +468,3 @@ def test_the_stage_does_not_shard(tiny, engine, tmp_path, monkeypatch):
     for use_vllm in (True, False):
         with pytest.raises(ValueError, match=f"shards={not use_vllm}"):
             run_stage(tiny, tmp_path, use_vllm=use_vllm)
-
-
-# ------------------------------------------------------------------------------------------ TRL
-def test_trl_has_what_we_override():
-    """What PPO changes about TRL's vLLM backend, and what it relies on there."""
-    assert list(inspect.signature(VLLMGeneration._iter_named_params).parameters) == ["self"]
-    assert list(inspect.signature(VLLMGeneration.sync_weights).parameters) == ["self"]
-    assert list(inspect.signature(VLLMGeneration.generate).parameters)[:4] == [
-        "self",
-        "prompts",
-        "images",
-        "num_generations",
-    ]
-    assert "return prompt_ids, completion_ids, logprobs, logprob_token_ids" in inspect.getsource(
-        VLLMGeneration.generate
-    )
-    sync = inspect.getsource(VLLMGeneration.sync_weights)
-    assert sync.count("self._iter_named_params()") == 4 and "merge" not in sync
-    generate = inspect.getsource(VLLMGeneration.generate)
-    assert generate.count("self.generation_kwargs") == 2 and generate.count('"logprobs": self.logprobs') == 2
-    trainer = inspect.getsource(RLOOTrainer)
-    assert "self.vllm_generation = VLLMGeneration(" in trainer and "self.vllm_generation.sync_weights()" in trainer
-    assert (
-        "if self.state.global_step != self._last_loaded_step" in trainer and "self._last_loaded_step = -1" in trainer
-    )

@@ -1,7 +1,6 @@
 """`pipeline.runs.checkpoints`: a run that was stopped and resumed leaves the same bytes, and nothing damaged is trusted."""
 
 import contextlib
-import inspect
 import json
 import os
 import pickle
@@ -24,7 +23,6 @@ from distributed_worker import KillAt, Killed
 from transformers import Trainer, TrainerCallback
 
 from pipeline.rl.sample_table import SampleTable
-from pipeline.runs.epochs import LOOP
 from pipeline.runs.manifest import MANIFEST, check_checkpoint, file_digest, find_checkpoint, manifest_digest
 from pipeline.runs.optimizer_shards import check_zero
 from pipeline.runs.outputs import finish_stage
@@ -594,39 +592,3 @@ def test_one_process_stops_under_the_launcher_and_without_it(launch, tiny, tmp_p
     process.send_signal(signal.SIGUSR1)
     assert process.wait(60) == 128 + signal.SIGUSR1
     assert "SIGUSR1: stopped after step" in log.read_text()
-
-
-def test_trainer_has_what_we_override():
-    """Each name below is overridden or called here; if transformers moves one, this names it."""
-    for name, arguments in {
-        "_get_output_dir": ["self", "trial"],
-        "_save_checkpoint": ["self", "model", "trial"],
-        "_push_from_checkpoint": ["self", "checkpoint_folder"],
-        "_load_from_checkpoint": ["self", "resume_from_checkpoint", "model"],
-        "_load_best_model": ["self"],
-        "_load_optimizer_and_scheduler": ["self", "checkpoint"],
-        "_save_optimizer_and_scheduler": ["self", "output_dir"],
-        "_prepare_for_training": ["self", "max_steps", "train_dataloader", "resume_from_checkpoint"],
-        "_load_rng_state": ["self", "checkpoint"],
-        "_get_train_sampler": ["self", "train_dataset"],
-        "_finalize_training": ["self", "trial", "num_train_samples", "start_time"],
-    }.items():
-        assert list(inspect.signature(getattr(Trainer, name)).parameters) == arguments, name
-    loop = inspect.getsource(Trainer._inner_training_loop)
-    assert all(f"self.{name} = " in loop for name in LOOP)
-    assert (
-        max(loop.index(f"self.{name} = ") for name in LOOP) < loop.index("on_train_begin") < loop.index("_run_epoch(")
-    )
-    epoch = inspect.getsource(Trainer._run_epoch)
-    order = [
-        "_load_rng_state(",
-        "iter(train_dataloader)",
-        "_load_rng_state(",
-        "on_step_end(",
-        "_maybe_log_save_evaluate(",
-    ]
-    places = [epoch.index(order[0])]
-    for call in order[1:]:
-        places.append(epoch.index(call, places[-1] + 1))
-    step = inspect.getsource(Trainer._maybe_log_save_evaluate)
-    assert step.index("self.log(") < step.index("self._evaluate(") < step.index("self._save_checkpoint(")
