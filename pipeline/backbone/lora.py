@@ -61,6 +61,7 @@ def lora_config(
             layers = {"layers_to_transform": top, "layers_pattern": pattern}
     return LoraConfig(
         task_type=task_type,
+        fan_in_fan_out=_is_transposed(modules, base),
         r=model.lora_r,
         lora_alpha=model.lora_alpha,
         lora_dropout=model.lora_dropout,
@@ -69,6 +70,15 @@ def lora_config(
         use_rslora=model.use_rslora,
         **layers,
     )
+
+
+def _is_transposed(modules: list[str] | str | None, base: PreTrainedModel | None) -> bool:
+    """Return whether the layers that an adapter of these `modules` adapts keep their weights as (in, out), as GPT-2's do. peft
+    finds it out too, and warns."""
+    found = [name for name, layer in base.named_modules() if isinstance(layer, Conv1D)] if base is not None else []
+    if modules is None or isinstance(modules, str):  # peft's own choice for the family, or all-linear
+        return bool(found)
+    return any(f".{name}".endswith(f".{module}") for name in found for module in modules)
 
 
 def check_lora(found: LoraConfig, model: ModelConfig, lora: LoraArguments, base: PreTrainedModel, source: str) -> None:

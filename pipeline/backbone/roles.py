@@ -203,7 +203,11 @@ class Backbone(PeftModelForCausalLM):
         """transformers', where each layer is computed again, in the backward pass, as the role that it ran as. Left to
         itself it would run as whichever role is active then, and give wrong gradients without a word."""
         options = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False, "context_fn": self._contexts}
-        self.get_base_model().activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+        base = self.get_base_model()
+        if hasattr(base, "activation_checkpointing_enable"):
+            base.activation_checkpointing_enable(activation_checkpointing_kwargs=options, **kwargs)
+        else:  # the oldest transformers that we allow has the old name alone
+            base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
         """The name that TRL calls it by."""

@@ -174,7 +174,9 @@ def state_bytes(trained: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Bytes that live from update to update: every live parameter once, a gradient for each that is trained, and the
     optimizer's state."""
     gc.collect()  # what is dead is not counted
-    parameters = {p.data_ptr(): p.nbytes for p in gc.get_objects() if isinstance(p, nn.Parameter) and not p.is_meta}
+    # By type: `isinstance` would ask proxies and deprecated objects, which warn.
+    found = [p for p in gc.get_objects() if issubclass(type(p), nn.Parameter) and not p.is_meta]
+    parameters = {p.data_ptr(): p.nbytes for p in found}
     gradients = {p.data_ptr(): p.nbytes for p in trained.parameters() if p.requires_grad}
     moments = [x.nbytes for state in optimizer.state.values() for x in state.values() if torch.is_tensor(x)]
     return sum(parameters.values()) + sum(gradients.values()) + sum(moments)

@@ -107,7 +107,7 @@ def test_training_equals_that_of_trl_on_the_same_batches(tiny, tmp_path):
         )  # fmt: skip
         trainer = trainer_class(
             model=base, args=args, train_dataset=dataset(), processing_class=tokenizer,
-            peft_config=lora_config(model, task_type="SEQ_CLS"),
+            peft_config=lora_config(model, task_type="SEQ_CLS", base=base),
         )  # fmt: skip
         trainer.train()
         return {name: p.detach() for name, p in trainer.model.named_parameters() if p.requires_grad}

@@ -409,6 +409,7 @@ def test_where_a_score_is_read_if_the_pad_token_is_the_end_of_text(backbone, tok
     torch.testing.assert_close(scores[:1], without, atol=1e-5, rtol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # that they are saved is no harm
 def test_an_adapter_of_the_output_head_belongs_to_its_role(tmp_path, tokenizer):
     torch.manual_seed(0)
     shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}

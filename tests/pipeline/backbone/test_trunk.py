@@ -54,7 +54,8 @@ def make(name: str, top: int | None, value: str = "adapter") -> Backbone:
     model = base_model(name)
     pattern = decoder_layers(model)[1]
     layers = {"layers_to_transform": list(range(5))[-top:], "layers_pattern": pattern} if top else {}
-    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=LINEAR[name], init_lora_weights=False, **layers)
+    options = {"fan_in_fan_out": name == "gpt2", "init_lora_weights": False, **layers}
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=LINEAR[name], **options)
     backbone = Backbone(model, config)
     backbone.add_value(init="policy", critic=value)
     torch.nn.init.normal_(backbone.heads["value"].weight)
@@ -129,7 +130,8 @@ def test_an_adapter_of_all_layers_leaves_no_trunk():
 def test_a_value_that_begins_lower_has_a_trunk_of_its_own():
     """It is frozen there, and from its states all is as in full: values, and gradients of what still trains."""
     backbone = make("gpt2", 2)
-    deep = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["wte", "c_attn"], init_lora_weights=False)
+    options = {"fan_in_fan_out": True, "init_lora_weights": False}
+    deep = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["wte", "c_attn"], **options)
     backbone.delete_adapter("value")
     backbone.add_adapter("value", deep)
     assert first_adapted_layer(backbone.get_base_model(), "value") == 0
@@ -185,7 +187,9 @@ def test_evaluation_measures_the_same_from_the_trunk(of_reference, tiny, tokeniz
 
     def config(layers: list[int]) -> LoraConfig:
         options = {"layers_to_transform": layers, "layers_pattern": "h", "init_lora_weights": False}
-        return LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["c_attn", "c_fc"], **options)
+        return LoraConfig(
+            task_type="CAUSAL_LM", r=4, target_modules=["c_attn", "c_fc"], fan_in_fan_out=True, **options
+        )
 
     torch.manual_seed(0)
     backbone = Backbone(load_pretrained(ModelConfig(tiny))[0], config([1]))

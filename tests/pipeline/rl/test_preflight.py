@@ -249,7 +249,12 @@ def test_a_trunk_that_is_not_the_full_pass_is_refused(check):
         trainer.model.trunk = lambda *args: original(*args) * 1.5
 
     top = LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules=["c_attn"], layers_to_transform=[1], layers_pattern="h"
+        task_type="CAUSAL_LM",
+        r=4,
+        target_modules=["c_attn"],
+        fan_in_fan_out=True,
+        layers_to_transform=[1],
+        layers_pattern="h",
     )
     found = by_name(check(adapter=False, policy=top))
     assert found["a pass from the trunk is the full pass"].measured < 1e-5

@@ -46,7 +46,12 @@ def test_an_update_starts_at_ratio_one_and_kl_zero(make_trainer, options):
 
 
 TOP_LAYER = LoraConfig(
-    task_type="CAUSAL_LM", r=4, target_modules=["c_attn", "c_fc"], layers_to_transform=[1], layers_pattern="h"
+    task_type="CAUSAL_LM",
+    r=4,
+    target_modules=["c_attn", "c_fc"],
+    fan_in_fan_out=True,
+    layers_to_transform=[1],
+    layers_pattern="h",
 )
 
 

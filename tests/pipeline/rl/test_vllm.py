@@ -43,9 +43,8 @@ def make(folder, name: str, dtype=torch.float32, tie=False, **options) -> Backbo
         shape = {**LLAMA, "num_key_value_heads": 2, "tie_word_embeddings": tie}
         LlamaForCausalLM(LlamaConfig(**shape, **SPECIAL)).save_pretrained(folder)
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).requires_grad_(False)
-    config = LoraConfig(
-        **{"task_type": "CAUSAL_LM", "r": 4, "target_modules": TARGETS[name], "init_lora_weights": False, **options}
-    )
+    fresh = {"r": 4, "fan_in_fan_out": name == "gpt2", "init_lora_weights": False}
+    config = LoraConfig(**{"task_type": "CAUSAL_LM", "target_modules": TARGETS[name], **fresh, **options})
     backbone = Backbone(base, config)
     backbone.add_value(init="policy")
     backbone.add_adapter("ref", config)
@@ -81,6 +80,7 @@ def frozen(backbone: Backbone) -> dict[str, torch.Tensor]:
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # that they are saved is no harm
 def test_what_is_sent_is_the_merged_policy_and_the_backbone_stays(name, options, tmp_path):
     backbone = make(tmp_path / "base", name, **options)
     before = frozen(backbone)
@@ -109,6 +109,8 @@ def test_what_is_sent_is_the_merged_policy_and_the_backbone_stays(name, options,
     ],
     ids=str,
 )
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")  # that they are saved is no harm
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")  # it is refused for that
 def test_an_adapter_of_shared_weights_is_refused(name, options, tmp_path):
     backbone = make(tmp_path, name, **options)
     before = frozen(backbone)

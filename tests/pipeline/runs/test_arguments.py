@@ -1,6 +1,8 @@
 """`pipeline.runs.arguments`: no typo passes, every recipe parses, and PPOConfig is RLOOConfig for one completion."""
 
+import json
 import re
+import warnings
 from importlib import import_module
 from pathlib import Path
 from typing import get_type_hints
@@ -289,6 +291,29 @@ def test_lora_config():
     assert set(policy.target_modules) == {"a", "b"}
     assert (policy.modules_to_save, reward.modules_to_save) == (None, ["score"])
     assert (policy.task_type, reward.task_type) == ("CAUSAL_LM", "SEQ_CLS")
+
+
+@pytest.mark.parametrize(
+    ("modules", "top"),
+    [(None, None), (None, 1), (["all-linear"], None), (["c_attn"], 1), (["attn.c_proj"], None), (["wte"], None)],
+    ids=str,
+)
+def test_an_adapter_of_gpt2_is_saved_as_peft_finds_it_without_a_warning(modules, top, tmp_path):
+    base = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=9, num_labels=1)
+    model, lora = ModelConfig(lora_r=2, lora_target_modules=modules), LoraArguments(lora_top_layers=top)
+    saved = []
+    for given in (True, False):
+        classifier = GPT2ForSequenceClassification(base)
+        config = lora_config(model, task_type="SEQ_CLS", lora=lora, base=classifier)
+        if not given:
+            config.fan_in_fan_out = False
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            get_peft_model(classifier, config).save_pretrained(tmp_path / str(given))
+        assert any("fan_in_fan_out" in str(each.message) for each in found) == (not given and modules != ["wte"])
+        saved.append(json.loads((tmp_path / str(given) / "adapter_config.json").read_text()))
+    ours, peft = ({k: sorted(v) if isinstance(v, list) else v for k, v in each.items()} for each in saved)
+    assert ours == peft
 
 
 SHAPE = {"num_hidden_layers": 3, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "vocab_size": 9}

@@ -391,6 +391,7 @@ def plant(folder: Path, name: str, data: bytes) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol:UserWarning")  # a pickle of Python's own
 def test_planted_pickles_are_not_executed(ppo_run, killed_run, make_trainer, tmp_path):
     newest, marker = killed_run / "checkpoint-6", tmp_path / "executed"
     torch.save({"state": Payload(marker)}, tmp_path / "payload.pt")
