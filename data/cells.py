@@ -1,7 +1,7 @@
-"""Check the cells of rows, and say in one form what is wrong with which of them.
+"""Check the cells of rows, and report every fault in one form.
 
-Rows that cannot be used are errors, and none is dropped unless a user asks for it (`drop_bad_rows`); then the number of rows
-dropped is said, and why.
+A row that cannot be used is an error. If the user sets `drop_bad_rows`, such rows are left out instead, and a warning says
+how many and why.
 """
 
 import difflib
@@ -16,9 +16,9 @@ from data.reading import dataset_of, format_of
 from data.rows import Rows, place, short_place
 
 
-# Roles that chat templates know, and names that other formats have for them.
 logger = logging.getLogger(__name__)
 
+# Roles that chat templates know, and the names that other formats use for them.
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 OTHER_ROLES = {
     **dict.fromkeys(("human", "prompter", "question", "instruction"), "user"),
@@ -27,13 +27,16 @@ OTHER_ROLES = {
 
 
 def shorten(value: object) -> str:
-    """`repr(value)` in at most 60 characters."""
+    """Return `repr(value)` in at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 class CellError(ValueError):
-    """A cell that cannot be used. `problem` says what it must be, without the row and the value."""
+    """Error about a cell that cannot be used.
+
+    `problem` says what the cell must be; it names neither the row nor the value.
+    """
 
     def __init__(self, message: str, problem: str):
         super().__init__(message)
@@ -43,7 +46,7 @@ class CellError(ValueError):
 def cell_error(
     where: str, field: str, value: object, problem: str, remedy: str = "Correct or delete the row."
 ) -> CellError:
-    """The error for one cell, where `where` is a `row_name`."""
+    """Return the error for one cell; `where` is a `row_name`."""
     problem = f"{field!r} {problem}"
     return CellError(f"{where}: {problem}, but is {shorten(value)}. {remedy}", problem)
 
@@ -58,10 +61,10 @@ def check_rows(
 ) -> Dataset:
     """Check the cells of `columns` in each row and return the rows; with `drop`, return those that pass.
 
-    `check` gets the row's name, its cells and the kind of cell that the rows before it hold (None before the first), and
-    returns that kind. With `drop`, a warning says how many rows are left out, of what kind, and which is the first.
+    `check` gets the row's name, its cells and the kind of cell in the rows before it (None for the first row). It returns
+    that kind. With `drop`, a warning says how many rows are left out, why, and which is the first.
 
-    Raises what `check` raises, and with `drop`:
+    Raises the errors of `check`, and with `drop`:
         ValueError: no row passes.
     """
     kind, kept = None, []
@@ -78,11 +81,11 @@ def check_rows(
     if not problems:
         return rows
     dropped = "; ".join(
-        f"{len(found)} where {problem} (first: {short_place(rows, found[0] - 1)})"
+        f"{len(found)} because {problem} (first: {short_place(rows, found[0] - 1)})"
         for problem, found in problems.items()
     )
     if not kept:
-        raise ValueError(f"{name}: drop_bad_rows=True leaves none of {len(rows)} rows: {dropped}. Name other data.")
+        raise ValueError(f"{name}: drop_bad_rows=True leaves out all {len(rows)} rows: {dropped}. Name other data.")
     logger.warning(f"{name}: {len(rows) - len(kept)} of {len(rows)} rows are left out: {dropped}.")
     left = rows.select(kept)
     if isinstance(left, Rows):
@@ -91,7 +94,10 @@ def check_rows(
 
 
 def _typed_anew(rows: Dataset, columns: list[str], name: str) -> Dataset:
-    """The rows, where columns of one type are no longer stored as JSON texts, since the rows of other types are gone."""
+    """Return the rows with each column stored in its own type, where it can be.
+
+    A column of mixed types is stored as JSON texts. Once the rows of other types are gone, it can have one type.
+    """
     if not any(isinstance(rows.features[column], datasets.Json) for column in columns):
         return rows
     made = dataset_of({column: rows[column][:] for column in rows.column_names}, name)
@@ -99,7 +105,7 @@ def _typed_anew(rows: Dataset, columns: list[str], name: str) -> Dataset:
 
 
 def require_columns(rows: Dataset, needed: tuple[str, ...], name: str) -> None:
-    """Raise a ValueError for the first of the `needed` columns that `rows` lacks, with a likely misspelling of it."""
+    """Raise a ValueError for the first missing column of `needed`; suggest the column that may be a misspelling of it."""
     found = rows.column_names
     for column in needed:
         if column not in found:
@@ -114,8 +120,8 @@ def check_cell(where: str, field: str, value: Any, kind: str | None, *, filled: 
     """Check one cell and return its kind: "text" (a string) or "conversation" (a list of role and content messages).
 
     Raises:
-        ValueError: the cell is neither, is not of `kind` (None: either will do), or, where it must be `filled`, has
-            nothing but white space in it or in its last message.
+        ValueError: the cell is neither a text nor a conversation; it is not of `kind` (None accepts both); or `filled`
+            is set and the text, or the last message, is only white space.
     """
     found = _cell_kind(value)
     if found is None:
@@ -132,20 +138,20 @@ def check_cell(where: str, field: str, value: Any, kind: str | None, *, filled: 
 
 
 def check_roles(where: str, field: str, turns: list[dict]) -> None:
-    """Raise a CellError for a message of a role that chat templates do not know."""
+    """Raise a CellError for a message whose role chat templates do not know."""
     for turn in turns:
         if turn["role"] not in ROLES:
             plain = turn["role"].strip().lower()
             name = OTHER_ROLES.get(plain, plain)
             remedy = f"Rename the role {turn['role']!r} to {name!r}." if name in ROLES else "Rename the role."
-            raise cell_error(where, field, turn["role"], f"must have roles of {', '.join(ROLES)}", remedy)
+            raise cell_error(where, field, turn["role"], f"must have only the roles {', '.join(ROLES)}", remedy)
 
 
 def check_chat_template(rows: Dataset, tokenizer, name: str) -> None:
-    """Check that the tokenizer can write conversations, where the rows are some.
+    """Check that the tokenizer has a chat template if the rows are conversations.
 
     Raises:
-        ValueError: they are, and it has no chat template.
+        ValueError: the rows are conversations, and the tokenizer has no chat template.
     """
     if tokenizer.chat_template is not None:
         return
@@ -153,7 +159,7 @@ def check_chat_template(rows: Dataset, tokenizer, name: str) -> None:
         if _cell_kind(value) == "conversation":
             raise ValueError(
                 f"{place(rows, 0, name)}: {field!r} is a conversation ({shorten(value)}), but the tokenizer has no chat "
-                f"template. Give text, or take a model whose tokenizer has one."
+                f"template. Give text, or use a model whose tokenizer has a chat template."
             )
 
 
@@ -168,7 +174,10 @@ def _is_message(value: object) -> bool:
 
 
 def check_no_tools(rows: Dataset, name: str) -> None:
-    """Raise a ValueError for the first cell of a column by which TRL would have the chat template write something else."""
+    """Raise a ValueError for the first filled cell of `tools` or `chat_template_kwargs`.
+
+    With such a cell, TRL would have the chat template write a different text than the stages do.
+    """
     for column in ("tools", "chat_template_kwargs"):
         for number, cell in enumerate(rows[column][:] if column in rows.column_names else []):
             if cell not in (None, "", [], {}, "[]", "{}"):
@@ -176,6 +185,6 @@ def check_no_tools(rows: Dataset, name: str) -> None:
                     place(rows, number, name),
                     column,
                     cell,
-                    "must be empty: the stages write conversations without it",
-                    "Write what it says into a system turn, and drop or rename the column.",
+                    "must be empty (the stages write conversations without it)",
+                    "Write its content into a system turn, and delete or rename the column.",
                 )

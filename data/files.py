@@ -1,7 +1,7 @@
 """Read rows from a file, a folder or the hub.
 
-Datasets come from anywhere, so nothing about them is assumed. What cannot be read is an error that says where it is,
-before any model is loaded; no row is repaired or filled in.
+A dataset can come from anywhere, so nothing about it is assumed. Data that cannot be read is an error that names the
+place. The error comes before any model is loaded. No row is repaired or filled in.
 """
 
 import json
@@ -21,14 +21,14 @@ from data.rows import Rows
 
 logger = logging.getLogger(__name__)
 
-# Words in the name of a file or folder that tell its split, as on the hub.
+# Words in the name of a file or folder that tell its split. The hub uses the same words.
 SPLITS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "dev", "val"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
 SHARD = re.compile(r"(?P<split>\w[\w.-]*)-\d{5}-of-\d{5}")
-# Files that stand beside data and hold none.
+# Files that often lie beside the data but hold no rows.
 BESIDE = (
     "readme.md",
     "dataset_infos.json",
@@ -41,17 +41,17 @@ BESIDE = (
 
 
 def load_rows(name: str, split: str, *, data_dir: str | None = None) -> Rows:
-    """The rows of a local file, of one split of a local folder, or of one split of a dataset on the hub.
+    """Load the rows of a file, or of one split of a folder or of a dataset on the hub.
 
-    A file (.jsonl, .json, .csv, .tsv, .parquet, or one of them and .gz) and a folder that `Dataset.save_to_disk` wrote
-    have no splits: all their rows are returned whatever `split` is, so training and evaluation rows belong in two of them.
-    A folder's files are its shards: their names tell the split.
+    A file (.jsonl, .json, .csv, .tsv, .parquet, or one of them plus .gz) has no splits, and neither has a folder that
+    `Dataset.save_to_disk` wrote. All their rows are returned for any `split`, so keep training and evaluation rows apart.
+    The files of any other folder are its shards, and their names tell the split.
 
-    On the hub, `owner/name@revision` is a branch, a tag or a commit, and `data_dir` a folder of the dataset.
+    On the hub, `owner/name@revision` names a branch, a tag or a commit, and `data_dir` is a folder of the dataset.
 
     Raises:
-        FileNotFoundError: there is no such file or folder, and the hub does not give such a dataset.
-        ValueError: it cannot be read, has no such split, or has no rows.
+        FileNotFoundError: there is no such file or folder, and no such dataset on the hub.
+        ValueError: the data cannot be read, has no such split, or has no rows.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -59,10 +59,10 @@ def load_rows(name: str, split: str, *, data_dir: str | None = None) -> Rows:
     elif path.is_file():
         rows = Rows.of_file(read_file(name, path), name)
     elif format_of(path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        # A name without owner never goes to the hub: `datasets` takes `text` or `csv` for all files of this folder.
+        # A name without an owner never goes to the hub: `datasets` would read `text` or `csv` as all files of this folder.
         raise FileNotFoundError(
-            f"{name}: no such file or folder (looked for {path.absolute()}). Correct the path; a dataset on the hub "
-            f"is `owner/name`, or `owner/name@revision`."
+            f"{name}: no such file or folder (looked for {path.absolute()}). Correct the path. A dataset on the hub "
+            f"is named `owner/name` or `owner/name@revision`."
         )
     else:
         source, _, revision = name.partition("@")
@@ -76,7 +76,7 @@ def load_rows(name: str, split: str, *, data_dir: str | None = None) -> Rows:
 
 
 def has_splits(name: str) -> bool:
-    """Whether `load_rows` gives other rows for another split of this dataset."""
+    """Tell whether `load_rows` returns different rows for different splits of this dataset."""
     path = Path(name).expanduser()
     if path.is_dir():
         saved = datasets.config.DATASETDICT_JSON_FILENAME, datasets.config.DATASET_STATE_JSON_FILENAME
@@ -86,10 +86,10 @@ def has_splits(name: str) -> bool:
 
 
 def _check_cache() -> None:
-    """Check that `datasets` can write where it keeps what it fetches from the hub.
+    """Check that `datasets` can write to its cache for data from the hub.
 
     Raises:
-        OSError: it cannot.
+        OSError: the cache cannot be written.
     """
     cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
     try:
@@ -98,8 +98,8 @@ def _check_cache() -> None:
             pass
     except OSError as error:
         raise OSError(
-            f"{cache}: nothing can be written in the cache of datasets ({error.strerror}). Set HF_DATASETS_CACHE, or HF_HOME, "
-            f"to a folder that can be written, or free some space."
+            f"{cache}: the cache of `datasets` cannot be written ({error.strerror}). Set HF_DATASETS_CACHE or HF_HOME to a "
+            f"writable folder, or free some space."
         ) from error
 
 
@@ -108,7 +108,7 @@ def _load_folder(name: str, path: Path, split: str) -> Dataset:
     if saved_splits.exists():
         splits = json.loads(saved_splits.read_text(encoding="utf-8"))["splits"]
         if split not in splits:
-            raise ValueError(f"{name}: no split {split!r}; it has {', '.join(splits)}. Name one of them.")
+            raise ValueError(f"{name}: no split {split!r}; the splits are {', '.join(splits)}. Name one of them.")
         return _load_saved(name, path / split)
     if (path / datasets.config.DATASET_STATE_JSON_FILENAME).exists():
         return _load_saved(name, path)
@@ -116,12 +116,13 @@ def _load_folder(name: str, path: Path, split: str) -> Dataset:
 
 
 def _data_files(name: str, folder: Path) -> dict[str, list[Path]]:
-    """Find files with rows below a folder, by split. The names tell the split, as on the hub: of one in whose path no word
-    names any, all rows are of the split `train`.
+    """Find the files with rows below a folder, by split.
+
+    The names of files and folders tell the split, as on the hub. If no name tells a split, all files belong to `train`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the files are of several formats, or not all of them would be read.
+        FileNotFoundError: the folder has no file with rows.
+        ValueError: the files have several formats; a file is there both plain and as .gz; or only some names tell a split.
     """
     found = [path.relative_to(folder) for path in sorted(folder.rglob("*")) if path.is_file()]
     found = [path for path in found if not any(part.startswith((".", "_")) for part in path.parts)]
@@ -129,15 +130,15 @@ def _data_files(name: str, folder: Path) -> dict[str, list[Path]]:
     files = [path for path in found if format_of(path)]
     if not files:
         raise FileNotFoundError(
-            f"{name}: no data found, neither here nor on the hub (none of the {len(found)} files in this folder ends in "
-            f".jsonl, .json, .csv, .tsv, .parquet, or one of them and .gz). Check the name."
+            f"{name}: no data found in this folder (none of its {len(found)} files ends in .jsonl, .json, .csv, .tsv, "
+            f".parquet, or one of them plus .gz). Check the name."
         )
     formats = {format_of(path): path for path in reversed(files)}
     if len(formats) > 1:
         examples = ", ".join(str(path) for _, path in sorted(formats.items()))
         raise ValueError(
-            f"{name}: files of several formats ({examples}), and which of them hold the rows is not told. Move all but "
-            f"those of one format elsewhere, or name one file."
+            f"{name}: the folder has files of several formats ({examples}). Name one file, or keep the files of one format "
+            f"and move the others elsewhere."
         )
     for path in files:
         if path.suffix.lower() == ".gz" and path.with_suffix("") in files:
@@ -155,14 +156,14 @@ def _data_files(name: str, folder: Path) -> dict[str, list[Path]]:
     splits = {split: splits[split] for split in dict.fromkeys([*SPLITS, *splits]) if split in splits}
     if unnamed:
         raise ValueError(
-            f"{name}: {unnamed[0]} belongs to no split, and {next(iter(splits.values()))[0]} to one by its name. Name the "
-            f"split in the file's name too, or move it elsewhere."
+            f"{name}: the name of {unnamed[0]} tells no split, but the name of {next(iter(splits.values()))[0]} tells one. "
+            f"Put the split into the name of {unnamed[0]}, or move the file elsewhere."
         )
     return splits
 
 
 def _split_of(path: Path) -> str | None:
-    """Return the split that a file's name tells, or its folders', the nearest first; None: they tell none."""
+    """Return the split that a file's name tells, or else the name of its nearest folder that tells one, or None."""
     if shard := SHARD.match(path.name):
         return shard["split"]
     for part in (path.name, *reversed(path.parts[:-1])):
@@ -174,14 +175,14 @@ def _split_of(path: Path) -> str | None:
 
 
 def _load_shards(name: str, folder: Path, split: str) -> Rows:
-    """Read the files of a split, or of what an instruction such as `train[:100]` or `train+test` takes of several."""
+    """Read the files of a split, or the rows that an instruction such as `train[:100]` or `train+test` selects."""
     of_split = _data_files(name, folder)
     asked = [part.split("[")[0].strip() for part in split.split("+")]
     unknown = [one for one in asked if one not in of_split]
     if unknown:
         raise ValueError(
-            f"{name}: split {unknown[0]!r} could not be loaded (the names of the files tell {list(of_split)}). Name a split "
-            f"that exists, or a file; eval_dataset_name='' leaves evaluation out."
+            f"{name}: split {unknown[0]!r} could not be loaded (the file names tell the splits {list(of_split)}). Name a "
+            f"split that exists, or a file. To skip evaluation, set eval_dataset_name=''."
         )
     read = {one: _concatenated(name, folder, of_split[one]) for one in dict.fromkeys(asked)}
     if asked == [split]:
@@ -189,9 +190,7 @@ def _load_shards(name: str, folder: Path, split: str) -> Rows:
     try:
         parts = ReadInstruction.from_spec(split).to_absolute({one: len(rows) for one, rows in read.items()})
     except (ValueError, AssertionError) as error:
-        raise ValueError(
-            f"{name}: split {split!r} is no instruction that can be read ({error}). Correct it."
-        ) from error
+        raise ValueError(f"{name}: split {split!r} is not a valid split instruction ({error}). Correct it.") from error
     selected = [
         read[part.splitname].select(range(part.from_ or 0, _end(part.to, read[part.splitname]))) for part in parts
     ]
@@ -208,20 +207,23 @@ def _concatenated(name: str, folder: Path, files: list[Path]) -> Rows:
         called = f"{name.rstrip('/')}/{path}"
         parts.append(Rows.of_file(read_file(called, folder / path), called))
         if len(parts[-1]) == 0:
-            logger.warning(f"{called}: it has no rows.")
+            logger.warning(f"{called}: the file has no rows.")
     parts = [part for part in parts if len(part)] or parts[:1]
     first = parts[0]
     for part in parts[1:]:
         if set(part.column_names) != set(first.column_names):
             raise ValueError(
-                f"{part.files[0]}: its columns {part.column_names} are not those of {first.files[0]}, {first.column_names}. "
-                f"Files of one split need the same; move the others elsewhere."
+                f"{part.files[0]}: the columns {part.column_names} differ from those of {first.files[0]}, "
+                f"{first.column_names}. All files of a split need the same columns. Move the other files elsewhere."
             )
     return first if len(parts) == 1 else _joined(parts)
 
 
 def _joined(parts: list[Rows]) -> Rows:
-    """Put rows of several files together. The columns get a type that holds all of them, and no cell changes."""
+    """Join the rows of several files.
+
+    Each column gets a type that holds all of its cells. No cell changes.
+    """
     names = parts[0].column_names
     if all(part.features == parts[0].features for part in parts):
         rows = datasets.concatenate_datasets([part.select_columns(names) for part in parts])
@@ -248,22 +250,22 @@ def _load_split(name: str, source: str, split: str, **options) -> Dataset:
         return datasets.load_dataset(source, split=split, **options)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
-            f"{name}: no data found, neither here nor on the hub ({error}). Check the name and the network; a private "
+            f"{name}: no data found, neither here nor on the hub ({error}). Check the name and the network. A private "
             f"or gated dataset needs `hf auth login`."
         ) from error
     except (DatasetsError, ValueError, RuntimeError, StopIteration) as error:
         remedy = (
-            "Name a split that exists, or save the rows you want to a .jsonl file and name that; eval_dataset_name='' "
-            "leaves evaluation out."
+            "Name a split that exists, or save the rows to a .jsonl file and name that file. To skip evaluation, set "
+            "eval_dataset_name=''."
         )
         raise _unreadable(name, f"split {split!r} could not be loaded", error, remedy) from error
 
 
 def _unreadable(name: str, problem: str, error: BaseException, remedy: str) -> ValueError:
-    while error.__cause__ is not None:  # `datasets` wraps the reader's own words, which name the place
+    while error.__cause__ is not None:  # `datasets` wraps the reader's error, which names the place
         error = error.__cause__
     reason = " ".join(str(error).split())
-    # What `datasets` and its readers raise where there are no rows: of JSON, of a saved dataset, and of other files.
+    # Messages of `datasets` and its readers when there are no rows. StopIteration: JSON. IndexError: a saved dataset.
     empty = ("corresponds to no data", "No columns to parse from file")
     if isinstance(error, (StopIteration, IndexError)) or any(words in reason for words in empty):
         return _no_rows(name)
@@ -271,4 +273,4 @@ def _unreadable(name: str, problem: str, error: BaseException, remedy: str) -> V
 
 
 def _no_rows(name: str) -> ValueError:
-    return ValueError(f"{name}: it has no rows. Name a file or split that has some.")
+    return ValueError(f"{name}: the data has no rows. Name a file or split that has rows.")

@@ -1,11 +1,10 @@
-"""Anthropic's HH dialogues (Bai et al. 2022, arXiv 2204.05862) as conversations, for every stage.
+"""Convert Anthropic's HH dialogues (Bai et al. 2022, arXiv 2204.05862) to conversations, for every stage.
 
-A row of HH is two texts, `chosen` and `rejected`: the same dialogue, of turns that `\\n\\nHuman:` and `\\n\\nAssistant:` begin,
-with two last replies. The rows are as people left them, so some are broken: those are left out, and counted by what is
-wrong with them.
+A row of HH is two texts, `chosen` and `rejected`. Both are the same dialogue with different last replies. Each turn begins
+with `\\n\\nHuman:` or `\\n\\nAssistant:`. Some rows are broken. They are left out, and counted by the kind of fault.
 
-A marker inside a turn, after other white space than two line breaks, is text; so is the name of any other speaker, which
-no rule tells from a heading.
+A marker that does not follow two line breaks is text inside a turn. The name of any other speaker is text too, because no
+rule tells it from a heading.
 """
 
 import hashlib
@@ -25,8 +24,8 @@ from data.files import load_rows
 ROLES = {"Human": "user", "Assistant": "assistant"}
 TURN = re.compile(rf"\n\n({'|'.join(ROLES)}):")
 
-# What can be wrong with a row.
-NOT_TEXT = "chosen or rejected is no text"
+# Kinds of fault in a row.
+NOT_TEXT = "chosen or rejected is not text"
 UNKNOWN = "the dialogue does not begin with a human turn"
 OPEN = "the dialogue does not end in an assistant turn"
 DIFFERENT = "the prompts of chosen and rejected differ"
@@ -38,11 +37,14 @@ LONG = "the dialogue is too long"
 
 
 class BrokenRow(ValueError):
-    """A row that cannot be used; the message is one of the kinds above."""
+    """Error about a row that cannot be used; the message is one of the kinds of fault above."""
 
 
 class Conversion(NamedTuple):
-    """Pairs of a dataset, in TRL's conversational preference format, and rows left out: their numbers, from 1, by kind."""
+    """Pairs of a dataset in TRL's conversational preference format, and the rows that were left out.
+
+    `dropped` maps a kind of fault to the numbers of its rows, counted from 1.
+    """
 
     pairs: list[dict]
     dropped: dict[str, list[int]]
@@ -52,7 +54,7 @@ def messages(text: str) -> list[dict[str, str]]:
     """Split a dialogue into messages of `role` (user or assistant) and `content`, stripped of white space.
 
     Raises:
-        BrokenRow: it does not begin with a human turn.
+        BrokenRow: the text does not begin with a human turn.
     """
     before, *parts = TURN.split(text)
     found = [
@@ -65,10 +67,10 @@ def messages(text: str) -> list[dict[str, str]]:
 
 
 def pair(chosen: object, rejected: object) -> dict[str, list[dict[str, str]]]:
-    """Make one pair of a row: `prompt` is all turns but the last, `chosen` and `rejected` are one assistant's turn each.
+    """Make a pair from one row: `prompt` is all turns but the last, `chosen` and `rejected` are one assistant turn each.
 
     Raises:
-        BrokenRow: the row is of no use.
+        BrokenRow: the row cannot be used.
     """
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         raise BrokenRow(NOT_TEXT)
@@ -92,12 +94,12 @@ def pair(chosen: object, rejected: object) -> dict[str, list[dict[str, str]]]:
 def convert(
     rows: Iterable[dict], length: Callable[[list[dict]], int] | None = None, max_tokens: int | None = None
 ) -> Conversion:
-    """Make a pair of each sound row.
+    """Convert each sound row to a pair.
 
     Args:
-        rows: with `chosen` and `rejected`.
-        length: tokens of a conversation, as the model reads it.
-        max_tokens: pairs of which a side is longer are left out; None: none is.
+        rows: rows with `chosen` and `rejected`.
+        length: function that counts the tokens of a conversation, as the model reads it.
+        max_tokens: a pair with a longer side is left out; None sets no limit.
     """
     pairs = []
     dropped: dict[str, list[int]] = {}
@@ -119,16 +121,19 @@ def convert(
 def is_held_out(prompt: list[dict], share: float) -> bool:
     """Tell whether a dialogue is held out, by a hash of the letters of its first turn.
 
-    Dialogues that begin alike, or differ there in case or punctuation alone, fall on one side: no held-out prompt, nor a
-    beginning of it, is trained on.
+    Dialogues whose first turns are equal, or differ only in case or punctuation, fall on the same side. So no held-out
+    prompt, and no beginning of one, is trained on.
     """
     letters = "".join(character for character in prompt[0]["content"].lower() if character.isalnum())
     return int(hashlib.sha256(letters.encode()).hexdigest()[:8], 16) / 16**8 < share
 
 
 def stage_rows(pairs: list[dict]) -> dict[str, list[dict]]:
-    """Give the rows of each stage's file: `preferences` for the reward model, `sft` (the prompt and the chosen reply) and
-    `prompts`, each once, for PPO and the evaluation."""
+    """Return the rows of each stage's file.
+
+    `preferences` is for the reward model. `sft` has the prompt and the chosen reply. `prompts` has each prompt once, for PPO
+    and evaluation.
+    """
     prompts = {json.dumps(row["prompt"]): row["prompt"] for row in pairs}
     return {
         "preferences": pairs,
@@ -138,34 +143,35 @@ def stage_rows(pairs: list[dict]) -> dict[str, list[dict]]:
 
 
 def read_rows(name: str, data_dir: str | None = None) -> Dataset:
-    """Read the rows of a file; or of the split `train` of a folder or of a dataset on the hub, of all of it or of its folder
-    `data_dir`.
+    """Read the rows of a file, or of the split `train` of a folder or of a dataset on the hub.
 
-    Raises what `load_rows` raises, and:
-        ValueError: a line is not a JSON object, the archive is damaged, or a column is missing.
+    `data_dir` selects one folder of a dataset on the hub.
+
+    Raises the errors of `load_rows`, and:
+        ValueError: `data_dir` is given for a file, or a column is missing.
     """
     if data_dir and Path(name).expanduser().is_file():
         raise ValueError(
-            f"data_dir={data_dir!r} is a folder of a dataset on the hub, and {name} is a file. Leave it out."
+            f"data_dir={data_dir!r} is for a dataset on the hub, but {name} is a file. Leave data_dir out."
         )
     rows = load_rows(name, "train", data_dir=data_dir)
     columns = rows.column_names
     missing = [column for column in ("chosen", "rejected") if column not in columns]
     if missing:
         raise ValueError(
-            f"{name}: no column {missing[0]!r}; found: {list(columns)}. Rows of HH have chosen and rejected."
+            f"{name}: no column {missing[0]!r}; found: {list(columns)}. Name data of HH: its rows have chosen and rejected."
         )
     return rows
 
 
 def write_stages(pairs: list[dict], folder: Path, share: float) -> dict[str, int]:
-    """Write `<stage>_train.jsonl` and `<stage>_test.jsonl` of every stage, each at once or not at all.
+    """Write `<stage>_train.jsonl` and `<stage>_test.jsonl` of every stage, each file whole or not at all.
 
     Returns:
         The number of pairs in `train` and in `test`.
 
     Raises:
-        ValueError: one of them would be empty.
+        ValueError: one of the two splits would be empty.
     """
     sides: dict[str, list[dict]] = {"train": [], "test": []}
     for row in pairs:
@@ -173,8 +179,8 @@ def write_stages(pairs: list[dict], folder: Path, share: float) -> dict[str, int
     counts = {split: len(rows) for split, rows in sides.items()}
     if not all(counts.values()):
         raise ValueError(
-            f"held_out={share} of {len(pairs)} pairs leaves {counts['train']} to train on and {counts['test']} held out. Give "
-            f"more rows, or another share."
+            f"held_out={share} of {len(pairs)} pairs leaves {counts['train']} to train on and {counts['test']} held out. Both "
+            f"need at least one. Give more rows or another share."
         )
     folder.mkdir(parents=True, exist_ok=True)
     for split, rows in sides.items():

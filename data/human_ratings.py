@@ -1,8 +1,8 @@
-"""The embedded default: 23,700 text snippets, each rated by 15 or more people from -4 to +4.
+"""Load the embedded default data: 23,700 text snippets, each rated by 15 or more people from -4 to +4.
 
-Hutto & Gilbert (ICWSM 2014) published their ratings inside the source distribution of `vaderSentiment`
-(MIT licence). We fetch that file through pip, so that mirrors and proxies work, check its sha256 before
-anything in it is read, and keep no text of it in this repository.
+Hutto & Gilbert (ICWSM 2014) published their ratings inside the source distribution of `vaderSentiment` (MIT licence). We
+fetch that file through pip, so that mirrors and proxies work. Its sha256 is checked before anything in it is read. This
+repository keeps none of its texts.
 """
 
 import functools
@@ -31,7 +31,10 @@ SPLITS = ("train", "validation", "test")
 
 
 class Snippet(NamedTuple):
-    """One rated text. `ratings` holds one integer of -4..+4 for each rater; `mean` is their mean."""
+    """One rated text.
+
+    `ratings` holds one integer of -4..+4 for each rater; `mean` is their mean.
+    """
 
     source: str
     id: str
@@ -45,7 +48,7 @@ def _archive(content: bytes) -> tarfile.TarFile:
         return tarfile.open(fileobj=io.BytesIO(content), mode="r:gz")
     except tarfile.TarError as error:
         raise ValueError(
-            f"{SDIST}: what should be an archive is none ({error}); it is not the published one."
+            f"{SDIST}: the archive cannot be read ({error}). It is not the published one. Delete it and run again."
         ) from error
 
 
@@ -54,16 +57,19 @@ def _member(archive: tarfile.TarFile, name: str) -> bytes:
         file = archive.extractfile(name)
     except KeyError:
         file = None
-    if file is None:  # extractfile gives None for what is no file
-        raise ValueError(f"{SDIST}: it has no file {name!r}; the archive is not the published one.")
+    if file is None:  # extractfile returns None for a member that is not a file
+        raise ValueError(
+            f"{SDIST}: the archive has no file {name!r}. It is not the published one. Delete it and run again."
+        )
     return file.read()
 
 
 def load_snippets() -> list[Snippet]:
-    """All rated snippets, in the files' order. The archives are read in memory: no member is written to disk.
+    """Load all rated snippets, in the order of the files.
 
-    HTML entities are decoded, runs of white space collapsed, and the movie file's doubled single quotes made double
-    quotes. The mean is taken from the individual ratings (195 tweets state another one in their text file).
+    The archives are read in memory: no member is written to disk. HTML entities are decoded, runs of white space are
+    collapsed, and the movie file's doubled single quotes become double quotes. The mean is computed from the individual
+    ratings (for 195 tweets the text file states another mean).
     """
     return list(_read(fetch(Release("vaderSentiment==3.3.2", SDIST, SHA256)).read_bytes()))
 
@@ -94,9 +100,9 @@ def _read(content: bytes) -> tuple[Snippet, ...]:
 
 
 def split_of(snippet: Snippet) -> str:
-    """The split a snippet belongs to: 85% train, 5% validation, 10% test, by a hash of its letters.
+    """Return the split of a snippet: 85% train, 5% validation, 10% test, by a hash of its letters.
 
-    Texts that differ only in case or punctuation get the same split, so no test text was seen in training.
+    Texts that differ only in case or punctuation get the same split, so no test text is seen in training.
     """
     letters = "".join(character for character in snippet.text.lower() if character.isalnum())
     bucket = int(hashlib.sha256(letters.encode()).hexdigest()[:8], 16) % 100
@@ -104,7 +110,7 @@ def split_of(snippet: Snippet) -> str:
 
 
 def load_split(split: str, sources: tuple[str, ...] = SOURCES) -> list[Snippet]:
-    """The snippets of one split (`train`, `validation` or `test`) from the given sources."""
+    """Load the snippets of one split (`train`, `validation` or `test`) from the given sources."""
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is not one of {', '.join(SPLITS)}.")
     return [s for s in load_snippets() if s.source in sources and split_of(s) == split]
@@ -116,13 +122,16 @@ EMBEDDED_PAIRS = {"train": 16_500, "validation": 2_000, "test": 4_000}
 
 
 def agreement(chosen: Snippet, rejected: Snippet) -> float:
-    """Share of raters (one of each snippet, all combinations) who rate `chosen` higher; ties count half."""
+    """Return the share of rater pairs who rate `chosen` higher; ties count half.
+
+    Every rater of `chosen` is paired with every rater of `rejected`.
+    """
     outcomes = [(a > b) + 0.5 * (a == b) for a in chosen.ratings for b in rejected.ratings]
     return statistics.fmean(outcomes)
 
 
 def _shared_words(a: list[str], b: list[str]) -> int:
-    """Number of words both texts begin with, leaving each at least one word of its own."""
+    """Count the words that both texts begin with; leave each text at least one word of its own."""
     shared = 0
     while shared < min(len(a), len(b)) - 1 and a[shared] == b[shared]:
         shared += 1
@@ -137,11 +146,11 @@ def preference_pairs(
     min_gap: float = 0.5,
     seed: int = 0,
 ) -> Dataset:
-    """Same-prompt preference pairs of one split, drawn with a fixed seed: what a reward model is measured on.
+    """Draw same-prompt preference pairs of one split with a fixed seed, to measure a reward model on.
 
     Two snippets of one source that begin with the same word make a pair: prompt = all the words they share, chosen =
     the continuation that people rated higher. Both members are drawn uniformly, so that common openings do not crowd
-    out the rest. Pairs never cross splits, since snippets do not.
+    out the others. Both snippets of a pair are of the same split.
 
     Columns: `prompt`, `chosen`, `rejected` (strings; prompt + chosen is the snippet), `margin` (difference of the mean
     ratings, at least `min_gap`), `agreement` (share of raters who prefer the chosen one).
@@ -158,7 +167,9 @@ def preference_pairs(
     while len(rows) < wanted:
         fruitless += 1
         if not members or fruitless > 10_000:
-            raise ValueError(f"pairs={wanted}: the {split} split of {', '.join(sources)} has only about {len(rows)}.")
+            raise ValueError(
+                f"pairs={wanted}: the {split} split of {', '.join(sources)} has only about {len(rows)}. Lower it."
+            )
         opening, a = generator.choice(members)
         b = generator.choice(groups[opening])
         texts = frozenset((a.text, b.text))
@@ -180,11 +191,11 @@ def ranked_pairs(
     min_gap: float = 0.5,
     seed: int = 0,
 ) -> Dataset:
-    """Same-prompt preference pairs of one split, as rankings: what a reward model learns from.
+    """Return same-prompt preference pairs of one split as rankings, to train a reward model on.
 
-    In each round every snippet falls into one group of up to `size` that begin with the same word and are about as
-    long; all the pairs of a group follow each other, so that a trainer which batches them together scores each snippet
-    once for all its pairs (Ouyang et al. 2022, arXiv 2203.02155, section 3.5). Columns as in `preference_pairs`.
+    In each round every snippet joins one group of up to `size` snippets that begin with the same word and have similar
+    lengths. All pairs of a group follow each other. So a trainer that puts them into one batch scores each snippet once
+    for all its pairs (Ouyang et al. 2022, arXiv 2203.02155, section 3.5). The columns are those of `preference_pairs`.
     """
     generator = random.Random(seed)
     openings = _openings(split, sources).values()
@@ -204,7 +215,7 @@ def ranked_pairs(
 
 
 def _openings(split: str, sources: tuple[str, ...]) -> dict[tuple[str, str], list[Snippet]]:
-    """The snippets of a split by source and first word; those of one word leave nothing to say."""
+    """Group the snippets of a split by source and first word; leave out snippets of one word."""
     groups = defaultdict(list)
     for snippet in load_split(split, sources):
         first, *others = snippet.text.split(" ")
@@ -214,7 +225,10 @@ def _openings(split: str, sources: tuple[str, ...]) -> dict[tuple[str, str], lis
 
 
 def _pair(a: Snippet, b: Snippet, min_gap: float) -> dict | None:
-    """The two snippets as a row of preferences, unless they share no first word or are rated about the same."""
+    """Return two snippets as a row of preferences.
+
+    Return None if they share no first word, or if their mean ratings differ by less than `min_gap`.
+    """
     if abs(a.mean - b.mean) < min_gap:
         return None
     chosen, rejected = (a, b) if a.mean > b.mean else (b, a)
@@ -232,7 +246,7 @@ def _pair(a: Snippet, b: Snippet, min_gap: float) -> dict | None:
 
 
 def prompts(split: str, *, sources: tuple[str, ...] = DOMAIN, seed: int = 0) -> Dataset:
-    """Prompts for PPO and evaluation: the first one to three words of each snippet of a split, in random order.
+    """Return prompts for PPO and evaluation: the first one to three words of each snippet of a split, in random order.
 
     Columns: `prompt`.
     """
@@ -248,5 +262,8 @@ def prompts(split: str, *, sources: tuple[str, ...] = DOMAIN, seed: int = 0) -> 
 
 
 def texts(split: str, *, sources: tuple[str, ...] = DOMAIN) -> Dataset:
-    """Whole snippets of one split, for supervised fine-tuning. Columns: `text`."""
+    """Return the whole snippets of one split, for supervised fine-tuning.
+
+    Columns: `text`.
+    """
     return Dataset.from_dict({"text": [snippet.text for snippet in load_split(split, sources)]})

@@ -1,4 +1,4 @@
-"""Read and write JSON files: objects alone, in UTF-8, and strict, so that every reader takes them."""
+"""Read and write JSON files: one object in UTF-8 and strict JSON, which every reader accepts."""
 
 import json
 import math
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Read a JSON object from a file.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the file is not valid JSON, or holds no object.
     """
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -22,7 +22,10 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write strict JSON, which every reader takes: a number that is not finite, and so nothing that was measured, is null."""
+    """Write a value as strict JSON, which every reader accepts.
+
+    Strict JSON has no NaN and no infinity. Such a number was not measured, so null is written for it.
+    """
     Path(path).write_text(json.dumps(_strict(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
-"""Files of pinned releases on the package index: fetched through pip, checked by SHA-256, kept in the user's cache.
+"""Fetch files of pinned releases from the package index, check their SHA-256, and keep them in the user's cache.
 
-pip knows the mirrors and proxies of the machine. Nothing is trusted before its hash was checked, and nothing is ever
-half-cached.
+pip fetches them, because it knows the mirrors and proxies of the machine. No file is used before its hash is checked. The
+cache never holds half a file.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Release:
-    """One file of one release: what pip is asked for, the file's name and its SHA-256."""
+    """One file of one release: the requirement that pip gets, the name of the file and its SHA-256."""
 
     requirement: str  # name==version
     file: str
@@ -23,26 +23,26 @@ class Release:
 
 
 def cache_dir() -> Path:
-    """Return the folder for what is fetched and converted: `$SPINE_CACHE`, else `spine-rlhf` in the user's cache folder."""
+    """Return the folder of fetched and converted files: `$SPINE_CACHE`, or `spine-rlhf` in the user's cache folder."""
     if "SPINE_CACHE" in os.environ:
         return Path(os.environ["SPINE_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spine-rlhf"
 
 
 def fetch(release: Release) -> Path:
-    """Return the path of the verified file, fetched through pip unless it is in the cache already.
+    """Return the path of the verified file; fetch it through pip if the cache does not have it.
 
     pip is given the hash too (`--require-hashes`), so it builds no metadata from a file that does not match. The
-    file enters the cache by an atomic rename, after we have verified it ourselves.
+    file enters the cache by an atomic rename, after we have checked its hash too.
 
     Raises:
         ValueError: the file's sha256 is not the pinned one.
         ConnectionError: pip could not fetch it.
-        OSError: nothing can be written in the cache.
+        OSError: the cache cannot be written.
     """
     cached = cache_dir() / release.file
     if cached.exists():
-        _verify(cached, release, "delete the file and run again to fetch it anew.")
+        _verify(cached, release, "Delete the file and run again to fetch it anew.")
         return cached
     try:
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -50,8 +50,7 @@ def fetch(release: Release) -> Path:
             pass
     except OSError as error:
         raise OSError(
-            f"{cached.parent}: nothing can be written in this cache ({error.strerror}). Set SPINE_CACHE to a folder that can "
-            f"be written."
+            f"{cached.parent}: this cache cannot be written ({error.strerror}). Set SPINE_CACHE to a writable folder."
         ) from error
     with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
         requirements = Path(folder) / "requirements.txt"
@@ -66,14 +65,14 @@ def fetch(release: Release) -> Path:
             reason = lines[-1] if lines else f"exit code {result.returncode}"
             if "DO NOT MATCH" in result.stderr:
                 raise ValueError(
-                    f"{release.requirement}: the file the package index serves does not have the pinned sha256 "
-                    f"{release.sha256}. Check the index or mirror that pip is set up to use (`pip config list`)."
+                    f"{release.requirement}: the file from the package index does not have the pinned sha256 "
+                    f"{release.sha256}. Check the index or mirror that pip uses (`pip config list`)."
                 )
             raise ConnectionError(
-                f"Could not fetch {release.requirement} through pip: {reason}\nCheck the network, or download "
-                f"{release.file} from a package index elsewhere and put it at {cached}."
+                f"Could not fetch {release.requirement} through pip: {reason}\nCheck the network. Or download "
+                f"{release.file} on another machine and put it at {cached}."
             )
-        _verify(fetched, release, "check the package index that pip is set up to use (`pip config list`).")
+        _verify(fetched, release, "Check the package index that pip uses (`pip config list`).")
         os.replace(fetched, cached)
     return cached
 
@@ -88,6 +87,6 @@ def _verify(path: Path, release: Release, remedy: str) -> None:
     found = sha256_of(path)
     if found != release.sha256:
         raise ValueError(
-            f"{path}: sha256 is {found}, expected {release.sha256}. The file is truncated or is not the published one; "
+            f"{path}: sha256 is {found}, expected {release.sha256}. The file is truncated or is not the published one. "
             f"{remedy}"
         )

@@ -1,7 +1,7 @@
-"""Preference pairs for the reward model, checked row by row before any training.
+"""Load preference pairs for the reward model, and check each row before any training.
 
-TRL's formats are accepted: cells of text or conversations, and the prompt either in a column of its own or as the
-common beginning of `chosen` and `rejected` (as in Anthropic's HH), or both (as in UltraFeedback).
+TRL's formats are accepted. A cell is a text or a conversation. The prompt is a column of its own, or the common beginning of
+`chosen` and `rejected` (as in Anthropic's HH), or both (as in UltraFeedback).
 """
 
 import logging
@@ -20,44 +20,48 @@ from data.turns import begins_with, check_answered, split_pair
 
 logger = logging.getLogger(__name__)
 LARGEST = torch.finfo(torch.float32).max  # a margin enters the loss in float32
-# Columns of well-known sets that hold how good each side is.
+# Columns of well-known datasets that rate each side.
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
 COLUMNS = ("prompt", "chosen", "rejected", "margin", "agreement")
 
 
 def load_preferences(name: str, split: str, *, drop: bool = False) -> Dataset:
-    """Checked preference pairs of the embedded default (`human_ratings`), or of whatever `load_rows` can read; with
-    `drop`, without the rows that cannot be used."""
+    """Load checked preference pairs of the embedded default (`human_ratings`), or of any data that `load_rows` reads.
+
+    With `drop`, rows that cannot be used are left out.
+    """
     if name == "human_ratings":
         return human_ratings.ranked_pairs(split) if split == "train" else human_ratings.preference_pairs(split)
     return check_preferences(load_rows(name, split), name, drop=drop)
 
 
 def check_preferences(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
-    """The `rows` with only those of the columns prompt, chosen, rejected, margin and agreement that they have. Where sides
-    hold the prompt beside a column `prompt`, it is taken out of them.
+    """Check preference pairs and return their columns prompt, chosen, rejected, margin and agreement.
+
+    A column that `rows` lacks is left out. If both sides repeat the prompt of a column `prompt`, it is removed from them.
 
     Raises:
-        ValueError: `chosen` or `rejected` is missing; or in some row a cell is neither text nor a conversation, or is
-            not of the kind that the first row has; a completion is empty; both completions are the same, or answer
-            different prompts; a conversation does not end in an answer, or has a role that is not known; `margin` is not
-            a finite number; or `agreement` is not a share from 0 to 1.
+        ValueError: the column `chosen` or `rejected` is missing; or in some row a cell is neither a text nor a
+            conversation, or not of the kind in the first row; a completion is empty; both completions are the same, or
+            answer different prompts; a conversation does not end in an answer, or has an unknown role; `margin` is not a
+            finite number; or `agreement` is not a share from 0 to 1.
     """
     if "chosen" not in rows.column_names and {"completion", "label"} <= set(rows.column_names):
         raise ValueError(
-            f"{name}: no column 'chosen': rows of completion and label are unpaired, and this stage learns from pairs. Pair "
-            f"a completion of label True with one of label False to the same prompt, as chosen and rejected."
+            f"{name}: no column 'chosen'. Rows of completion and label are unpaired, but this stage learns from pairs. For "
+            f"each prompt, pair a completion with label True, as chosen, with one with label False, as rejected."
         )
     require_columns(rows, ("chosen", "rejected"), name)
     check_no_tools(rows, name)
     columns = [column for column in COLUMNS if column in rows.column_names]
     unread = [column for column in rows.column_names if column not in columns]
     if unread:
-        logger.info(f"{name}: columns that are not read: {', '.join(unread)}.")
+        logger.info(f"{name}: these columns are not read: {', '.join(unread)}.")
     for pair in SCORES:
         if set(pair) <= set(unread):
             logger.warning(
-                f"{name}: {' and '.join(pair)} are not read. Their difference is read from a column 'margin'."
+                f"{name}: the columns {' and '.join(pair)} are not read. To use them, put their difference into a column "
+                f"'margin'."
             )
     rows = rows.select_columns(columns)
     doubled = "prompt" in columns and all(map(_doubled, rows))
@@ -73,18 +77,18 @@ def check_preferences(rows: Dataset, name: str, *, drop: bool = False) -> Datase
 
 
 def explicit_prompts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
-    """Checked pairs with the prompt in a column of its own.
+    """Check pairs and return them with the prompt in a column of its own.
 
     Raises:
-        ValueError: a prompt is empty, or both sides of a pair begin with other words.
+        ValueError: a prompt is empty, or the two sides of a pair begin with different words.
     """
 
     def check(where: str, row: dict, kind: str | None) -> None:
         prompt = row["prompt"] if "prompt" in row else split_pair(where, row).prompt
         if isinstance(prompt, str) and not prompt.strip():
             if "prompt" in row:
-                raise cell_error(where, "prompt", prompt, "must not be empty: there is nothing to complete")
-            problem = "must begin as 'chosen' does, with words that are the prompt"
+                raise cell_error(where, "prompt", prompt, "must not be empty (there is nothing to complete)")
+            problem = "must begin with the same words as 'chosen', which are the prompt"
             raise cell_error(where, "rejected", row["rejected"], problem, "Give the pairs a column 'prompt'.")
 
     sides = [column for column in ("prompt", "chosen", "rejected") if column in rows.column_names]
@@ -93,7 +97,7 @@ def explicit_prompts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset
 
 
 def _apart(rows: Dataset, name: str, *, doubled: bool = False) -> Dataset:
-    """Checked pairs, of which the prompt is taken apart."""
+    """Return checked pairs with the prompt split from both sides."""
     parts = [split_pair(name, row, doubled=doubled) for row in rows]
     columns = {field: [getattr(part, field) for part in parts] for field in ("prompt", "chosen", "rejected")}
     others = [column for column in rows.column_names if column not in columns]
@@ -102,13 +106,13 @@ def _apart(rows: Dataset, name: str, *, doubled: bool = False) -> Dataset:
 
 
 def _doubled(row: dict) -> bool:
-    """Tell whether both texts begin with the prompt beside them."""
+    """Tell whether both texts begin with the text of their column `prompt`."""
     cells = [row[field] for field in ("prompt", "chosen", "rejected")]
     return all(isinstance(cell, str) for cell in cells) and all(begins_with(cells[0], side) for side in cells[1:])
 
 
 def _whole(row: dict) -> bool:
-    """Tell whether both sides are conversations that hold the prompt beside them."""
+    """Tell whether the sides are conversations that hold the prompt too."""
     return isinstance(row["chosen"], list) and row["chosen"][0]["role"] != "assistant"
 
 
@@ -127,7 +131,9 @@ def _check_row(where: str, row: dict, kind: str | None) -> str | None:
     if "margin" in row and not _is_finite(row["margin"]):
         raise cell_error(where, "margin", row["margin"], "must be a finite number")
     if "margin" in row and abs(row["margin"]) > LARGEST:
-        raise cell_error(where, "margin", row["margin"], f"must be at most {LARGEST:.1e}, the largest of float32")
+        raise cell_error(
+            where, "margin", row["margin"], f"must be at most {LARGEST:.1e}, the largest number of float32"
+        )
     if "agreement" in row and not (_is_finite(row["agreement"]) and 0 <= row["agreement"] <= 1):
         raise cell_error(where, "agreement", row["agreement"], "must be a share from 0 to 1")
     return kind

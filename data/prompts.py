@@ -1,4 +1,4 @@
-"""Prompts for PPO and evaluation."""
+"""Load prompts for PPO and evaluation, check them, and turn them into tokens."""
 
 from datasets import Dataset
 
@@ -13,20 +13,24 @@ from data.turns import check_answerable
 
 
 def load_prompts(name: str, split: str, *, drop: bool = False) -> Dataset:
-    """Checked prompts of the embedded default (`human_ratings`), or of whatever `load_rows` can read; with `drop`,
-    without the rows that cannot be used."""
+    """Load checked prompts of the embedded default (`human_ratings`), or of any data that `load_rows` reads.
+
+    With `drop`, rows that cannot be used are left out.
+    """
     if name == "human_ratings":
         return human_ratings.prompts(split)
     return check_prompts(load_rows(name, split), name, drop=drop)
 
 
 def check_prompts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
-    """The `rows` themselves, with all their columns, since TRL hands those to the reward functions. Rows of `chosen` and
-    `rejected` that hold the prompt get it as a column.
+    """Check prompts and return the rows with all their columns.
+
+    The other columns stay, because TRL gives them to the reward functions. If the prompt is part of `chosen` and
+    `rejected`, the rows get it as a column `prompt`.
 
     Raises:
-        ValueError: there is no column `prompt`; or in some row it is empty, neither text nor a conversation, not of the
-            kind that the first row has, or ends in a turn that cannot be answered.
+        ValueError: there is no column `prompt`; or in some row the prompt is empty, is neither a text nor a conversation,
+            is not of the kind in the first row, or ends in a turn that cannot be answered.
     """
     if _hold_prompts(rows):
         rows = rows if isinstance(rows, Rows) else Rows.of_file(rows, name)
@@ -52,7 +56,10 @@ def check_prompts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
 
 
 def _hold_prompts(rows: Dataset) -> bool:
-    """Tell whether the prompts stand in `chosen` and `rejected`: alone, or as conversations beside a text."""
+    """Tell whether the prompts are read from `chosen` and `rejected`.
+
+    They are if there is no column `prompt`, or if it holds texts while `chosen` and `rejected` are conversations.
+    """
     if not {"chosen", "rejected"} <= set(rows.column_names):
         return False
     return "prompt" not in rows.column_names or (
@@ -63,20 +70,21 @@ def _hold_prompts(rows: Dataset) -> bool:
 def check_prompt_lengths(
     rows: Dataset, tokenizer, context: float, max_completion_length: int, name: str, *, drop: bool = False
 ) -> tuple[Dataset, Counts]:
-    """Check every prompt as tokens, and that it leaves the model room for a completion of `max_completion_length`.
+    """Check every prompt as tokens, and check that it leaves room for a completion of `max_completion_length`.
 
     Returns:
-        The rows, with `drop` those that can be used, and how many they are.
+        The rows (with `drop`, only those that can be used) and their counts.
 
     Raises:
-        ValueError: prompt and completion together exceed the model's `context`; a prompt is a conversation and the
-            tokenizer has no chat template, or the template refuses it; or it has no tokens, or ends where texts end.
+        ValueError: prompt and completion together exceed the model's `context`; a prompt is a conversation, and the
+            tokenizer has no chat template or the template refuses it; or a prompt has no tokens, or ends with the
+            end-of-text token.
     """
     check_chat_template(rows.select_columns(["prompt"]), tokenizer, name)
     try:
         known = iter(tokenize_prompts(rows["prompt"][:], tokenizer))
     except TEMPLATE_ERRORS:
-        known = None  # the row is looked for below
+        known = None  # `check` below finds the row
     lengths = []
 
     def check(where: str, row: dict, kind: str | None) -> None:
@@ -87,9 +95,9 @@ def check_prompt_lengths(
         check_prompt_ids(where, prompt, ids, tokenizer)
         if len(ids) + max_completion_length > context:
             message = (
-                f"{where}: 'prompt' {shorten(prompt)} has {len(ids)} tokens, and with "
-                f"max_completion_length={max_completion_length} that exceeds the model's context of {context}. "
-                f"Shorten the prompt, lower max_completion_length, or take a model with a longer context."
+                f"{where}: 'prompt' {shorten(prompt)} has {len(ids)} tokens. With "
+                f"max_completion_length={max_completion_length} it exceeds the model's context of {context} tokens. "
+                f"Shorten the prompt, lower max_completion_length, or use a model with a longer context."
             )
             raise CellError(message, f"'prompt' leaves no room in the model's context of {context}")
         lengths.append(len(ids))
@@ -100,10 +108,11 @@ def check_prompt_lengths(
 
 
 def tokenize_prompts(prompts: list, tokenizer) -> list[list[int]]:
-    """Token ids of texts, or of conversations through the tokenizer's chat template, as completions go on from them.
+    """Return the token ids of prompts, ready for completions to follow.
 
-    A tokenizer's end of text is left out, and its beginning stands once. A conversation is followed by what opens the
-    answer; one that ends in the assistant's turn is left open there, so that the completion continues the turn.
+    A prompt is a text, or a conversation that the tokenizer's chat template writes. The end-of-text token is left out, and
+    the beginning-of-text token appears once. A conversation is followed by the opening of the answer. If it ends in an
+    assistant turn, that turn is left open, so that the completion continues it.
     """
     if isinstance(prompts[0], str):
         before, after = added_tokens(tokenizer)

@@ -1,7 +1,7 @@
-"""One reader for every file: a cell is what was written, and an error names the line.
+"""Read the rows of a file: a cell is exactly what was written, and an error names the line.
 
-Text stays text: no reader guesses dates, numbers or missing cells. In CSV and TSV files every cell is text but for those of
-the columns that are numbers by definition (`NUMBERS`). JSON and parquet files state the type of each cell.
+Text stays text: no reader guesses dates, numbers or missing cells. In CSV and TSV files every cell is text, except in the
+columns that are numbers by definition (`NUMBERS`). JSON and parquet files state the type of each cell.
 """
 
 import csv
@@ -27,21 +27,21 @@ NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?|[+-]?(nan|inf(inity)?)"
 
 
 def format_of(path: str | Path) -> str | None:
-    """Return the format that a file's name ends in, with or without `.gz`; None: it is none that can be read."""
+    """Return the format that a file's name ends in, with or without `.gz`, or None if it is not a known one."""
     name = str(path).lower().removesuffix(".gz")
     return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
 
 
 def read_file(name: str, path: Path) -> Dataset:
-    """Read all rows of a file, where `name` is what errors call it.
+    """Read all rows of a file; errors call the file `name`.
 
     Raises:
-        ValueError: its name ends in no known format, or it cannot be read; the message names the line.
+        ValueError: the file's name ends in no known format, or the file cannot be read. The message names the line.
     """
     kind = format_of(path)
     if kind is None:
         raise ValueError(
-            f"{name}: a file must end in one of {', '.join(FORMATS)}, or in one of them and .gz, not {path.suffix!r}. "
+            f"{name}: a file must end in one of {', '.join(FORMATS)}, or one of them plus .gz, not {path.suffix!r}. "
             f"Convert the file."
         )
     try:
@@ -55,10 +55,10 @@ def read_file(name: str, path: Path) -> Dataset:
 
 
 def dataset_of(columns: dict[str, list], name: str) -> Dataset:
-    """Make a dataset of columns of Python values, none of which changes.
+    """Make a dataset from columns of Python values, without changing a value.
 
     Raises:
-        ValueError: a column has numbers or a mixture of types that no dataset can hold.
+        ValueError: a column has a number, or a mixture of types, that no dataset can hold.
     """
     made = {column: _array(values, f"{name}: column {column!r}") for column, values in columns.items()}
     table = pa.table({column: array for column, (array, _) in made.items()})
@@ -68,7 +68,7 @@ def dataset_of(columns: dict[str, list], name: str) -> Dataset:
 
 
 def _array(values: list, where: str) -> tuple[pa.Array | pa.ChunkedArray, bool]:
-    """Return the values as an arrow array, and whether each is a JSON text, as where the types are mixed."""
+    """Return the values as an arrow array, and True if they have mixed types and are stored as JSON texts."""
     if all(value is None or isinstance(value, str) for value in values):
         return pa.array(values), False
     try:
@@ -86,14 +86,17 @@ def _array(values: list, where: str) -> tuple[pa.Array | pa.ChunkedArray, bool]:
             kept = False
         if not kept:
             raise ValueError(
-                f"{where} would not keep the value of row {number} (counting from 1), {repr(value)[:60]}: a number beyond "
-                f"64 bits, or one among other types. Write it as text."
+                f"{where} cannot keep the value of row {number} (counting from 1), {repr(value)[:60]}. It is a number beyond "
+                f"64 bits, or a number among other types. Write it as text."
             )
     return array, True
 
 
 def _same(one: object, other: object) -> bool:
-    """Tell whether two values are equal and of one type; 1 and 1.0 are one number, NaN is itself, and True is no number."""
+    """Tell whether two values are equal and of one type.
+
+    1 equals 1.0, NaN equals NaN, and True is not a number.
+    """
     if isinstance(one, list):
         return isinstance(other, list) and len(one) == len(other) and all(map(_same, one, other))
     if isinstance(one, dict):
@@ -110,7 +113,7 @@ def _open(path: Path):
 
 # ------------------------------------------------------------------------------------ JSON
 def _json_lines(name: str, path: Path) -> list[dict]:
-    """Read rows of JSON lines. Blank lines may be."""
+    """Read rows of JSON lines; skip blank lines."""
     rows = []
     with _open(path) as file:
         for number, line in enumerate(file, 1):
@@ -170,7 +173,10 @@ def _json(name: str, path: Path) -> list[dict]:
 
 
 class _Problem(ValueError):
-    """Say what is wrong with a piece of JSON; `line` counts from its beginning, `byte` is where UTF-8 ends."""
+    """Error about a piece of JSON.
+
+    `line` counts from the beginning of the piece; `byte` is the first one that is not UTF-8.
+    """
 
     def __init__(self, problem: str, line: int | None = None, byte: int | None = None):
         super().__init__(problem)
@@ -188,7 +194,7 @@ def _decode(content: bytes) -> str:
 
 
 def _line_of(content: bytes, problem: _Problem) -> tuple[int, str]:
-    """Return the line of a byte that is not UTF-8, and the problem with the byte counted in its line."""
+    """Return the line of the byte that is not UTF-8, and the problem with the byte counted within that line."""
     assert problem.byte is not None  # as in every problem of `_decode`
     line = content.count(b"\n", 0, problem.byte) + 1
     start = content.rfind(b"\n", 0, problem.byte) + 1
@@ -228,7 +234,7 @@ def _decoded(text: str, at: int) -> tuple[object, int]:
         half = _half(value)
         if half is not None:
             raise _Problem(
-                f"half of a surrogate pair ({half!a}), which is no character, in the text {_start(half, value)}"
+                f"half of a surrogate pair ({half!a}), which is not a character, in the text {_start(half, value)}"
             )
     return value, end
 
@@ -269,7 +275,7 @@ def _cells_of_any_size() -> Iterator[None]:
 
 
 def _csv(name: str, path: Path) -> list[dict]:
-    """Read rows of cells between commas or tabs, quoted by `"`. Blank lines may be."""
+    """Read rows of cells that commas or tabs separate and `"` quotes; skip blank lines."""
     mark = ("\t", "tab") if format_of(path) == ".tsv" else (",", "comma")
     with _open(path) as file:
         content = file.read()
@@ -278,7 +284,7 @@ def _csv(name: str, path: Path) -> list[dict]:
     except _Problem as problem:
         line, reason = _line_of(content, problem)
         raise ValueError(f"{name} line {line}: {reason}. Correct the file.") from None
-    # Strict: a quote that is never closed is an error, not a cell that swallows the rest.
+    # Strict: a quote that is never closed is an error. Otherwise the rest of the file would become one cell.
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=mark[0], strict=True)
     rows: list[dict] = []
     header, line = None, 1
@@ -289,14 +295,14 @@ def _csv(name: str, path: Path) -> list[dict]:
                 cells = next(reader, None)
             except csv.Error as error:
                 raise ValueError(
-                    f"{name} line {line}: {error}. Quote a cell that holds a quote, and write that twice."
+                    f"{name} line {line}: {error}. Quote a cell that holds a quote, and double the quote inside it."
                 ) from None
             if cells is None:
                 return rows
             if not cells:
                 continue
             if header is None:
-                # Pandas writes its index under an empty name, and reads it back under this one.
+                # Pandas writes its index under an empty name, and reads it back under the name used here.
                 header = [cell or f"Unnamed: {number}" for number, cell in enumerate(cells)]
                 twice = [column for column in header if header.count(column) > 1]
                 if twice:

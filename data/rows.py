@@ -1,4 +1,4 @@
-"""Rows that know the file, and the row of it, that each of them was read from."""
+"""Keep for each row of a dataset the file and the row number that it was read from."""
 
 from collections.abc import Iterable
 from typing import Self
@@ -8,19 +8,20 @@ from datasets import Dataset
 
 
 def row_name(name: str, number: int) -> str:
-    """Return how errors name a row. `number` counts from 1."""
+    """Return the name of a row for error messages; `number` counts from 1."""
     return f"{name} row {number} (counting from 1)"
 
 
 class Rows(Dataset):
-    """A dataset whose rows can be named by file and row, also after rows were selected, shuffled, sorted or left out.
+    """A dataset whose rows can be named by file and row, even after they were selected, shuffled, sorted or left out.
 
     Args:
         dataset: the rows.
-        files: name of each file that they come from.
-        of: (rows,) which of the files each row comes from.
-        numbers: (rows,) its row there, counting from 1.
-        left_out: rows beside them that could not be used (`drop_bad_rows`). Of a part of the rows it is not known, and 0.
+        files: names of the files that the rows come from.
+        of: (rows,) index in `files` of each row's file.
+        numbers: (rows,) number of each row in its file, counting from 1.
+        left_out: number of rows of these files that could not be used (`drop_bad_rows`). It is 0 for a part of the rows,
+            where the number is not known.
     """
 
     def __init__(
@@ -37,15 +38,18 @@ class Rows(Dataset):
 
     @classmethod
     def of_file(cls, dataset: Dataset, name: str) -> Self:
-        """Take all rows of one file, or of one split on the hub."""
+        """Make rows of all rows of one file, or of one split on the hub."""
         return cls(dataset, (name,), np.zeros(len(dataset), dtype=int), np.arange(1, len(dataset) + 1))
 
     def with_columns(self, columns: dict[str, list]) -> Self:
-        """Return the same rows with the cells of `columns` alone."""
+        """Return the same rows with only the cells of `columns`."""
         return self.as_rows(Dataset.from_dict(columns))
 
     def as_rows(self, dataset: Dataset) -> Self:
-        """Return a dataset, made of each of these rows in their order, as rows of the same origin."""
+        """Return a dataset as rows of the same origin.
+
+        `dataset` has one row for each of these rows, in the same order.
+        """
         return Rows(dataset, self.files, self.of, self.numbers, self.left_out)
 
     def select(self, indices: Iterable, *args, **kwargs) -> Self:
@@ -57,7 +61,10 @@ class Rows(Dataset):
         return Rows(selected, self.files, self.of[where], self.numbers[where], left_out)
 
     def filter(self, *args, **kwargs) -> Dataset:
-        """Override `filter`, which copies attributes: the rows that it leaves no longer know their origin."""
+        """Override `filter`: return a plain dataset, because the rows that remain no longer know their origin.
+
+        The base class would copy the attributes, which then name the wrong rows.
+        """
         plain = Dataset(
             self.data, info=self.info, split=self.split, indices_table=self._indices, fingerprint=self._fingerprint
         )
@@ -65,19 +72,19 @@ class Rows(Dataset):
 
 
 def left_out(rows: Dataset) -> int:
-    """Return how many rows that could not be used stood beside these."""
+    """Return how many rows of the same files were left out because they could not be used."""
     return rows.left_out if isinstance(rows, Rows) else 0
 
 
 def place(rows: Dataset, index: int, name: str) -> str:
-    """Return how errors name the row at `index` (counting from 0): by file and row of the file where they are known."""
+    """Return the name of the row at `index` (from 0) for error messages: by its file and row there, if they are known."""
     if isinstance(rows, Rows):
         return row_name(rows.files[rows.of[index]], int(rows.numbers[index]))
     return row_name(name, index + 1)
 
 
 def short_place(rows: Dataset, index: int) -> str:
-    """Return `row 3`, with the file where there are several."""
+    """Return a short name such as `row 3`, with the file if there are several."""
     if not isinstance(rows, Rows):
         return f"row {index + 1}"
     number = f"row {rows.numbers[index]}"

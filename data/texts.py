@@ -1,4 +1,4 @@
-"""Texts for supervised fine-tuning."""
+"""Load texts for supervised fine-tuning, check them, and turn them into tokens."""
 
 import logging
 
@@ -11,27 +11,29 @@ from data.turns import begins_with, check_answered
 
 
 logger = logging.getLogger(__name__)
-MEANT = ("prompt", "chosen", "rejected", "label")  # columns that another format reads
+MEANT = ("prompt", "chosen", "rejected", "label")  # columns of other formats
+NOT_IMITATED = ("false", "0", "0.0")  # labels of bad completions; spreadsheets write FALSE
 # TRL's formats: the columns of each, and the kind of cell they hold (None: text or conversations).
-NOT_IMITATED = ("false", "0", "0.0")  # labels; spreadsheets write FALSE
 FORMATS = {("text",): "text", ("messages",): "conversation", ("prompt", "completion"): None}
 
 
 def load_texts(name: str, split: str, *, drop: bool = False) -> Dataset:
-    """Checked texts of the embedded default (`human_ratings`), or of whatever `load_rows` can read; with `drop`, without
-    the rows that cannot be used."""
+    """Load checked texts of the embedded default (`human_ratings`), or of any data that `load_rows` reads.
+
+    With `drop`, rows that cannot be used are left out.
+    """
     if name == "human_ratings":
         return human_ratings.texts(split)
     return check_texts(load_rows(name, split), name, drop=drop)
 
 
 def check_texts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
-    """The `rows` with only the columns of the one format they are in: text, messages, or prompt and completion.
+    """Check texts and return only the columns of their format: text, messages, or prompt and completion.
 
     Raises:
-        ValueError: the columns are those of no format or of several; or in some row a text, completion or last message
-            is empty, a conversation does not end in an answer, `label` is False, every completion begins with its prompt, or
-            a cell is not what its format needs.
+        ValueError: the columns fit no format or several formats; or in some row a text, completion or last message is
+            empty, a conversation does not end in an answer, `label` is False, a completion repeats its prompt, or a cell
+            is not what its format needs.
     """
     columns = _format_of(rows, name)
     read = list(columns)
@@ -40,7 +42,7 @@ def check_texts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
     check_no_tools(rows, name)
     unread = [column for column in MEANT if column in rows.column_names and column not in read]
     if unread:
-        logger.warning(f"{name}: it is read as {' and '.join(columns)}; its columns {', '.join(unread)} are not.")
+        logger.warning(f"{name}: only {' and '.join(columns)} are read. The columns {', '.join(unread)} are not.")
     rows = rows.select_columns(read)
     doubled = "completion" in columns and all(_doubled(row) for row in rows)
 
@@ -51,17 +53,17 @@ def check_texts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
         if kind == "conversation":
             check_answered(where, columns[-1], row[columns[-1]])
         if "completion" in row and (kind == "conversation" or doubled) and _doubled(row):
-            raise cell_error(where, "completion", row["completion"], "must not begin with the prompt", "Take it out.")
+            raise cell_error(where, "completion", row["completion"], "must not begin with the prompt", "Remove it.")
         if str(row.get("label", True)).strip().lower() in NOT_IMITATED:
-            problem = "must be True: every completion is imitated"
-            raise cell_error(where, "label", row["label"], problem, "Keep the rows that are to be imitated.")
+            problem = "must be True (the model learns to write every completion)"
+            raise cell_error(where, "label", row["label"], problem, "Keep only the rows to learn from.")
         return kind
 
     return check_rows(rows, read, name, check, drop=drop).select_columns(list(columns))
 
 
 def _doubled(row: dict) -> bool:
-    """Tell whether a completion begins with the prompt."""
+    """Tell whether a completion begins with its prompt."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
         return begins_with(prompt, completion)
@@ -74,8 +76,11 @@ def _doubled(row: dict) -> bool:
 
 
 def tokenize_texts(rows: Dataset, tokenizer, max_length: int) -> list[list[int]]:
-    """Token rows, cut at `max_length`: of texts, or of prompt and completion together, with the end-of-text token
-    unless they end in it; or of conversations through the tokenizer's chat template, which ends them its own way."""
+    """Return the tokens of each row, cut at `max_length`.
+
+    A text, or a prompt with its completion, gets the end-of-text token if it does not end with it. A conversation is
+    written by the tokenizer's chat template, which ends it in its own way.
+    """
     if isinstance(rows[0][rows.column_names[-1]], str):
         texts = ["".join(row[column] for column in ("prompt", "completion", "text") if column in row) for row in rows]
         end = tokenizer.eos_token_id
@@ -90,5 +95,5 @@ def _format_of(rows: Dataset, name: str) -> tuple[str, ...]:
     formats = [columns for columns in FORMATS if set(columns) <= set(rows.column_names)]
     if len(formats) == 1:
         return formats[0]
-    problem = f"its columns {rows.column_names} are those of {'several formats' if formats else 'no format'}"
-    raise ValueError(f"{name}: {problem}. Give it just one of: text; messages; prompt and completion.")
+    problem = f"the columns {rows.column_names} fit {'several formats' if formats else 'no format'}"
+    raise ValueError(f"{name}: {problem}. Give exactly one of: text; messages; prompt and completion.")

@@ -1,4 +1,4 @@
-"""Rows as a model reads them: what a chat template refuses, special tokens written twice, and how many tokens rows have."""
+"""Check rows as the model reads them: chat templates, special tokens written twice, and lengths in tokens."""
 
 import logging
 import math
@@ -15,19 +15,19 @@ from data.rows import Rows, left_out, place
 logger = logging.getLogger(__name__)
 
 CHUNK = 1024  # rows whose tokens are in memory at a time
-# What a chat template raises for turns that it does not take.
+# Errors that a chat template raises for turns that it refuses.
 TEMPLATE_ERRORS = (TemplateError, ValueError, TypeError, LookupError, AttributeError)
 
 
 class Counts(NamedTuple):
-    """Rows of a dataset, by what `max_length` leaves of them."""
+    """Counts of the rows of a dataset that `max_length` keeps, cuts and drops."""
 
     rows: int
     kept: int  # whole
-    cut: int  # short of their end, or of their beginning
+    cut: int  # without their end, or without their beginning
     dropped: int
     longest: int  # tokens
-    bad: int = 0  # of those that are dropped, by `drop_bad_rows`
+    bad: int = 0  # how many of the dropped rows `drop_bad_rows` left out
 
     def __str__(self) -> str:
         said = f"{self.kept:,} of {self.rows:,} rows kept"
@@ -36,32 +36,39 @@ class Counts(NamedTuple):
         return f"{said}; the longest has {self.longest:,} tokens"
 
     def check(self, name: str, max_length: int, min_kept: float, row: str = "row") -> None:
-        """Raise a ValueError if fewer than the share `min_kept` of the rows are kept whole, or none is trained on."""
-        if self.bad:  # which is not for `max_length` to answer for
+        """Raise a ValueError if fewer than the share `min_kept` of the rows are kept whole, or if all rows are dropped."""
+        if self.bad:  # `max_length` did not drop these rows, so they do not count here
             good = self._replace(rows=self.rows - self.bad, dropped=self.dropped - self.bad, bad=0)
             return good.check(name, max_length, min_kept, row)
         if self.dropped == self.rows:
             raise ValueError(
                 f"{name}: every {row} is longer than max_length={max_length} tokens. Shorten them, or raise max_length (the "
-                f"longest has {self.longest:,})."
+                f"longest has {self.longest:,} tokens)."
             )
         if self.kept < min_kept * self.rows:
             raise ValueError(
-                f"{name}: max_length={max_length} leaves {self}: {self.kept / self.rows:.0%} are whole, and "
-                f"min_kept={min_kept:g}. Raise max_length or shorten the rows; to go on as it is, lower min_kept."
+                f"{name}: max_length={max_length} leaves {self}. Only {self.kept / self.rows:.0%} are whole, but "
+                f"min_kept={min_kept:g}. Raise max_length or shorten the rows. To train on the other rows, lower min_kept."
             )
 
 
 class Lengths(NamedTuple):
-    """Tokens of each row, of a pair's longer side, and of its prompt (0: it has none); and rows that are left out."""
+    """Lengths of rows in tokens.
+
+    `rows` has the length of each row (for a pair, of its longer side). `prompts` has the length of its prompt, 0 if it has
+    no prompt. `bad` is the number of rows that `drop_bad_rows` left out.
+    """
 
     rows: list[int]
     prompts: list[int]
     bad: int = 0
 
     def counts(self, max_length: int, *, drops: bool = False, needs_rest: bool = False) -> Counts:
-        """Count the rows, where longer ones are cut, or with `drops` left out; with `needs_rest`, those whose prompt alone
-        is as long as `max_length` are left out too."""
+        """Count the rows that `max_length` keeps, cuts and drops.
+
+        A longer row is cut. With `drops` it is dropped instead. With `needs_rest` it is dropped if its prompt alone has
+        `max_length` tokens or more.
+        """
         long = [number for number, length in enumerate(self.rows) if length > max_length]
         lost = [number for number in long if drops or (needs_rest and self.prompts[number] >= max_length)]
         whole = len(self.rows) - len(long)
@@ -79,16 +86,17 @@ def added_tokens(tokenizer) -> tuple[list[int], list[int]]:
 
 
 def prepare_tokens(rows: Dataset, tokenizer, name: str, *, drop: bool = False) -> tuple[Dataset, Lengths]:
-    """Check texts or pairs as TRL's trainers will tokenize them, and measure them.
+    """Check texts or pairs as TRL's trainers will tokenize them, and measure their lengths.
 
-    Texts that open with the token that the tokenizer writes before every text lose it: it would stand there twice.
+    The tokenizer may write a token before every text. If a text begins with this token, the token is removed from the text:
+    it would appear twice.
 
     Returns:
-        The rows, with `drop` without those that the chat template refuses, and their tokens.
+        The rows (with `drop`, without those that the chat template refuses) and their lengths.
 
     Raises:
-        ValueError: the tokenizer ends every text itself; a conversation is given and it has no chat template; or the
-            template refuses a row, or begins it twice.
+        ValueError: the tokenizer itself ends every text; a row is a conversation, and the tokenizer has no chat template;
+            or the template refuses a row, or writes its beginning token twice.
     """
     columns = [
         column
@@ -104,7 +112,7 @@ def prepare_tokens(rows: Dataset, tokenizer, name: str, *, drop: bool = False) -
         def check_end(where: str, row: dict, kind: str | None) -> None:
             if row["prompt"].endswith(end):
                 problem = f"must not end with {end!r}, which ends texts"
-                raise cell_error(where, "prompt", row["prompt"], problem, "Take it out of the prompt.")
+                raise cell_error(where, "prompt", row["prompt"], problem, "Remove it from the prompt.")
 
         if "prompt" in columns and any(prompt.endswith(end) for prompt in rows["prompt"]):
             rows = check_rows(rows, columns, name, check_end, drop=drop)
@@ -140,27 +148,28 @@ def prepare_tokens(rows: Dataset, tokenizer, name: str, *, drop: bool = False) -
             found.prompts.append(len(prompt))
     if parted:
         logger.warning(
-            f"{name}: in {len(parted):,} of {len(rows):,} rows the tokens of the prompt are not those that the whole row begins "
-            f"with (first: {place(rows, parted[0], name)}); the completion is taken to start where they part. End prompts "
-            f"where a token ends: white space belongs to what follows it."
+            f"{name}: in {len(parted):,} of {len(rows):,} rows the tokens of the whole row do not begin with those of the "
+            f"prompt (first: {place(rows, parted[0], name)}). The completion starts where they first differ. End each prompt "
+            f"where a token ends: white space belongs to the text after it."
         )
     return rows, found
 
 
 def _ids(texts: list[str], tokenizer, options: dict) -> list[list[int]]:
-    """Tokenize texts, each once however often it stands there: pairs of a ranking share theirs."""
+    """Tokenize texts, each distinct text once: the pairs of a ranking share texts."""
     once = list(dict.fromkeys(texts))
     found = dict(zip(once, tokenizer(once, **options)["input_ids"], strict=True))
     return [found[text] for text in texts]
 
 
 def _once_begun(rows: Dataset, sides: list[str], tokenizer, name: str) -> Dataset:
-    """Check that the tokenizer ends no text, and take from texts the beginning that it writes itself."""
+    """Check that the tokenizer does not end texts, and remove from texts the beginning that it writes itself."""
     before, after = added_tokens(tokenizer)
     if after:
         raise ValueError(
-            f"{name}: the tokenizer ends every text with {tokenizer.decode(after)!r}, prompts too, and the trainer ends texts "
-            f"itself. Save the tokenizer with add_eos_token=False, or without it in the post-processor of tokenizer.json."
+            f"{name}: the tokenizer ends every text with {tokenizer.decode(after)!r}, even prompts, but the trainer ends "
+            f"texts itself. Save the tokenizer with add_eos_token=False, or remove the token from the post-processor of "
+            f"tokenizer.json."
         )
     opens = tokenizer.decode(before) if before else ""
     first = ["prompt"] if "prompt" in rows.column_names else sides
@@ -169,19 +178,20 @@ def _once_begun(rows: Dataset, sides: list[str], tokenizer, name: str) -> Datase
     if not begun:
         return rows
     logger.warning(
-        f"{name}: {len(begun):,} of {len(rows):,} texts begin with {opens!r} (first: {place(rows, begun[0], name)}), which the "
-        f"tokenizer writes itself; it is taken out of them."
+        f"{name}: {len(begun):,} of {len(rows):,} texts begin with {opens!r} (first: {place(rows, begun[0], name)}). The "
+        f"tokenizer writes it itself, so it is removed from them."
     )
     made = dataset_of(cells | {column: [text.removeprefix(opens) for text in cells[column]] for column in first}, name)
     return rows.as_rows(made) if isinstance(rows, Rows) else made
 
 
 def write_turns(where: str, field: str, turns: list[dict], tokenizer, *, ask: bool = False) -> str:
-    """Write a conversation by the tokenizer's chat template; to `ask`, with what opens the answer, or with the end left
-    open if the last turn is the assistant's.
+    """Write a conversation with the tokenizer's chat template.
+
+    With `ask`, the text ends with the opening of an answer. If the last turn is the assistant's, that turn is left open.
 
     Raises:
-        CellError: the template refuses it.
+        CellError: the template refuses the conversation.
     """
     options = {}
     if ask:
@@ -192,38 +202,40 @@ def write_turns(where: str, field: str, turns: list[dict], tokenizer, *, ask: bo
         reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
         remedy = "Correct or delete the row."
         if turns[0]["role"] in ("system", "developer"):
-            remedy = "If it takes no system turn, put its words at the head of the user's first turn."
+            remedy = "If the template takes no system turn, put its words at the beginning of the first user turn."
         raise cell_error(where, field, turns, f"is refused by the chat template ({reason})", remedy) from error
 
 
 def _check_one_beginning(rows: Dataset, number: int, ids: list[int], tokenizer, field: str, name: str) -> None:
     begin = tokenizer.bos_token_id
     if begin is not None and ids[:2] == [begin, begin]:
-        problem = f"is written with {tokenizer.bos_token!r} twice at its beginning"
-        remedy = "Take it out of the message or of the chat template."
+        problem = f"must not begin with {tokenizer.bos_token!r} twice"
+        remedy = "Remove it from the message or from the chat template."
         raise cell_error(place(rows, number, name), field, rows[number][field], problem, remedy)
 
 
 def check_prompt_ids(where: str, prompt: str | list, ids: list[int], tokenizer) -> None:
-    """Raise a CellError for a prompt without tokens, or one that ends where a text ends."""
+    """Raise a CellError for a prompt without tokens, or one that ends with the end-of-text token."""
     if not ids:
         raise cell_error(where, "prompt", prompt, "must have tokens")
     end = getattr(tokenizer, "eos_token_id", None)
     if end is not None and ids[-1] == end and len(ids) > 1:
-        remedy = "Take it out of the prompt." if isinstance(prompt, str) else "Correct the chat template."
+        remedy = "Remove it from the prompt." if isinstance(prompt, str) else "Correct the chat template."
         raise cell_error(
             where, "prompt", prompt, f"must not end with {tokenizer.eos_token!r}, which ends texts", remedy
         )
 
 
 def check_max_length(max_length: int | None, context: float) -> None:
-    """Rows longer than `max_length` tokens are TRL's to cut (SFT) or drop (reward); none may outgrow the model.
+    """Check that `max_length` is set and fits the model's context.
+
+    TRL cuts longer rows (SFT) or drops them (reward), so no row exceeds the context.
 
     Raises:
-        ValueError: rows longer than the model's context could reach it; or no length is set.
+        ValueError: `max_length` is None, or exceeds the model's context.
     """
     if max_length is None:
-        bound = f"; the model's context is {context} tokens" if context < math.inf else ""
-        raise ValueError(f"max_length={max_length} leaves rows of any length. Set it to a number of tokens{bound}.")
+        bound = f" (the model's context has {context})" if context < math.inf else ""
+        raise ValueError(f"max_length={max_length} allows rows of any length. Set it to a number of tokens{bound}.")
     if max_length > context:
-        raise ValueError(f"max_length={max_length} exceeds the model's context of {context} tokens; lower it.")
+        raise ValueError(f"max_length={max_length} exceeds the model's context of {context} tokens. Lower it.")

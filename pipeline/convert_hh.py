@@ -1,10 +1,11 @@
-"""Anthropic's HH preferences as files for every stage, in TRL's conversational format.
+"""Convert Anthropic's HH preferences to files for every stage, in TRL's conversational format.
 
     python -m pipeline.convert_hh Anthropic/hh-rlhf runs/hh --data_dir harmless-base
     python -m pipeline.convert_hh test.jsonl.gz runs/hh --max_tokens 256 --tokenizer HuggingFaceTB/SmolLM2-135M-Instruct
 
-Takes a hub id, or a .jsonl or .jsonl.gz file. Leaves `preferences_train.jsonl`, `sft_train.jsonl`, `prompts_train.jsonl`, and
-the same for `test`, whose dialogues begin otherwise than those of `train`. Says how many rows are left out, and why.
+The source is a hub id, or a .jsonl or .jsonl.gz file. The files written are `preferences_train.jsonl`, `sft_train.jsonl`,
+`prompts_train.jsonl`, and the same for `test`. No dialogue of `test` begins like one of `train`. The command prints how many
+rows are left out, and why.
 """
 
 import argparse
@@ -19,15 +20,17 @@ from pipeline.runs.errors import report_errors
 
 
 def arguments(args: list[str]) -> argparse.Namespace:
-    """Parse the command line; what makes no sense ends it with a message."""
+    """Parse the command line; exit with a message if an option is invalid."""
     parser = argparse.ArgumentParser("python -m pipeline.convert_hh", allow_abbrev=False)
     parser.add_argument("source", help="Hub id, or .jsonl or .jsonl.gz file, with the columns chosen and rejected.")
-    parser.add_argument("folder", type=Path, help="Where the files go.")
-    parser.add_argument("--data_dir", help="Folder of a dataset on the hub, such as harmless-base; unset: all of it.")
+    parser.add_argument("folder", type=Path, help="Folder to write the files to.")
+    parser.add_argument(
+        "--data_dir", help="Folder of a dataset on the hub, such as harmless-base; unset: the whole dataset."
+    )
     parser.add_argument("--held_out", type=float, default=0.2, help="Share of the dialogues that are not trained on.")
-    parser.add_argument("--max_pairs", type=int, help="Keep the first so many sound pairs; unset: all.")
+    parser.add_argument("--max_pairs", type=int, help="Keep only this many sound pairs, the first ones; unset: all.")
     parser.add_argument("--max_tokens", type=int, help="Leave longer dialogues out; needs --tokenizer.")
-    parser.add_argument("--tokenizer", help="Model that is to read them: hub id or folder.")
+    parser.add_argument("--tokenizer", help="Model whose tokenizer counts the tokens: hub id or folder.")
     found = parser.parse_args(args)
     for name, least in (("max_pairs", 2), ("max_tokens", 1)):
         value = getattr(found, name)
@@ -36,19 +39,21 @@ def arguments(args: list[str]) -> argparse.Namespace:
     if not 0 < found.held_out < 1:
         parser.error(f"--held_out {found.held_out} must be a share between 0 and 1.")
     if (found.max_tokens is None) != (found.tokenizer is None):
-        parser.error("--max_tokens and --tokenizer belong together: give both, or none.")
+        parser.error("--max_tokens and --tokenizer belong together. Give both or neither.")
     return found
 
 
 def load_chat_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Load a model's tokenizer.
+    """Load a model's tokenizer, which must have a chat template.
 
     Raises:
-        ValueError: it has no chat template.
+        ValueError: the tokenizer has no chat template.
     """
     tokenizer = AutoTokenizer.from_pretrained(model_source(name))
     if tokenizer.chat_template is None:
-        raise ValueError(f"--tokenizer {name}: it has no chat template. Name the tokenizer of a chat model.")
+        raise ValueError(
+            f"--tokenizer {name}: the tokenizer has no chat template. Name the tokenizer of a chat model."
+        )
     return tokenizer
 
 

@@ -1,14 +1,14 @@
-"""Coming from old TRL: its PPOConfig as a recipe of ours.
+"""Convert a PPOConfig of old TRL to a recipe for pipeline.ppo.
 
     python -m pipeline.migrate old.yaml > new.yaml
     python -m pipeline.migrate -- --learning_rate 1e-5 --num_ppo_epochs 4 > new.yaml
 
-Reads YAML, JSON or a command line, in the words of TRL up to 0.11 (`ppo_epochs`, `init_kl_coef`) or of 0.12 to 1.12
-(`num_ppo_epochs`, `kl_coef`; PPOv2Config too). Every key comes out: as the key it is here, with its old name beside it,
-or in a comment that says why there is none and what to do. What was left out comes out with TRL's default, where ours
-is another.
+The input is YAML, JSON or a command line, with the keys of TRL up to 0.11 (`ppo_epochs`, `init_kl_coef`) or of 0.12 to 1.12
+(`num_ppo_epochs`, `kl_coef`; PPOv2Config too). Every old key appears in the output: as a key of the recipe with the old name
+beside it, or in a comment that says why there is no such key and what to do. A key that was left out appears with TRL's
+default if our default differs.
 
-The module is longer than others: half of it are tables of TRL's options.
+The module is longer than others, because half of it are tables of TRL's options.
 """
 
 import difflib
@@ -28,7 +28,7 @@ from pipeline.rl.config import UNSUPPORTED
 
 OLD, NEW = "0.11", "1.12"
 
-# ------------------------------------------------------------------------------------------------ keys that have one
+# ------------------------------------------------------------------------------------------------ old keys with a new key
 _BOTH = {
     "cliprange": "epsilon",
     "cliprange_value": "value_clip",
@@ -42,7 +42,7 @@ _BOTH = {
     "evaluation_strategy": "eval_strategy",
     "dataset_test_split": "dataset_eval_split",
 }
-# Old key -> ours, the value unchanged.
+# Old key -> new key, with the same value.
 RENAMED: dict[str, dict[str, str]] = {
     OLD: _BOTH
     | {
@@ -66,7 +66,7 @@ RENAMED: dict[str, dict[str, str]] = {
     },
 }
 
-# Read together, by `_sizes_old`, `_sizes_new`, `_rest_old` and `_rest_new`.
+# Old keys that `_sizes_old`, `_sizes_new`, `_rest_old` and `_rest_new` read together.
 COUNTED = {
     OLD: {
         *("batch_size", "mini_batch_size", "forward_batch_size", "gradient_accumulation_steps", "steps", "world_size"),
@@ -87,10 +87,10 @@ KEPT = {field.name for field in fields(TrainingArguments)} | {
     *("dataset_name", "dataset_train_split", "env"),
 }
 
-# TRL's trainer counted updates with these, ours optimizer steps. Fractions of the run are left as they are.
+# TRL's trainer counted updates with these keys; ours counts optimizer steps. Fractions of the run do not change.
 STEPS = ("logging_steps", "save_steps", "eval_steps", "warmup_steps")
 
-# What TRL did where a key was left out, if we do or may come to do something else.
+# TRL's defaults that differ from ours, or may differ later.
 _DEFAULTS = {"cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "gamma": 1.0, "lam": 0.95}
 _DEFAULTS |= {"whiten_rewards": False, "gradient_accumulation_steps": 1}
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -131,30 +131,30 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 
-# ------------------------------------------------------------------------------------------------ keys that have none
-_COMPUTED = "TRL worked it out and wrote over what was given. Nothing to do."
-_PREPROCESSING = "prompts are tokenized as they are sampled. Nothing to do."
-_TRACKER = "set it where the tracker reads it (WANDB_PROJECT and the like), or in `accelerate config`."
-_BEST = "there is no push of the best only; set `push_to_hub` and `hub_model_id`."
+# ------------------------------------------------------------------------------------------------ old keys without a new key
+_COMPUTED = "TRL computed it and ignored the given value. Nothing to do."
+_PREPROCESSING = "prompts are tokenized when they are sampled. Nothing to do."
+_TRACKER = "set it in the environment of the tracker (WANDB_PROJECT and the like), or in `accelerate config`."
+_BEST = "pushing only the best model is not supported. Set `push_to_hub` and `hub_model_id`."
 _NEVER_READ = "TRL never read it. Nothing to do."
 
-# Old key -> why there is no such key here, and what to do.
+# Old key -> the reason why there is no such key, and what to do.
 _DROPPED = {
-    "resume_from_checkpoint": "a checkpoint of TRL's PPO is none of ours. Start anew.",
+    "resume_from_checkpoint": "a checkpoint of TRL's PPO cannot be resumed here. Start a new run.",
     "dataset_num_proc": _PREPROCESSING,
-    "dataset_config": "a data set has no configurations here; save its rows as .jsonl or .parquet and name that.",
+    "dataset_config": "dataset configurations are not supported. Save the rows as .jsonl or .parquet and name that file.",
     "dataset_streaming": "rows are not streamed. Nothing to do.",
     "ignore_bias_buffers": _NEVER_READ,
     "gradient_checkpointing_use_reentrant": _NEVER_READ,
     "use_peft": "every role is a LoRA adapter; see lora_r, lora_alpha, lora_target_modules.",
-    "use_dora": "an adapter is plain LoRA, or rank-stabilised with use_rslora.",
+    "use_dora": "adapters are plain LoRA, or rank-stabilised LoRA with use_rslora.",
     "lora_task_type": "the roles have their own task types. Nothing to do.",
-    "lora_modules_to_save": "the backbone is frozen but for its adapters. Nothing to do.",
-    "lora_target_parameters": "adapters go to modules; name them in lora_target_modules.",
-    "load_in_8bit": "the backbone is loaded in 4 bits, with `load_in_4bit`, or as `dtype` says.",
-    "bnb_4bit_quant_storage": "it serves sharding, which a backbone in 4 bits is refused. Nothing to do.",
+    "lora_modules_to_save": "only the adapters of the backbone are trained. Nothing to do.",
+    "lora_target_parameters": "adapters are set by module. Name the modules in lora_target_modules.",
+    "load_in_8bit": "the backbone is loaded in 4 bits (`load_in_4bit`) or in its `dtype`.",
+    "bnb_4bit_quant_storage": "it is only for sharding, but a 4-bit backbone cannot be sharded. Nothing to do.",
 }
-# TrainingArguments of transformers 4 that transformers 5 has no more.
+# TrainingArguments of transformers 4 that transformers 5 no longer has.
 _DROPPED |= dict.fromkeys(
     (
         *("adafactor", "dispatch_batches", "fp16_backend", "fp16_opt_level", "fsdp_min_num_params"),
@@ -165,13 +165,13 @@ _DROPPED |= dict.fromkeys(
         *("save_safetensors", "split_batches", "torchdynamo", "tpu_metrics_debug", "tpu_num_cores", "use_ipex"),
         *("use_legacy_prediction_loop", "use_mps_device"),
     ),
-    "transformers 5 has no such argument; see its migration guide.",
+    "transformers 5 has no such argument. See its migration guide.",
 )
 DROPPED = {
     OLD: _DROPPED
     | {
-        "max_steps": "no key of TRL's PPO then: `steps` counted.",
-        "task_name": "a label for trackers only; put it into `run_name`.",
+        "max_steps": "TRL's PPO had no such key then. It used `steps`.",
+        "task_name": "a label for trackers only. Put it into `run_name`.",
         "reward_model": "a label for trackers only: the scores came from your own loop. Train a reward adapter with "
         "pipeline.reward and name it in `reward_adapter`, or name your function in `reward_funcs`.",
         "tracker_kwargs": _TRACKER,
@@ -179,29 +179,29 @@ DROPPED = {
         "project_kwargs": _TRACKER,
         "tracker_project_name": _TRACKER,
         "push_to_hub_if_best_kwargs": _BEST,
-        "optimize_cuda_cache": "it emptied the device's cache in every step; set `torch_empty_cache_steps`.",
-        "optimize_device_cache": "it emptied the device's cache in every step; set `torch_empty_cache_steps`.",
+        "optimize_cuda_cache": "TRL emptied the device's cache in every step. Set `torch_empty_cache_steps`.",
+        "optimize_device_cache": "TRL emptied the device's cache in every step. Set `torch_empty_cache_steps`.",
         "compare_steps": _BEST,
-        "ratio_threshold": "it left out minibatches with a mean ratio above it. `max_approx_kl` ends an update before.",
+        "ratio_threshold": "TRL left out minibatches with a larger mean ratio. Set `max_approx_kl`; it ends an update before.",
         "use_score_scaling": "scores are not divided by their running deviation. Scale the reward function, weigh it "
         "with `reward_weights`, or set `reward_clip_range`.",
         "use_score_norm": "scores are not shifted by their running mean: the value function learns it. Nothing to do.",
-        "is_encoder_decoder": "encoder-decoder models are not supported; take a decoder-only one.",
+        "is_encoder_decoder": "encoder-decoder models are not supported. Use a decoder-only model.",
         "is_peft_model": "every role is a LoRA adapter; see lora_r, lora_alpha, lora_target_modules.",
         "backward_batch_size": _COMPUTED,
         "global_backward_batch_size": _COMPUTED,
         "global_batch_size": _COMPUTED,
-        "use_seq2seq": "encoder-decoder models are not supported; take a decoder-only one.",
+        "use_seq2seq": "encoder-decoder models are not supported. Use a decoder-only model.",
     },
     NEW: _DROPPED
     | {
         "local_rollout_forward_batch_size": "completions are sampled all at once and scored "
-        "`per_device_train_batch_size` at a time; lower that, and raise `steps_per_generation`, if memory is short.",
-        "num_sample_generations": "TRL completed evaluation rows so many times; `sample_updates` completes fixed prompts "
-        "every so many updates, and pipeline.evaluation compares them afterwards.",
-        "stop_token": "a completion always ends with the tokenizer's end-of-text token, as with 'eos'; without it TRL "
-        "sampled on to response_length.",
-        "stop_token_id": "a completion ends with the tokenizer's end-of-text token; make this token its eos_token.",
+        "`per_device_train_batch_size` at a time. If memory is short, lower it and raise `steps_per_generation`.",
+        "num_sample_generations": "TRL completed evaluation rows this many times in a run. `sample_updates` completes fixed "
+        "prompts every so many updates, and pipeline.evaluation compares the models afterwards.",
+        "stop_token": "a completion always ends with the tokenizer's end-of-text token, as with 'eos'. Without this key, "
+        "TRL sampled on to response_length.",
+        "stop_token_id": "a completion ends with the tokenizer's end-of-text token. Make this token its eos_token.",
         "num_total_batches": _COMPUTED,
         "micro_batch_size": _COMPUTED,
         "local_batch_size": _COMPUTED,
@@ -210,11 +210,11 @@ DROPPED = {
         "mini_batch_size": _COMPUTED,
         "max_steps": "TRL's PPO never read it: it counted total_episodes or num_train_epochs.",
         "model_adapter_name": "the roles name their adapters; the policy starts from `sft_adapter`.",
-        "ref_adapter_name": "the roles name their adapters; the reference is where the policy starts.",
+        "ref_adapter_name": "the roles name their adapters; the reference is the policy at its start.",
     },
 }
 
-# The recipe's order; what is in no group comes last.
+# The order of keys in the recipe. Keys of no group come last.
 GROUPS = {
     "roles on one backbone": ("model_name_or_path", "model_revision", "dtype", "attn_implementation")
     + ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant")
@@ -229,7 +229,7 @@ GROUPS = {
 
 
 class Recipe:
-    """What comes out: `lines` of our keys, each a value and a remark, and `notes` on old keys that are not among them."""
+    """A recipe: `lines` maps each new key to its value and a remark; `notes` has remarks on old keys without a new key."""
 
     def __init__(self, given: dict, dialect: str):
         self.given, self.dialect = given, dialect
@@ -238,26 +238,32 @@ class Recipe:
         self.notes: dict[str, str] = {}
 
     def set(self, key: str, value, *remarks: str, old_key: str | None = None) -> None:
-        """Our `key`, and beside it the old one, if it had another name or was left out."""
+        """Set the new `key`, with a remark that has the old key if its name was different or it was left out."""
         source = [] if old_key in (None, key) else [old_key]
         if old_key is not None and old_key not in self.given:
             source.append("TRL's default")
         self.lines[key] = (value, "; ".join([", ".join(source), *remarks] if source else remarks))
 
     def remark(self, key: str, remark: str) -> None:
+        """Add a remark to a key of the recipe."""
         value, before = self.lines[key]
         self.lines[key] = (value, f"{before}; {remark}" if before else remark)
 
 
-# ------------------------------------------------------------------------------------------------ what is read together
+# ------------------------------------------------------------------------------------------------ keys that are read together
 def _exact(number: int, divisor: int, names: str, divisor_names: str) -> int:
     if number % divisor:
-        raise ValueError(f"{names} = {number} is no multiple of {divisor_names} = {divisor}; TRL refused it too.")
+        raise ValueError(
+            f"{names} = {number} is not a multiple of {divisor_names} = {divisor}. TRL refused it too. Change one of them."
+        )
     return number // divisor
 
 
 def _sizes_old(recipe: Recipe) -> int:
-    """Optimizer steps an update. `batch_size` completions a process, cut into pieces of `mini_batch_size`."""
+    """Set the sizes of an old recipe, and return its optimizer steps an update.
+
+    Each process has `batch_size` completions, cut into pieces of `mini_batch_size`.
+    """
     old = recipe.old
     piece_key = "forward_batch_size" if "forward_batch_size" in old else "mini_batch_size"
     rows, piece, accumulation, epochs = (
@@ -273,7 +279,7 @@ def _sizes_old(recipe: Recipe) -> int:
         "max_steps",
         updates * epochs * minibatches,
         f"{updates} updates of {rows} completions x {epochs} epochs x {minibatches} minibatches",
-        "a loop of yours over the data loader made one update a batch: count those",
+        "your own loop over the data loader made one update a batch: count its batches",
         old_key="steps",
     )
     if piece_key == "forward_batch_size" and "mini_batch_size" in recipe.given:
@@ -284,7 +290,10 @@ def _sizes_old(recipe: Recipe) -> int:
 
 
 def _sizes_new(recipe: Recipe) -> int:
-    """Optimizer steps an update. A minibatch is cut into equal pieces, the largest that are no larger than TRL's."""
+    """Set the sizes of a newer recipe, and return its optimizer steps an update.
+
+    A minibatch is cut into equal pieces, as large as possible but not larger than those of TRL.
+    """
     old = recipe.old
     names = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_mini_batches")
     piece, accumulation, minibatches = (old[name] for name in names)
@@ -300,44 +309,44 @@ def _sizes_new(recipe: Recipe) -> int:
         updates = math.ceil(old["total_episodes"] / (rows * processes))
         recipe.set("max_steps", updates * epochs * minibatches, f"{updates} {updates_of}", old_key="total_episodes")
         if "num_train_epochs" in recipe.given:
-            recipe.notes["num_train_epochs"] = "TRL did not read it beside total_episodes."
+            recipe.notes["num_train_epochs"] = "TRL did not read it when total_episodes was set."
     else:
         recipe.set("num_train_epochs", old["num_train_epochs"], "passes over the prompts", old_key="num_train_epochs")
     if "world_size" in recipe.given:
-        recipe.notes["world_size"] = f"max_steps is worked out for {processes} processes; launch as many."
+        recipe.notes["world_size"] = f"max_steps is computed for {processes} processes. Launch as many."
     taken = minibatches * math.ceil(minibatch / piece) / accumulation
     if taken != minibatches:
         recipe.notes[names[2]] = (
             f"the recipe makes {minibatches} optimizer steps an epoch, as documented. TRL 1.12 made one in "
-            f"{accumulation} backward passes, whatever num_mini_batches said: about {taken:g} an epoch."
+            f"{accumulation} backward passes, for any num_mini_batches: about {taken:g} an epoch."
         )
     return epochs * minibatches
 
 
 def _rest_old(recipe: Recipe) -> None:
-    """KL control, early stop, bounds of score and gradient; and what stood in the code, not in the config."""
+    """Set KL control, early stop, bounds of score and gradient, and settings that old TRL had in code, not in its config."""
     old = recipe.old
     adaptive, stops = old["adap_kl_ctrl"], old.get("early_stopping", False)
     if not adaptive and "adap_kl_ctrl" in recipe.given:
         recipe.notes["adap_kl_ctrl"] = "beta is fixed while kl_target is unset. Nothing to do."
     if adaptive:
         if "adap_kl_ctrl" in recipe.given:
-            recipe.notes["adap_kl_ctrl"] = "beta is adapted where kl_target is set, as it is here."
+            recipe.notes["adap_kl_ctrl"] = "beta is adapted if kl_target is set, as it is here."
         recipe.set("kl_target", old["target"], "nats a sequence", old_key="target")
         recipe.set("kl_horizon", old["horizon"], "sequences", old_key="horizon")
     if old["kl_penalty"] == "kl":
         recipe.set("kl_estimator", "k1", old_key="kl_penalty")
     else:
         recipe.notes["kl_penalty"] = (
-            "`kl_estimator` is k1, the difference of log-probabilities, or k3, which is never negative and the nearest "
-            "to this. It is left at its default."
+            "`kl_estimator` is k1, the difference of log-probabilities, or k3, which is never negative and is the nearest "
+            "to this. It keeps its default."
         )
     if stops:
         recipe.set(
             "max_approx_kl",
             round(1.5 * old.get("target_kl", 1.0), 10),
             "1.5 x target_kl",
-            "TRL compared the mean log-ratio of the last minibatch, we half the mean square",
+            "TRL compared the mean log-ratio of the last minibatch, we compare half its mean square",
             old_key="early_stopping",
         )
     if "score_clip" in old:
@@ -349,20 +358,22 @@ def _rest_old(recipe: Recipe) -> None:
     ):
         for key in keys:
             if not on and key in recipe.given:
-                recipe.notes[key] = f"TRL used it with {switch} only. Nothing to do."
+                recipe.notes[key] = f"TRL used it only with {switch}. Nothing to do."
     recipe.set("reward_adapter", "./runs/reward", "TO DO: yours, or reward_funcs; the scores came from your own loop")
     recipe.set("max_completion_length", 256, "TO DO: max_new_tokens of your generation arguments")
     recipe.set("temperature", 1.0, "TO DO: of your generation arguments; TRL left it out of the log-probabilities")
 
 
 def _rest_new(recipe: Recipe) -> None:
-    """Where the policy and the reward come from, and the bound of the gradient."""
+    """Set the sources of policy and reward, and the bound of the gradient."""
     given = recipe.given
     if "model_name_or_path" in given and "sft_model_path" in given:
-        recipe.notes["model_name_or_path"] = "TRL read only the tokenizer from it; ours is the backbone's."
+        recipe.notes["model_name_or_path"] = (
+            "TRL read only the tokenizer from it. Here the tokenizer is that of the backbone."
+        )
     elif "model_name_or_path" in given:
         recipe.set("model_name_or_path", given["model_name_or_path"])
-    recipe.remark("reward_adapter", "TO DO: a LoRA adapter on this backbone, by pipeline.reward, not a whole model")
+    recipe.remark("reward_adapter", "TO DO: a LoRA adapter on this backbone, from pipeline.reward, not a whole model")
     recipe.set("max_grad_norm", 0.0, "TRL's PPO clipped no gradient; 1.0 is a good start")
     if "stop_token_id" in given and "stop_token" not in given:
         del recipe.notes["stop_token"]
@@ -372,37 +383,38 @@ def _rest_new(recipe: Recipe) -> None:
 
 # ------------------------------------------------------------------------------------------------ from old to new
 def known_keys(dialect: str) -> set[str]:
-    """Every key that is understood in this dialect."""
+    """Return all keys of this dialect that can be converted."""
     return {*RENAMED[dialect], *COUNTED[dialect], *DROPPED[dialect], *KEPT}
 
 
 def dialect_of(given: dict) -> str:
-    """Whose keys these are.
+    """Return the dialect of the keys: `OLD` or `NEW`.
 
     Raises:
-        ValueError: a key that neither has; or keys of both.
+        ValueError: a key belongs to neither dialect; or there are keys of both.
     """
     for key in given:
         if key not in known_keys(OLD) | known_keys(NEW):
             nearest = difflib.get_close_matches(key, sorted(known_keys(OLD) | known_keys(NEW)), n=1)
-            hint = f" Did you mean {nearest[0]}?" if nearest else " Take it out if it is your own."
+            hint = f" Did you mean {nearest[0]}?" if nearest else " Remove it if it is your own."
             raise ValueError(f"unknown key {key!r}: no PPOConfig of TRL had it.{hint}")
     only_old = [key for key in given if key not in known_keys(NEW)]
     counted = COUNTED[NEW] - COUNTED[OLD] - {"model_name_or_path"}
     only_new = [key for key in given if key not in known_keys(OLD) or key in counted]
     if only_old and only_new:
         raise ValueError(
-            f"{only_old[0]!r} is a key of TRL up to 0.11, {only_new[0]!r} of 0.12 to 1.12; they are not of one config."
+            f"{only_old[0]!r} is a key of TRL up to 0.11, {only_new[0]!r} of 0.12 to 1.12. Give the keys of one config."
         )
-    sizes = not only_new and ("batch_size" in given or "mini_batch_size" in given)  # later TRL worked these out itself
+    # Later versions of TRL computed these sizes.
+    sizes = not only_new and ("batch_size" in given or "mini_batch_size" in given)
     return OLD if only_old or sizes else NEW
 
 
 def migrate(given: dict) -> str:
-    """A recipe for pipeline.ppo, in YAML, from the keys and values of an old PPOConfig.
+    """Return a recipe for pipeline.ppo, in YAML, from the keys and values of an old PPOConfig.
 
     Raises:
-        ValueError: a key that no old config had, keys of two of them, or sizes that do not divide.
+        ValueError: no old config had a key; keys belong to two configs; or sizes do not divide.
     """
     dialect = dialect_of(given)
     recipe = Recipe({key: value for key, value in given.items() if value is not None}, dialect)
@@ -420,7 +432,7 @@ def migrate(given: dict) -> str:
             recipe.notes[key] = "PPO does not support it."
             continue
         if key in recipe.given and came_from.setdefault(ours, key) != key:
-            raise ValueError(f"{came_from[ours]!r} and {key!r} are both {ours} here; keep the one that counts.")
+            raise ValueError(f"{came_from[ours]!r} and {key!r} are both {ours} here. Keep one of them.")
         if ours in STEPS and value >= 1:
             remark = f"{value:g} x {steps_an_update} optimizer steps an update"
             recipe.set(ours, int(value) * steps_an_update, remark, old_key=key)
@@ -428,7 +440,7 @@ def migrate(given: dict) -> str:
             recipe.set(ours, value, old_key=key)
     (_rest_old if dialect == OLD else _rest_new)(recipe)
     if not recipe.given.get("use_peft"):
-        recipe.remark("learning_rate", "of all weights; LoRA usually wants 10 to 100 times as much")
+        recipe.remark("learning_rate", "this was for all weights; LoRA usually wants 10 to 100 times as much")
     return _write(recipe)
 
 
@@ -436,7 +448,7 @@ def _write(recipe: Recipe) -> str:
     words = {OLD: "TRL up to 0.11", NEW: "TRL 0.12 to 1.12"}[recipe.dialect]
     text = [
         "# accelerate launch -m pipeline.ppo --config <this file>",
-        f"# By pipeline.migrate from a PPOConfig of {words}. Beside a key stands the old one, if it had another name.",
+        f"# Made by pipeline.migrate from a PPOConfig of {words}. A comment has the old key if its name was different.",
     ]
     grouped = {key for keys in GROUPS.values() for key in keys}
     for title, keys in {**GROUPS, "the trainer's own": [key for key in recipe.lines if key not in grouped]}.items():
@@ -447,7 +459,7 @@ def _write(recipe: Recipe) -> str:
             value = yaml.safe_dump([value], default_flow_style=True, width=math.inf).strip()[1:-1]
             text.append(f"{key}: {value}" + (f"  # {remark}" if remark else ""))
     if recipe.notes:
-        text += ["", "# old keys that have no counterpart, or did something else"]
+        text += ["", "# old keys that have no new key, or had another effect"]
     for key, why in recipe.notes.items():
         default = "" if key in recipe.given else " (TRL's default)"
         text.append(f"# {key}: {recipe.old[key]!r}{default}")
@@ -457,17 +469,17 @@ def _write(recipe: Recipe) -> str:
 
 # ------------------------------------------------------------------------------------------------ reading
 def _value(value):
-    """YAML 1.1 reads 1e-5, without a dot, as text."""
+    """Return a number for text such as 1e-5, which YAML 1.1 reads as text because it has no dot."""
     if isinstance(value, str) and re.fullmatch(r"[+-]?\d+\.?\d*[eE][+-]?\d+", value):
         return float(value)
     return value
 
 
 def read_command_line(words: list[str]) -> dict:
-    """Keys and values of `--key value`, `--key=value`, `--key a b` (a list), `--flag` and `--no_flag`.
+    """Read the keys and values of `--key value`, `--key=value`, `--key a b` (a list), `--flag` and `--no_flag`.
 
     Raises:
-        ValueError: a word before the first option.
+        ValueError: there is a word before the first option.
     """
     given, key = {}, None
     for word in words:
@@ -477,7 +489,7 @@ def read_command_line(words: list[str]) -> dict:
             given[key] = [value] if value else []
         elif key is None:
             raise ValueError(
-                f"{word!r} stands before any --key; give the options only, as in -- --learning_rate 1e-5."
+                f"{word!r} stands before any --key. Give only the options, as in -- --learning_rate 1e-5."
             )
         else:
             given[key].append(word)
@@ -492,14 +504,14 @@ def read_command_line(words: list[str]) -> dict:
 
 
 def read_file(path: str) -> dict:
-    """Keys and values of a YAML or JSON file.
+    """Read the keys and values of a YAML or JSON file.
 
     Raises:
-        ValueError: it is no mapping.
+        ValueError: the file does not hold a mapping.
     """
     given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     if not isinstance(given, dict):
-        raise ValueError(f"{path}: an old config is a mapping of keys to values.")
+        raise ValueError(f"{path}: the file must map keys to values. Name an old config.")
     return {str(key): _value(value) for key, value in given.items()}
 
 
@@ -510,7 +522,9 @@ def main(words: list[str]) -> None:
         elif len(words) == 1 and not words[0].startswith("-"):
             given = read_file(words[0])
         else:
-            raise ValueError("give one file, or -- and the options. See the head of pipeline/migrate.py.")
+            raise ValueError(
+                "give one file, or -- and the options. See the examples at the top of pipeline/migrate.py."
+            )
         print(migrate(given), end="")
     except (OSError, ValueError, yaml.YAMLError) as error:
         sys.exit(f"pipeline.migrate: {error}")

@@ -1,10 +1,10 @@
-"""What a PPO recipe takes of a GPU's memory, before anything is downloaded but the model's config.
+"""Plan the GPU memory of a PPO recipe; only the model's config is downloaded.
 
     python -m pipeline.plan --config pipeline/recipes/gpt2/ppo.yaml --prompt_tokens 512 --processes 8
 
-The roles are made as PPO makes them, on torch's meta device, where tensors have shapes and no values; what a training
-pass keeps for its backward pass is what autograd keeps there. torch's own context, about half a GB on a GPU, and
-fragmentation come on top.
+The roles are made as PPO makes them, but on torch's meta device, where tensors have shapes and no values. The memory that a
+training pass keeps for its backward pass is measured there, with autograd. The context of torch (about half a GB on a GPU)
+and fragmentation are not counted.
 """
 
 import sys
@@ -39,7 +39,7 @@ from reward_models.functions import RewardArguments
 
 
 LAYOUTS = ("DDP", "ZeRO-2", "ZeRO-3", "FSDP")
-# What each process has only its share of.
+# Kinds of memory that are sharded, so that each process holds only its share.
 SHARDED = {
     "DDP": (),
     "ZeRO-2": ("gradients", "optimizer"),
@@ -50,11 +50,11 @@ SHARDED = {
 
 @dataclass
 class PlanArguments:
-    """What a recipe does not say."""
+    """Options of the plan that are not in a recipe."""
 
     prompt_tokens: int = field(default=512, metadata={"help": "Length of the longest prompts, in tokens."})
-    processes: int = field(default=8, metadata={"help": "GPUs that share what is sharded."})
-    device: str = field(default="cuda", metadata={"help": "What it runs on: cuda, or cpu."})
+    processes: int = field(default=8, metadata={"help": "Number of GPUs that share the sharded memory."})
+    device: str = field(default="cuda", metadata={"help": "Device of the run: cuda or cpu."})
 
     def __post_init__(self):
         if self.device not in ("cuda", "cpu"):
@@ -63,7 +63,7 @@ class PlanArguments:
 
 @dataclass(frozen=True)
 class Item:
-    """Bytes that a role or a phase holds; of `kind` weights, gradients, optimizer, or a name of its own."""
+    """Bytes that a role or a phase holds; `kind` is weights, gradients, optimizer or another name."""
 
     who: str
     kind: str
@@ -71,21 +71,19 @@ class Item:
 
 
 def roles(rewards: RewardArguments, lora: LoraArguments, model: ModelConfig, args: PPOConfig, policy) -> Backbone:
-    """The roles of a PPO run on the meta device; adapters are as `lora_*` says, wherever they would be read from."""
+    """Make the roles of a PPO run on the meta device; all adapters have the shape of `lora_*`, even saved ones."""
     source = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
     config = AutoConfig.from_pretrained(model_source(model.model_name_or_path), **source)
-    config.get_text_config().pad_token_id = 0  # of no consequence here; a classifier's head would want one
+    config.get_text_config().pad_token_id = 0  # any value: the plan does not depend on it, but some models need one
     options = {"dtype": torch.float32 if model.dtype in (None, "auto") else getattr(torch, model.dtype)}
-    if (
-        model.attn_implementation == "eager"
-    ):  # it keeps attention weights; what flash attention keeps is what sdpa does
+    if model.attn_implementation == "eager":  # it keeps attention weights; flash attention keeps as much as sdpa
         options["attn_implementation"] = "eager"
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, trust_remote_code=args.trust_remote_code, **options)
         fuse_gelu(base).requires_grad_(False)
         adapter = lora_config(model, task_type="CAUSAL_LM", lora=lora, base=base)
         backbone = Backbone(base, adapter)
-        if policy:  # one that was trained is not the bare backbone
+        if policy:  # a trained policy needs a reference adapter
             backbone.add_adapter(ADAPTERS["reference"], adapter)
         for number, _ in enumerate(rewards.reward_adapter, 1):
             role = "reward" if number == 1 else f"reward_{number}"
@@ -102,11 +100,11 @@ def roles(rewards: RewardArguments, lora: LoraArguments, model: ModelConfig, arg
 
 
 def state(backbone: Backbone) -> Iterator[Item]:
-    """What lives from step to step: weights, gradients and Adam's two moments in float32, role by role."""
+    """Yield the memory that lasts from step to step: weights, gradients and Adam's two float32 moments, role by role."""
     ours = {id(p) for role in (*ADAPTERS, *backbone.heads) for p in backbone.role_parameters(role)}
     yield Item("backbone", "weights", sum(p.nbytes for p in backbone.parameters() if id(p) not in ours))
     for role in dict.fromkeys((*ADAPTERS, *backbone.heads)):
-        # A value that is a head alone has no adapter to count again.
+        # A value that is only a head has no adapter of its own, so the policy's is not counted again.
         shared = role == "value" and ADAPTERS["value"] not in backbone.peft_config
         parameters = list(backbone.heads[role].parameters()) if shared else backbone.role_parameters(role)
         if not parameters:
@@ -119,9 +117,11 @@ def state(backbone: Backbone) -> Iterator[Item]:
 
 
 def in_4_bits(backbone: Backbone, *, nested: bool) -> tuple[int, int]:
-    """Bytes that the base's linear layers take as QLoRA keeps them, less than they take now; and the largest of their
-    weights, which a product with it dequantises. bitsandbytes keeps a float32 scale for each 64 weights; nested, a byte,
-    and a float32 for each 256 scales."""
+    """Return the bytes that 4-bit weights save in the base's linear layers, and the bytes of its largest weight now.
+
+    A matrix product dequantises one weight at a time, so the largest counts. bitsandbytes keeps a float32 scale for each 64
+    weights. With `nested`, it keeps one byte for each scale, and a float32 for each 256 scales.
+    """
     base = backbone.get_base_model()
     head, saved, largest = base.get_output_embeddings(), 0, 0
     for name, layer in base.named_modules():
@@ -134,21 +134,23 @@ def in_4_bits(backbone: Backbone, *, nested: bool) -> tuple[int, int]:
 
 @contextmanager
 def _kept() -> Iterator[dict[int, int]]:
-    """Bytes of each storage that autograd keeps, weights apart."""
+    """Collect the bytes of each storage that autograd keeps, without weights, while the code inside runs."""
     sizes = {}
 
     def pack(tensor: Tensor) -> Tensor:
         if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
             sizes[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
-        return tensor.detach()  # an output saved as itself would hold its own graph for ever
+        return tensor.detach()  # a saved output would otherwise keep its own graph alive forever
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         yield sizes
 
 
 def _shapes_alone(model: nn.Module) -> None:
-    """Put fake tensors in the place of those on the meta device: they choose kernels as a CPU's do, attention's among
-    them, where meta tensors take the one that keeps every attention weight."""
+    """Replace meta tensors by fake tensors, which use the kernels of a CPU.
+
+    With meta tensors, attention would use the kernel that keeps every attention weight.
+    """
     fakes = {}
     for module in model.modules():
         for tensors, kind in ((module._parameters, nn.Parameter), (module._buffers, lambda x, _: x)):
@@ -161,7 +163,7 @@ def _shapes_alone(model: nn.Module) -> None:
 
 
 def _layer_norm(norm: nn.LayerNorm, hidden: Tensor) -> Tensor:
-    """Run a layer norm as CUDA's autocast does, in float32; a CPU's leaves it in bfloat16."""
+    """Run a layer norm in float32, as autocast does on CUDA; on a CPU autocast would run it in bfloat16."""
     weight, bias = (x if x is None else x.float() for x in (norm.weight, norm.bias))
     return F.layer_norm(hidden.float(), norm.normalized_shape, weight, bias, norm.eps)
 
@@ -176,8 +178,11 @@ def activations(
     checkpointing: bool = False,
     device: str = "cuda",
 ) -> int:
-    """Bytes that one training pass keeps for its backward pass, logits apart; with gradient checkpointing the input of
-    each layer, and a layer's share of all that is computed again. `backbone` is fit for nothing else after it."""
+    """Return the bytes that one training pass keeps for its backward pass, without logits.
+
+    With gradient checkpointing, these are the input of each layer, and what one layer keeps while it is recomputed.
+    `backbone` cannot be used for anything else afterwards.
+    """
     tokens = (rows, prompt + completion)
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         _shapes_alone(backbone)
@@ -199,14 +204,17 @@ def activations(
 
 @torch.no_grad()
 def cache_size(base: PreTrainedModel, ids: Tensor, mask: Tensor) -> int:
-    """Return the bytes that the model's own cache takes of ids (B, S): keys and values, and the states of recurrent layers."""
+    """Return the bytes of the model's own cache for ids (B, S): keys, values and the states of recurrent layers."""
     cache = base.base_model(input_ids=ids, **attention(base, mask), use_cache=True).past_key_values
     tensors = (leaf for layer in cache.layers for leaf in tree_leaves(vars(layer)) if isinstance(leaf, Tensor))
-    return sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point())  # counters apart
+    return sum(tensor.nbytes for tensor in tensors if tensor.is_floating_point())  # without counters
 
 
 def phases(backbone: Backbone, args: PPOConfig, prompt: int, device: str = "cuda") -> Iterator[Item]:
-    """What a rollout leaves, and what sampling and training take beside it. Logits are in pieces but while sampling."""
+    """Yield the memory of a rollout, and the memory that sampling and training add.
+
+    Sampling holds whole logits. Training computes them in pieces.
+    """
     base, completion = backbone.get_base_model(), args.max_completion_length
     batch, tokens = args.per_device_train_batch_size * args.steps_per_generation, prompt + completion
     vocabulary = base.get_output_embeddings().weight.shape[0]
@@ -227,8 +235,10 @@ def phases(backbone: Backbone, args: PPOConfig, prompt: int, device: str = "cuda
 
 
 def gathered(backbone: Backbone, layout: str) -> Iterator[Item]:
-    """Weights that a process has whole for a while though they are sharded: all of them in sampling and scoring, and in
-    training those of two layers, one of them fetched ahead, with the embeddings."""
+    """Yield the memory of sharded weights that a process holds whole for a while.
+
+    Sampling and scoring gather all weights. Training gathers those of two layers (one is fetched ahead) and the embeddings.
+    """
     if "weights" not in SHARDED[layout]:
         return
     base = backbone.get_base_model()
@@ -247,7 +257,7 @@ def plan(
     args: PPOConfig,
     asked: PlanArguments,
 ) -> dict[str, list[Item]]:
-    """Items of one process under each layout; a base in 4 bits is not sharded."""
+    """Return the items of one process under each layout; a 4-bit base has no layout that shards weights."""
     backbone = roles(rewards, lora, model, args, start.sft_adapter)
     standing = list(state(backbone))
     layouts = [layout for layout in LAYOUTS if not (model.load_in_4bit and "weights" in SHARDED[layout])]
@@ -267,7 +277,7 @@ def plan(
 
 
 def peak(items: list[Item]) -> int:
-    """Bytes at the worst moment: what stands, with sampling or with training."""
+    """Return the bytes at the worst moment: the lasting memory, plus that of sampling or of training."""
     moments = {"sampling": 0, "training": 0}
     standing = 0
     for item in items:
@@ -279,11 +289,11 @@ def peak(items: list[Item]) -> int:
 
 
 def table(planned: dict[str, list[Item]]) -> str:
-    """A row an item, a column a layout, in GB (10^9 bytes) of one GPU."""
+    """Return a table with a row for each item and a column for each layout, in GB (10^9 bytes) of one GPU."""
     cells = {layout: {(item.who, item.kind): item.bytes for item in items} for layout, items in planned.items()}
     names = list(dict.fromkeys(name for column in cells.values() for name in column))
     order = {who: i for i, who in enumerate(("sampling", "training"))}
-    names.sort(key=lambda name: order.get(name[0], -1))  # stable: roles stay in their order
+    names.sort(key=lambda name: order.get(name[0], -1))  # the sort is stable, so roles stay in their order
 
     def gigabytes(value: int | None) -> str:
         return "–" if value is None else f"{value / 1e9:.3f}"
@@ -318,5 +328,5 @@ if __name__ == "__main__":
         PlanArguments,
     )
     report_errors()
-    # The machine that plans need not have the GPUs that are planned for.
+    # The plan runs on a CPU, because this machine may not have the planned GPUs.
     main(*parse(*kinds, args=[*sys.argv[1:], "--use_cpu", "true"]))

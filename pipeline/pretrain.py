@@ -1,9 +1,9 @@
-"""Pretrain the embedded backbone: a small GPT-2 and its own BPE tokenizer, from nothing.
+"""Pretrain the embedded backbone: a small GPT-2 and its own BPE tokenizer, from scratch.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.pretrain --config pipeline/recipes/backbone.yaml
 
-Reads the training split of the embedded ratings (texts only) and writes config, weights, tokenizer and model card to
-`backbone_dir`. The weights are stored in float16 and load as float32, as config.json says.
+It reads the training split of the embedded ratings (texts only), and writes config, weights, tokenizer and model card to
+`backbone_dir`. The weights are stored in float16. They load as float32, as config.json states.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 @dataclass
 class BackboneConfig:
-    """Shape of the embedded backbone and where it goes."""
+    """Shape of the embedded backbone, and the folder it is written to."""
 
     backbone_dir: str = "data/backbone"
     vocab_size: int = 8192
@@ -47,7 +47,7 @@ class BackboneConfig:
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, n_positions: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE as in GPT-2, with a pad token that is not the end-of-text token."""
+    """Train a byte-level BPE tokenizer as in GPT-2, with a pad token that is not the end-of-text token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -71,17 +71,17 @@ def train_tokenizer(texts: list[str], vocab_size: int, n_positions: int) -> PreT
 
 
 def tokenize(texts: list[str], tokenizer, n_positions: int) -> Dataset:
-    """One row a text: its tokens and the end-of-text token, from position 0, as prompts are read later."""
+    """Return one row a text: its tokens and the end-of-text token, from position 0, as in later prompts."""
     rows = tokenizer([text + EOS for text in texts], truncation=True, max_length=n_positions)["input_ids"]
     return Dataset.from_dict({"input_ids": rows, "length": [len(row) for row in rows]})
 
 
 @torch.no_grad()
 def held_out_loss(model, dataset: Dataset, tokenizer, batch_size: int) -> tuple[float, float]:
-    """-log p of a split in nats a token, and in nats a byte, in which vocabularies compare.
+    """Return -log p of a split in nats a token and in nats a byte; the latter compares vocabularies.
 
-    Both are over all tokens but the first of each text, which nothing predicts. Trainer.evaluate counts that one too, and
-    gives each batch of grouped lengths the weight of its texts, however short: its figure is 6% lower here.
+    Both cover all tokens except the first of each text, which is not predicted. Trainer.evaluate counts that token too, and
+    weighs each batch of similar lengths by its number of texts, not of tokens. Its figure is 6% lower here.
     """
     collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
     nats = tokens = 0
@@ -94,6 +94,7 @@ def held_out_loss(model, dataset: Dataset, tokenizer, batch_size: int) -> tuple[
 
 
 def model_card(shape: BackboneConfig, args: TrainingArguments, losses: dict[str, tuple], facts: dict) -> str:
+    """Return the model card, with its recipe, the losses on held-out texts and the hash of the weights."""
     rows = "\n".join(
         f"| {split} | {token:.3f} | {math.exp(token):.1f} | {byte:.3f} |" for split, (token, byte) in losses.items()
     )
@@ -122,7 +123,7 @@ without a model hub; it writes review snippets and nothing else.
 {rows}
 
 The snippets are opinions of 2013 and earlier, rude ones among them; the model repeats what it has read.
-"""
+"""  # noqa: E501 (the text of the card keeps its own line breaks)
 
 
 def main(shape: BackboneConfig, args: TrainingArguments) -> None:
@@ -137,7 +138,7 @@ def main(shape: BackboneConfig, args: TrainingArguments) -> None:
         n_layer=shape.n_layer,
         n_embd=shape.n_embd,
         n_head=shape.n_head,
-        activation_function="gelu_pytorch_tanh",  # GPT-2's own function in one kernel: an eighth of a step on a CPU
+        activation_function="gelu_pytorch_tanh",  # the function of GPT-2 in one kernel: it saves an eighth of a step on a CPU
         resid_pdrop=shape.dropout,
         embd_pdrop=shape.dropout,
         attn_pdrop=shape.dropout,
@@ -161,9 +162,9 @@ def main(shape: BackboneConfig, args: TrainingArguments) -> None:
     folder = Path(shape.backbone_dir)
     tokenizer.save_pretrained(folder)
     model.half().save_pretrained(folder)
-    config.dtype, config.use_cache = torch.float32, True  # Trainer turns the cache off for training
+    config.dtype, config.use_cache = torch.float32, True  # Trainer switches the cache off for training
     config.save_pretrained(folder)
-    # The card states the loss of what is stored, so it is measured on the weights as they load.
+    # The card states the loss of the stored weights, so it is measured on the weights after loading them.
     stored = GPT2LMHeadModel.from_pretrained(folder)
     losses = {
         split: held_out_loss(stored, datasets[split], tokenizer, args.per_device_eval_batch_size)

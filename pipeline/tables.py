@@ -1,10 +1,10 @@
-"""Tables of runs that are done: one recipe under several seeds, PPO beside its baselines, PPO with one setting changed.
+"""Make tables of finished runs: several seeds of a recipe, PPO and its baselines, PPO with one setting changed.
 
     python -m pipeline.tables seeds runs/seeds
     python -m pipeline.tables baselines runs/baselines runs/demo
     python -m pipeline.tables ablations runs/ablations value_init=auto value_init=policy
 
-The Makefile's targets of these names make the runs. The last two leave table.md and table.json in the folder.
+The targets of the same names in the Makefile make the runs. The last two commands write table.md and table.json to the folder.
 """
 
 import statistics
@@ -21,21 +21,21 @@ from pipeline.runs.errors import report_errors
 
 METHODS = {"rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO"}
 BASELINES_NOTE = (
-    "Completions are those that a method learned from; DPO's are people's, with their labels. Best-of-n trains "
-    "nothing: it samples and scores n completions for each answer, its gain is over one sample, its KL the bound "
-    "log n - (n - 1) / n. The judge is in -1 to 1, intervals are of 95%, seconds are those of training."
+    "Completions are those that a method learned from. Those of DPO were written and labelled by people. Best-of-n "
+    "trains nothing: it samples and scores n completions for each answer. Its gain is over one sample, and its KL is "
+    "the bound log n - (n - 1) / n. The judge is in -1 to 1, intervals are of 95%, seconds are those of training."
 )
 ABLATIONS_NOTE = (
-    "Mean over the seeds, and the lowest and highest of them in brackets; the first row is the recipe as it is. Value "
+    "Mean over the seeds, and the lowest and highest in brackets. The first row is the unchanged recipe. Value "
     "loss and approxkl are means over the first quarter of the updates. The judge is in -1 to 1."
 )
 
 
 def read_result(path: Path, remedy: str) -> dict:
-    """A stage's JSON.
+    """Read the JSON of a stage.
 
     Raises:
-        FileNotFoundError: there is none; the message says what makes it.
+        FileNotFoundError: there is no such file. The message ends with `remedy`.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. {remedy}")
@@ -43,6 +43,7 @@ def read_result(path: Path, remedy: str) -> dict:
 
 
 def write(folder: Path, rows: list[dict], table: str, note: str) -> None:
+    """Write the rows to table.json and the table with its note to table.md, and print the table."""
     write_json(folder / "table.json", rows)
     (folder / "table.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
     print(table)
@@ -52,14 +53,16 @@ def write(folder: Path, rows: list[dict], table: str, note: str) -> None:
 
 
 def kl_held(history: Sequence[dict]) -> float:
-    """Mean KL of the rollouts, nats a sequence, over the second half of PPO's updates; `history` is that of its metrics
-    file."""
+    """Return the mean KL of the rollouts, in nats a sequence, over the second half of PPO's updates.
+
+    `history` comes from the metrics file of PPO.
+    """
     kl = [row["kl"] for row in history if "kl" in row]
     return statistics.fmean(kl[len(kl) // 2 :])
 
 
 def seeds_table(reports: Sequence[dict]) -> str:
-    """The table and chart of docs/results.md: one recipe under several seeds, from the report.json of each and its `kl_held`."""
+    """Return the table and chart of one recipe under several seeds, from each report.json with its `kl_held`."""
 
     def change(report: dict, key: str, form: str) -> str:
         return f"{report['sft'][key]:{form}} → {report['policy'][key]:{form}}"
@@ -104,6 +107,7 @@ def seeds_table(reports: Sequence[dict]) -> str:
 
 
 def seeds(folder: Path) -> None:
+    """Print the table of the runs in <folder>/<seed>."""
     reports = []
     for path in folder.glob("*/report.json"):
         history = read_metrics(path.parent / "ppo")["history"]
@@ -115,10 +119,10 @@ def seeds(folder: Path) -> None:
 
 
 def comparison_table(rows: list[dict]) -> str:
-    """Methods side by side as a markdown table; intervals are of 95%, and what a row lacks is a dash.
+    """Return a markdown table that compares methods, with 95% intervals and a dash for each missing value.
 
-    `rows` have `method`, `completions` (learned from), `judge_gain` and `win_rate` (intervals, against SFT), `kl` (nats
-    a sequence), `distinct_2`, `score` and `seconds` (of training).
+    `rows` have `method`, `completions` (that it learned from), `judge_gain` and `win_rate` (intervals, against SFT), `kl`
+    (nats a sequence), `distinct_2`, `score` and `seconds` (of training).
     """
     header = ["method", "completions", "judge gain", "beats SFT", "KL, nats", "distinct-2", "score", "seconds"]
     cells = [
@@ -138,7 +142,7 @@ def comparison_table(rows: list[dict]) -> str:
 
 
 def baselines_row(method: str, report: dict) -> dict:
-    """A row of the table from a report of the evaluation stage."""
+    """Return a row of the table from a report of the evaluation stage."""
     policy = {key: report["policy"][key] for key in ("judge", "kl", "distinct_2", "score")}
     gains = {key: report[key] for key in ("judge_gain", "win_rate")}
     seconds = report["seconds"].get("policy")
@@ -146,6 +150,7 @@ def baselines_row(method: str, report: dict) -> dict:
 
 
 def baselines(folder: Path, demo: Path) -> None:
+    """Compare the baselines in `folder` with the PPO run in `demo`."""
     report = read_result(demo / "report.json", "Run `make demo` first.")
     start = {key: report["sft"][key] for key in ("judge", "kl", "distinct_2", "score")}
     rows = [{"method": "SFT", **start}, baselines_row("PPO", report)]
@@ -169,7 +174,10 @@ ABLATION_COLUMNS = {
 
 
 def ablation_row(report: dict, history: list[dict]) -> dict:
-    """What one run reached, and how it began: `history` is that of PPO's metrics file."""
+    """Return the results of one run, and its statistics in the first quarter of its updates.
+
+    `history` comes from the metrics file of PPO.
+    """
     updates = [row for row in history if "loss/value" in row]
     early = updates[: -(-len(updates) // 4)]
     return {
@@ -183,7 +191,7 @@ def ablation_row(report: dict, history: list[dict]) -> dict:
 
 
 def ablations_table(runs: dict[str, list[dict]]) -> str:
-    """Settings (`key=value`) side by side as a markdown table, each with its rows of `ablation_row`, one a seed."""
+    """Return a markdown table that compares settings (`key=value`), each with one row of `ablation_row` a seed."""
 
     def cell(rows: list[dict], key: str, form: str) -> str:
         values = [row[key] for row in rows]
@@ -198,12 +206,12 @@ def ablations_table(runs: dict[str, list[dict]]) -> str:
 
 
 def ablations(folder: Path, *settings: str) -> None:
-    """The runs in <folder>/<setting>/<seed>, settings in this order."""
+    """Compare the runs in <folder>/<setting>/<seed>, with the settings in this order."""
     runs = {}
     for setting in settings:
         found = sorted((folder / setting).glob("*/report.json"), key=lambda path: int(path.parent.name))
         if not found:
-            raise FileNotFoundError(f"{folder / setting}: no <seed>/report.json there. Run `make ablations`.")
+            raise FileNotFoundError(f"{folder / setting}: the folder has no <seed>/report.json. Run `make ablations`.")
         runs[setting] = [
             {
                 "seed": int(path.parent.name),

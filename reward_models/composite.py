@@ -1,6 +1,6 @@
-"""Weigh and add what reward functions give, and raise what they do wrong on every process.
+"""Weigh and add the rewards of several functions, and raise their errors on every process.
 
-TRL's trainers call the functions, sync or async, and log each by itself.
+TRL's trainers call the functions, sync or async, and log each one separately.
 """
 
 import copy
@@ -26,22 +26,22 @@ LARGEST = torch.finfo(torch.float32).max  # rewards are kept in float32
 
 
 class RewardError(ValueError):
-    """A reward function failed, or what it gave is no reward. All processes raise it together."""
+    """Error of a reward function that failed or returned no valid reward; all processes raise it together."""
 
 
 class Composite:
     """The weighted sum of reward functions of TRL's protocol, under several processes too.
 
-    An error that one process raised alone would leave the others waiting for it where rewards are gathered. So the
-    `functions` here, which stand for those given, keep their errors, and `total` raises the first one everywhere.
+    If one process alone raised an error, the others would wait for it where rewards are gathered. So each given function
+    is wrapped. A wrapper keeps the error of its function, and `total` raises the first error on all processes.
 
     Args:
-        functions: sync or async.
-        weights: one a function; None is 1 each.
+        functions: reward functions, sync or async.
+        weights: one weight for each function; None gives each the weight 1.
 
     Attributes:
-        functions: what TRL's trainers are given to call.
-        names: theirs. A name that comes again is numbered (`regex`, `regex_2`), so that each is logged by itself.
+        functions: the wrapped functions, for TRL's trainers to call.
+        names: names of the functions. A repeated name gets a number (`regex`, `regex_2`), so that each has its own log.
     """
 
     def __init__(self, functions: list[Callable], weights: list[float] | None = None):
@@ -54,7 +54,7 @@ class Composite:
         self._failures: list[ValueError] = []
 
     def _guard(self, function: Callable, name: str) -> Callable:
-        """The function, whose failures are kept, with zeros in their place until `total` raises them."""
+        """Return the function wrapped: it keeps a failure for `total` to raise, and returns zeros instead."""
 
         def fail(problem: str, given: dict, cause: BaseException | None = None) -> list[float | None]:
             failure = RewardError(f"reward function {name!r} {problem}")
@@ -74,12 +74,12 @@ class Composite:
 
         def raised(error: BaseException, given: dict) -> list[float | None]:
             samples = _samples(given["prompts"], given["completions"])
-            return fail(f"raised {type(error).__name__}: {error}; it was called with {samples}.", given, error)
+            return fail(f"raised {type(error).__name__}: {error}. It was called with {samples}.", given, error)
 
         def call(**given):
             try:
                 return finish(function(**_own(function, given)), given)
-            except RAISED as error:  # whatever it is, all processes must hear of it
+            except RAISED as error:  # all processes must know of any error
                 return raised(error, given)
 
         async def call_async(**given):
@@ -93,19 +93,19 @@ class Composite:
         return guarded
 
     def weigh(self, columns: Tensor) -> Tensor:
-        """The weighted sum, (B, functions) -> (B,). NaN, for None, adds nothing."""
+        """Return the weighted sum, (B, functions) -> (B,); NaN, which stands for None, adds nothing."""
         return (columns.masked_fill(columns.isnan(), 0) * self.weights.to(columns)).sum(dim=1)
 
     def total(self, columns: Tensor, prompts: list, completions: list, *, all_scored: bool = True) -> Tensor:
-        """`weigh` of what the functions gave, (all B, functions) -> (all B,), or an error.
+        """Return the weighted sum of the rewards, (all B, functions) -> (all B,), or raise the first error.
 
-        All processes call it together: `columns` are gathered, `prompts` and `completions` are those of this process.
-        Where not `all_scored`, a row to which every function gave None is no error, as in TRL's RLOO and GRPO, which leave
-        it out of their baselines.
+        All processes call it together. `columns` are gathered; `prompts` and `completions` are those of this process. With
+        `all_scored`, a row for which every function returned None is an error. TRL's RLOO and GRPO allow such a row: they
+        leave it out of their baselines.
 
         Raises:
-            RewardError: on every process, when on any a function raised, gave the wrong number of rewards or one that
-                is not finite, or no function gave a row a number.
+            RewardError: on some process a function raised, returned the wrong number of rewards, or returned one that is
+                not finite; or no function returned a number for a row. Every process raises it.
         """
         failures, self._failures = self._failures, []
         messages = gather_object([str(failure) for failure in failures])
@@ -115,7 +115,7 @@ class Composite:
         bad = ~scores.isfinite()
         if all_scored:
             bad |= columns.isnan().all(dim=1)
-        if bad.any():  # of gathered columns, and so the same on all processes
+        if bad.any():  # the columns are gathered, so this is the same on all processes
             row = int(bad.nonzero()[0])
             prompt, completion = gather_object(list(zip(prompts, completions, strict=True)))[row]
             gave = ", ".join(
@@ -123,25 +123,27 @@ class Composite:
             )
             raise RewardError(
                 f"reward functions make no finite score ({gave}; nan is None) for prompt {prompt!r}, completion "
-                f"{completion!r}. At least one must give each row a number."
+                f"{completion!r}. At least one function must return a number for each row."
             )
         return scores
 
     def check_batch(self, rewards: list[list[float]], prompts: list, completions: list) -> None:
-        """Raise what `total` raises for what the functions gave for one batch of this process, (B, functions). All
-        processes call it together: what a function does wrong is told with the first batch, not after all sampling."""
+        """Raise the errors of `total` for the rewards of one batch of this process, (B, functions).
+
+        All processes call it together. So an error comes with the first batch, not after all sampling.
+        """
         self.total(torch.tensor(gather_object(rewards), dtype=torch.float64), prompts, completions)
 
 
 def _problem(values: list, prompts: list, completions: list) -> str | None:
-    """What is wrong with the values that a reward function gave, with a sample."""
+    """Return the fault in the values that a reward function returned, with a sample, or None."""
     if len(values) != len(prompts):
         return f"returned {len(values)} rewards for {_samples(prompts, completions)}. Return one for each completion."
     for value, prompt, completion in zip(values, prompts, completions, strict=True):
         if value is not None and not _is_finite(value):
             return (
-                f"gave {value!r} for prompt {prompt!r}, completion {completion!r}. Return a finite number, or None "
-                f"where the function does not apply."
+                f"returned {value!r} for prompt {prompt!r}, completion {completion!r}. Return a finite number, or None "
+                f"if the function does not apply."
             )
     return None
 
@@ -151,20 +153,22 @@ def _is_finite(value: Any) -> bool:
         return False
     try:
         return abs(float(value)) <= LARGEST
-    except (TypeError, ValueError, OverflowError, RuntimeError):  # the last of a tensor of several numbers
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # RuntimeError: a tensor of several numbers
         return False
 
 
 def _own(function: Callable, given: dict) -> dict:
-    """Return what one function gets: copies, so that one which edits its lists changes nothing for the others, for what is
-    learned or for what is logged."""
+    """Return the arguments of one function, as copies.
+
+    So a function that edits its lists changes nothing for other functions, for training or for the log.
+    """
     own = {}
     for name, value in given.items():
         if name == KNOWN_SCORES:
             if isinstance(function, LearnedReward):
                 own["known_scores"] = value
             continue
-        if isinstance(value, TrainerState):  # not its history's every figure: that grows with the run
+        if isinstance(value, TrainerState):  # copy each log row only shallowly: the history grows with the run
             value = copy.copy(value)
             value.log_history = [dict(row) for row in value.log_history]
         elif name not in ("log_extra", "log_metric"):
@@ -182,8 +186,8 @@ def _copy(value: object) -> object:
 
 
 def _where(error: BaseException | None) -> str:
-    """Return the file and line of the reward function that an error came from, the deepest in that file."""
-    called = traceback.extract_tb(error.__traceback__ if error else None)[1:]  # the first is of ours, which called it
+    """Return the file and the deepest line of the reward function that an error came from."""
+    called = traceback.extract_tb(error.__traceback__ if error else None)[1:]  # the first frame is our call
     last = next((frame for frame in reversed(called) if frame.filename == called[0].filename), None)
     return f"It was raised in {last.filename}, line {last.lineno}." if last else ""
 
@@ -206,10 +210,11 @@ def call_rewards(
     completion_ids: list[list[int]],
     runner: Runner,
 ) -> Tensor:
-    """What each function gives for the completions of the prompts in `rows`, (B, functions), NaN for None.
+    """Return the rewards of each function for the completions of the prompts in `rows`, (B, functions), NaN for None.
 
-    It calls them as TRL's trainers do, sync or async, but there is no training: the trainer's state is a fresh one,
-    and what they log is dropped. One `runner` for all calls, since async clients are bound to their event loop.
+    The functions are called as TRL's trainers call them, sync or async, but without training: the trainer's state is a
+    fresh one, and their logs are dropped. Use one `runner` for all calls, because async clients are bound to their event
+    loop.
     """
     nothing = {"trainer_state": TrainerState(), "log_extra": lambda *args: None, "log_metric": lambda *args: None}
     given = {"prompts": rows["prompt"][:], "completions": completions, "completion_ids": completion_ids, **nothing}

@@ -1,4 +1,4 @@
-"""The rewards that a recipe names: adapters by folder, functions by dotted path, with options in brackets."""
+"""Load the rewards that a recipe names: adapters by folder, functions by dotted path, with options in brackets."""
 
 import ast
 import asyncio
@@ -12,20 +12,23 @@ from pathlib import Path
 from datasets import Dataset
 
 
-# What TRL's trainers give a reward function by name, beside the columns of the dataset.
+# Arguments that TRL's trainers give each reward function by name, besides the columns of the dataset.
 PROTOCOL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
-# Columns that TRL's trainers would take for pictures are given to them under another name, and to functions under their own.
+# TRL's trainers would take these columns for pictures, so they get them under another name. Functions get their own name.
 PICTURES = ("image", "images")
 HIDDEN = "column:"
-# A function that is named by its file: `my_rewards.py:brevity`, `./my_rewards.brevity`, `my_rewards:brevity`.
+# A function named by its file: `my_rewards.py:brevity`, `./my_rewards.brevity`, `my_rewards:brevity`.
 FILE_NAME = re.compile(r"[/\\:]|\.py$")
-# What a function may raise and the run must end for with an error: `sys.exit(0)` among it, but for Ctrl-C.
+# Errors of a function that end the run with an error: `sys.exit(0)` too, but not Ctrl-C.
 RAISED = (Exception, SystemExit, asyncio.CancelledError)
 
 
 @dataclass
 class RewardArguments:
-    """The rewards of a run. `reward_weights` weighs them in this order: the adapters, then the functions."""
+    """The rewards of a run.
+
+    `reward_weights` has the weights of the adapters first, then those of the functions.
+    """
 
     reward_adapter: list[str] = field(
         default_factory=list,
@@ -47,35 +50,39 @@ class RewardArguments:
     def __post_init__(self):
         for name in ("reward_adapter", "reward_funcs"):
             given = getattr(self, name) or []
-            given = given if isinstance(given, list) else [given]  # in YAML, one needs no brackets
+            given = given if isinstance(given, list) else [given]  # in YAML, a single reward needs no brackets
             setattr(self, name, [entry for entry in given if entry])
         if not self.reward_adapter and not self.reward_funcs:
             raise ValueError("Name a reward: set reward_adapter, reward_funcs or both.")
         if self.normalize_scores and not self.reward_adapter:
-            raise ValueError("normalize_scores scales reward adapters; name one in reward_adapter, or leave it unset.")
+            raise ValueError(
+                "normalize_scores scales reward adapters. Name one in reward_adapter, or leave normalize_scores unset."
+            )
 
     def check_weights(self, weights: list[float] | None) -> None:
-        """Check `reward_weights` against the rewards that are named, before any is loaded.
+        """Check that there is one of `reward_weights` for each named reward, before any reward is loaded.
 
         Raises:
-            ValueError: they are not as many.
+            ValueError: the numbers of weights and rewards differ.
         """
         check_weights_count(weights, [*self.reward_adapter, *self.reward_funcs])
 
 
 def load_function(text: str) -> Callable:
-    """The reward function that a recipe names, as Python would: a dotted path is the function itself, and a path with
-    brackets calls a function that makes one, `reward_models.rules.get_length(target=12)`.
+    """Return the reward function that a recipe names.
+
+    A dotted path names the function itself. A path with brackets calls a function that makes the reward function:
+    `reward_models.rules.get_length(target=12)`.
 
     Raises:
-        ValueError: there is no such module or function, or its options are not what it takes.
+        ValueError: there is no such module or function, or it does not take the options.
     """
     if not isinstance(text, str):  # YAML reads `: ` as a mapping
         raise ValueError(f"reward_funcs: {text!r} is not text. Put the entry in quotes.")
     path, bracket, options = text.partition("(")
     if FILE_NAME.search(path):
         raise ValueError(
-            f"reward_funcs: cannot import {path!r}, which names a file. {_dotted(path, bracket + options)}"
+            f"reward_funcs: cannot import {path!r}, because it names a file. {_dotted(path, bracket + options)}"
         )
     module, _, name = path.rpartition(".")
     try:
@@ -87,8 +94,8 @@ def load_function(text: str) -> Callable:
         raise failure from error
     except RAISED as error:
         raise ValueError(
-            f"reward_funcs: cannot import {path!r}: the module {module} raises {type(error).__name__}: {error} as it is "
-            f"imported. Correct it there; what a script does belongs under `if __name__ == '__main__'`."
+            f"reward_funcs: cannot import {path!r}: importing the module {module} raises {type(error).__name__}: {error}. "
+            f"Correct the module. Code of a script belongs under `if __name__ == '__main__'`."
         ) from error
     if bracket:
         given = _options(text, options)
@@ -96,16 +103,16 @@ def load_function(text: str) -> Callable:
             function = function(**given)
         except RAISED as error:
             raise ValueError(
-                f"reward_funcs: {text!r} makes no reward function ({type(error).__name__}: {error}). Brackets are for "
-                f"functions that make one from these options."
+                f"reward_funcs: {text!r} makes no reward function ({type(error).__name__}: {error}). Use brackets only "
+                f"for a function that makes a reward function from these options."
             ) from error
     if not callable(function):
-        raise ValueError(f"reward_funcs: {text!r} is not a function.")
+        raise ValueError(f"reward_funcs: {text!r} is not a function. Name a reward function.")
     return function
 
 
 def _dotted(path: str, options: str) -> str:
-    """Return how a function in a file, such as `./my_rewards.py:brevity`, is to be written."""
+    """Return the remedy for a function named by its file, such as `./my_rewards.py:brevity`: its dotted path."""
     of_file, _, name = (
         (path, "", "<function>") if path.endswith(".py") else path.rpartition(":" if ":" in path else ".")
     )
@@ -115,13 +122,13 @@ def _dotted(path: str, options: str) -> str:
         parts, folder = [file.name], file.resolve().parent
     module = ".".join(parts)
     return (
-        f"Write it as package.module.function: {module}.{name}{options}, and start the run in {folder}, or name that folder in "
+        f"Write it as package.module.function: {module}.{name}{options}. Start the run in {folder}, or put that folder into "
         f"PYTHONPATH."
     )
 
 
 def _options(text: str, options: str) -> dict:
-    """`{"a": 1, "b": "x"}` of `a=1, b='x')`."""
+    """Return the options in brackets as a dict: `{"a": 1, "b": "x"}` for `a=1, b='x')`."""
     try:
         call = ast.parse(f"f({options}", mode="eval").body
         if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
@@ -135,17 +142,20 @@ def _options(text: str, options: str) -> dict:
 
 
 def load_functions(texts: list[str], rows: Dataset, name: str) -> list[Callable]:
-    """`load_function` of each; all can be called with the columns of `rows`, a dataset called `name`.
+    """Load each function with `load_function`, and check that it can be called with the columns of `rows`.
 
-    Raises:
-        ValueError: what `load_function` raises; or a column has the name of an argument of every function, whose place it
-            would take; or a function takes no such call, as where it needs a column that `rows` lacks.
+    Args:
+        name: name of the dataset `rows`, for errors.
+
+    Raises the errors of `load_function`, and:
+        ValueError: a column has the name of an argument that every function gets; or a function cannot be called, for
+            example because it needs a column that `rows` lacks.
     """
     for column in rows.column_names:
         if column in PROTOCOL:
             raise ValueError(
-                f"{name}: the column {column!r} has the name of what every reward function gets from the trainer "
-                f"({', '.join(PROTOCOL)}). Rename the column, or remove it."
+                f"{name}: the column {column!r} has the name of an argument that every reward function gets from the "
+                f"trainer ({', '.join(PROTOCOL)}). Rename or remove the column."
             )
     functions = [load_function(text) for text in texts]
     for text, function in zip(texts, functions, strict=True):
@@ -154,7 +164,7 @@ def load_functions(texts: list[str], rows: Dataset, name: str) -> list[Callable]
         except TypeError as error:
             raise ValueError(
                 f"reward_funcs: {text!r} cannot be called ({error}). It gets {', '.join(PROTOCOL)} and the columns of "
-                f"{name} ({', '.join(extra_columns(rows)) or 'none but prompt'}) by name. Add the column it needs; or, if "
+                f"{name} ({', '.join(extra_columns(rows)) or 'none but prompt'}) by name. Add the column it needs. Or, if "
                 f"it makes a reward function, write its options in brackets."
             ) from error
     return functions
@@ -163,11 +173,11 @@ def load_functions(texts: list[str], rows: Dataset, name: str) -> list[Callable]
 def check_weights_count(weights: list[float] | None, names: list[str]) -> None:
     if weights is not None and len(weights) != len(names):
         raise ValueError(
-            f"reward_weights={weights} has {len(weights)} weights for {len(names)} rewards, {', '.join(names)}. Give "
-            f"each one."
+            f"reward_weights={weights} has {len(weights)} weights for {len(names)} rewards, {', '.join(names)}. Give each "
+            f"reward one weight."
         )
 
 
 def extra_columns(rows: Dataset) -> list[str]:
-    """The columns that TRL's trainers hand to reward functions."""
+    """Return the columns that TRL's trainers pass to reward functions."""
     return [column for column in rows.column_names if column not in ("prompt", "completion", "completion_ids")]

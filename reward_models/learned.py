@@ -1,4 +1,4 @@
-"""A learned reward as a reward function of TRL's protocol, on the backbone that is already in memory."""
+"""Use a learned reward as a reward function of TRL's protocol, on the backbone that is already in memory."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,12 +14,12 @@ from trl.trainer.utils import pad
 from data.prompts import tokenize_prompts
 
 
-# Column in which PPO hands a learned reward the scores that it has measured: a role's score by its name, in each row.
+# Column in which PPO gives a learned reward the scores that it has already measured. Each row maps roles to scores.
 KNOWN_SCORES = "scores:known"
 
 
 def with_known_scores(rows: list[dict], scores: dict[str, Tensor]) -> list[dict]:
-    """Add to dataset rows (B) the scores that were measured already, by role, each (B,), where `LearnedReward` finds them."""
+    """Add scores that were already measured, by role, each (B,), to dataset rows (B), for `LearnedReward` to find."""
     if not scores:
         return rows
     known = {role: values.tolist() for role, values in scores.items()}
@@ -36,10 +36,11 @@ def score_rows(
     device,
     share: bool = False,
 ) -> list[float]:
-    """Scores of token rows, in their order. `score` maps ids and mask, right-padded (B, S), to scores (B,).
+    """Return the scores of token rows, in their order.
 
-    Rows are scored in order of length, which keeps padding small. With `share`, processes that have the same rows share
-    the batches, as many to each, since a sharded model runs in all of them together; all get all scores.
+    `score` maps ids and mask, right-padded (B, S), to scores (B,). Rows are scored in order of length, which keeps padding
+    small. With `share`, processes that have the same rows share the batches, and all get all scores. Each process runs the
+    same number of batches, because a sharded model runs in all processes together.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     chunks = [order[start : start + batch_size] for start in range(0, len(rows), batch_size)]
@@ -56,7 +57,7 @@ def score_rows(
 
 
 class Scorer(Protocol):
-    """A model with reward roles: `pipeline.backbone.roles.Backbone` is one."""
+    """Model with reward roles, such as `pipeline.backbone.roles.Backbone`."""
 
     training: bool
 
@@ -71,10 +72,9 @@ class Scorer(Protocol):
 
 
 class LearnedReward:
-    """Scores completions with a reward role of a backbone.
+    """Score completions with a reward role of a backbone.
 
-    Called as TRL calls any reward function. It reads the sampled tokens themselves, so what is scored is what was
-    sampled.
+    TRL calls it like any reward function. It reads the sampled tokens themselves, so it scores exactly what was sampled.
     """
 
     def __init__(
@@ -87,13 +87,13 @@ class LearnedReward:
         shift: float = 0.0,
     ):
         self.backbone, self.tokenizer, self.batch_size, self.role = backbone, tokenizer, batch_size, role
-        self.shift = shift  # taken from every score
-        self.__name__ = name  # TRL logs a reward function under it
+        self.shift = shift  # subtracted from every score
+        self.__name__ = name  # TRL logs a reward function under this name
 
     def __call__(
         self, prompts: list, completion_ids: list[list[int]], known_scores: list[dict] | None = None, **kwargs
     ) -> list[float]:
-        """Return a score for each completion. `known_scores` are those that are there already, by role."""
+        """Return a score for each completion; use those in `known_scores`, by role, if they are there."""
         if known_scores and self.role in known_scores[0]:
             scores = [row[self.role] for row in known_scores]
         else:
@@ -103,7 +103,7 @@ class LearnedReward:
     def _scores(self, prompts: list, completion_ids: list[list[int]]) -> list[float]:
         prompt_ids = tokenize_prompts(prompts, self.tokenizer)
         training = self.backbone.training
-        self.backbone.eval()  # without dropout, whatever the trainer that asks has
+        self.backbone.eval()  # no dropout while scoring, even during training
         scores = score_rows(
             partial(self.backbone.scores, role=self.role),
             [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)],

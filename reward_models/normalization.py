@@ -1,7 +1,7 @@
-"""Scores in units of the SFT policy: mean 0 and deviation 1 on its completions (Ziegler et al. 2019, section 2.1).
+"""Normalise scores to mean 0 and deviation 1 on completions of the SFT policy (Ziegler et al. 2019, section 2.1).
 
-A reward model is trained on differences, so its scale and zero are arbitrary, and with them what a KL coefficient
-means. The two numbers are stored beside the adapter, not in its head: the head keeps its calibration.
+A reward model is trained on differences, so the scale and the zero of its scores are arbitrary. So would be the meaning of
+a KL coefficient. The two numbers are stored beside the adapter, not in its head, so that the head keeps its calibration.
 """
 
 from dataclasses import asdict, dataclass
@@ -28,10 +28,10 @@ class Normalization:
 
 
 def read_normalization(folder: str | Path) -> Normalization:
-    """Read what `pipeline.reward` stored beside a reward adapter.
+    """Read the normalization that `pipeline.reward` stored beside a reward adapter.
 
     Raises:
-        ValueError: there is none, or its numbers are of no use.
+        ValueError: there is none, or its numbers cannot be used.
     """
     path = Path(folder) / FILE
     if not path.is_file():
@@ -42,8 +42,9 @@ def read_normalization(folder: str | Path) -> Normalization:
     try:
         found = Normalization(**read_json(path))
     except TypeError as error:
-        raise ValueError(f"{path}: it must hold mean, std and completions; measure them anew.") from error
-    known = all(isinstance(number, (int, float)) for number in (found.mean, found.std))  # null: it was not finite
+        raise ValueError(f"{path}: it must hold mean, std and completions. Measure them anew.") from error
+    # A null stands for a number that was not finite.
+    known = all(isinstance(number, (int, float)) for number in (found.mean, found.std))
     if not known or not np.isfinite([found.mean, found.std]).all() or found.std <= 0:
-        raise ValueError(f"{path}: mean {found.mean} and std {found.std} are no scale of scores; measure them anew.")
+        raise ValueError(f"{path}: mean {found.mean} and std {found.std} cannot scale scores. Measure them anew.")
     return found

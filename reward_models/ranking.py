@@ -1,4 +1,4 @@
-"""Rankings: where people compared several completions of a prompt, each is scored once for all its pairs."""
+"""Train a reward model on rankings: each completion is scored once for all the pairs that it is in."""
 
 from collections.abc import Iterator
 from copy import copy
@@ -13,7 +13,10 @@ from trl import RewardConfig, RewardTrainer
 
 
 def groups_of(dataset: Dataset, most: int) -> list[list[int]]:
-    """Row numbers of tokenized pairs, in groups: a row joins the one before it if they share a text, up to `most`."""
+    """Return the row numbers of tokenized pairs in groups of at most `most`.
+
+    A row joins the group before it if they share a text.
+    """
     groups: list[list[int]] = []
     texts: set[tuple] = set()
     for number, ids in enumerate(zip(dataset["chosen_ids"][:], dataset["rejected_ids"][:], strict=True)):
@@ -28,13 +31,13 @@ def groups_of(dataset: Dataset, most: int) -> list[list[int]]:
 
 
 class GroupSampler(Sampler):
-    """Shuffles groups of rows, and keeps the rows of a group together.
+    """Shuffle groups of rows, and keep the rows of a group together.
 
     Args:
-        groups: row numbers.
-        lengths: tokens of the longest row of each group, to put groups of like length together; None: any order.
-        size: rows in a batch of all processes.
-        seed: with the epoch, it fixes the order.
+        groups: the row numbers of each group.
+        lengths: tokens of the longest row of each group, to put groups of similar length together; None: any order.
+        size: number of rows in a batch of all processes.
+        seed: seed that fixes the order, together with the epoch.
     """
 
     def __init__(self, groups: list[list[int]], lengths: list[int] | None, size: int, seed: int):
@@ -58,8 +61,10 @@ class GroupSampler(Sampler):
 
 
 def score_each_text_once(model: nn.Module) -> None:
-    """Make a sequence classifier run on the distinct rows of its input, and give each row its logits: what it returns,
-    and the gradients, are the same."""
+    """Make a sequence classifier run on the distinct rows of its input only, and give each row its logits.
+
+    Its outputs and gradients do not change.
+    """
     inverse = []
 
     def distinct(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -77,8 +82,10 @@ def score_each_text_once(model: nn.Module) -> None:
 
 
 def up_to_the_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A conversation's tokens, without the white space that a chat template writes after the token that ends the last turn:
-    a completion ends with that token, and it is there that PPO will read its score."""
+    """Return a conversation's tokens without the white space that a chat template writes after the last turn.
+
+    A completion ends with the token that ends the turn, and PPO reads its score there.
+    """
     kept = len(ids)
     while kept and not tokenizer.decode(ids[kept - 1]).strip():
         kept -= 1
@@ -87,12 +94,13 @@ def up_to_the_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[in
 
 
 class RankingTrainer(RewardTrainer):
-    """TRL's RewardTrainer, on pairs that share texts: those that follow each other in the dataset share a batch, and
-    each text of a batch is scored once. Plain texts are tokenized once, too.
+    """RewardTrainer of TRL for pairs that share texts.
 
-    All comparisons of one prompt are a step's worth of the same few texts, which costs less and overfits less than
-    pairs drawn one by one (Ouyang et al. 2022, arXiv 2203.02155, section 3.5). Pairs that share nothing are shuffled and
-    scored as ever.
+    Pairs that share texts and follow each other in the dataset share a batch. Each text of a batch is scored once. Each
+    plain text is also tokenized once.
+
+    So all comparisons of one prompt enter the same step. This costs less and overfits less than pairs drawn one by one
+    (Ouyang et al. 2022, arXiv 2203.02155, section 3.5). Pairs that share no text are shuffled and scored as in TRL.
     """
 
     def __init__(self, *args, **kwargs):
@@ -103,7 +111,7 @@ class RankingTrainer(RewardTrainer):
         self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: RewardConfig, dataset_name: str
     ) -> Dataset:
         prepare = super()._prepare_dataset
-        if isinstance(dataset.features.get("chosen"), Value):  # texts, neither conversations nor tokens
+        if isinstance(dataset.features.get("chosen"), Value):  # plain texts, not conversations and not tokens
             prompts = dataset["prompt"][:] if "prompt" in dataset.column_names else [""] * len(dataset)
             pairs = {
                 name: [prompt + text for prompt, text in zip(prompts, dataset[name][:], strict=True)]
@@ -112,7 +120,7 @@ class RankingTrainer(RewardTrainer):
             texts = list(dict.fromkeys(pairs["chosen"] + pairs["rejected"]))
             halves = {"chosen": texts[::2], "rejected": texts[1::2] + texts[: len(texts) % 2]}
             whole = copy(args)
-            whole.max_length = None  # what is too long is dropped below, with its pair
+            whole.max_length = None  # the last `prepare` below drops a long text together with its pair
             found = prepare(Dataset.from_dict(halves), processing_class, whole, dataset_name)
             ids = {
                 text: row for name in halves for text, row in zip(halves[name], found[f"{name}_ids"][:], strict=True)
@@ -129,7 +137,7 @@ class RankingTrainer(RewardTrainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
-        size = self.args.train_batch_size * self.args.world_size  # so that the order is that of one process
+        size = self.args.train_batch_size * self.args.world_size  # so that the order is the same as in one process
         groups = groups_of(rows, most=size)
         lengths = None
         if self.args.train_sampling_strategy == "group_by_length":

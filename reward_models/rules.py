@@ -1,9 +1,9 @@
-"""Rewards that are written, not learned: functions of TRL's reward protocol.
+"""Define reward functions of TRL's protocol that are written by hand, not learned.
 
 TRL calls a reward function with `prompts`, `completions` (texts, or lists of messages), `completion_ids` (the sampled
-tokens, with the end-of-text token where the completion ended by itself) and every column of the dataset, each a list
-with one entry a row (B,), and takes one number a row. What is named `get_...` makes such a function from its options.
-`trl.rewards` has more: format, accuracy, punishment of overlong completions.
+tokens, with the end-of-text token if the completion ended by itself) and every column of the dataset. Each is a list with
+one entry a row (B,). The function returns one number a row. A function named `get_...` makes a reward function from its
+options. `trl.rewards` has more: format, accuracy, a penalty for overlong completions.
 """
 
 import re
@@ -22,22 +22,22 @@ def _texts(completions: list) -> list[str]:
 
 
 def contains(completions: list, contains: list[str], **kwargs) -> list[float]:
-    """1 when the completion contains the text in the row's `contains` column, else 0."""
+    """Return 1 if the completion contains the text in the row's `contains` column, else 0."""
     return [1.0 if needle in text else 0.0 for text, needle in zip(_texts(completions), contains, strict=True)]
 
 
 def get_regex(pattern: str) -> Callable:
-    """A function that gives 1 when Python's regular expression `pattern` is found in the completion, else 0.
+    """Make a function that returns 1 if Python's regular expression `pattern` is found in the completion, else 0.
 
-    It is searched anywhere: anchor it with `^` and `$`, ignore case with `(?i)`.
+    The pattern may match anywhere. Anchor it with `^` and `$`, and ignore case with `(?i)`.
 
     Raises:
-        ValueError: not a regular expression.
+        ValueError: `pattern` is not a regular expression.
     """
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"pattern={pattern!r} is not a regular expression: {error}.") from error
+        raise ValueError(f"pattern={pattern!r} is not a regular expression: {error}. Correct it.") from error
 
     def regex(completions: list, **kwargs) -> list[float]:
         return [1.0 if compiled.search(text) else 0.0 for text in _texts(completions)]
@@ -46,8 +46,10 @@ def get_regex(pattern: str) -> Callable:
 
 
 def get_length(target: int) -> Callable:
-    """A function that gives 1 to a completion of `target` tokens, its end-of-text token among them, and less in
-    proportion to the distance from it: 0 to an empty completion and to one of twice the target or more.
+    """Make a function that rewards completions of `target` tokens, counting the end-of-text token.
+
+    A completion of `target` tokens gets 1. The reward falls in proportion to the distance from the target: it is 0 for an
+    empty completion, and for one of twice the target or more.
 
     Raises:
         ValueError: target is below 1.
@@ -62,10 +64,10 @@ def get_length(target: int) -> Callable:
 
 
 def get_repetition(n: int) -> Callable:
-    """A function that gives minus the share of a completion's word n-grams that repeat an earlier one, in -1..0.
+    """Make a function that returns minus the share of a completion's word n-grams that repeat an earlier one, in -1..0.
 
-    One less distinct-n of the completion (`pipeline.reports.metrics.distinct_n`, Li et al. 2016), so that it holds down what
-    the report measures. `trl.rewards.get_repetition_penalty_reward` does the same to tokens.
+    It is the completion's `distinct_n` minus 1 (Li et al. 2016), so it limits the repetition that the report measures.
+    `trl.rewards.get_repetition_penalty_reward` does the same with tokens.
 
     Raises:
         ValueError: n is below 1.
@@ -80,17 +82,17 @@ def get_repetition(n: int) -> Callable:
 
 
 def get_token_similarity(tokenizer: str) -> Callable:
-    """A function that compares a completion, token by token, with the text in the row's `reference` column, in 0..1:
+    """Make a function that compares a completion, token by token, with the text in the row's `reference` column, in 0..1.
 
         R = 1/K * sum over k of similarity(y_k, z_k),   y_k the k-th reference token, z_k the k-th completion token
 
-    The formula leaves K and the similarity open. We read K as the length of the longer one and give 0 where only one
-    has a token, so that neither stopping early nor running on pays. Two tokens are as similar as their spellings, a
-    leading space counted as a letter (Ratcliff and Obershelp's 2M/T: twice the matching characters over all
-    characters): 1 for the same token, and more than 0 for one that comes near, so that there is a way to climb.
+    The formula leaves K and the similarity open. We take K as the length of the longer one, and a similarity of 0 where
+    only one has a token. So neither stopping early nor running on pays. The similarity of two tokens is that of their
+    spellings, with a leading space counted as a letter (Ratcliff and Obershelp's 2M/T: twice the matching characters over
+    all characters). It is 1 for the same token and above 0 for a similar one, so that the reward can rise step by step.
 
-    Special tokens, such as end-of-text, count on neither side. A reference is written as a completion is: with the
-    space it starts with.
+    Special tokens, such as end-of-text, do not count on either side. Write a reference as a completion is written: with the
+    space that it starts with.
 
     Args:
         tokenizer: hub id or folder of the model's tokenizer.
@@ -99,7 +101,7 @@ def get_token_similarity(tokenizer: str) -> Callable:
     special = set(loaded.all_special_ids)
 
     def spellings(ids: list[int]) -> list[str]:
-        # A model may have more rows than the tokenizer has tokens, and sample one of them: it is like no other.
+        # A model may have more rows than the tokenizer has tokens, and may sample such a row. It is similar to no token.
         return [token or "" for token in loaded.convert_ids_to_tokens([i for i in ids if i not in special])]
 
     def token_similarity(completion_ids: list[list[int]], reference: list[str], **kwargs) -> list[float]:
@@ -119,8 +121,11 @@ def _vader() -> SentimentIntensityAnalyzer:
 
 
 def sentiment(prompts: list, completions: list, **kwargs) -> list[float]:
-    """VADER's compound sentiment (Hutto & Gilbert 2014) of prompt and completion together, or of the reply alone in a
-    conversation, in -1..1. It is what evaluation judges by: reward it, and the judge is no longer independent."""
+    """Return VADER's compound sentiment (Hutto & Gilbert 2014) of prompt and completion together, in -1..1.
+
+    In a conversation it is the sentiment of the reply alone. Evaluation judges by the same sentiment, so a policy that is
+    rewarded by it has no independent judge.
+    """
     texts = zip(prompts, _texts(completions), strict=True)
     return [
         _vader().polarity_scores(prompt + text if isinstance(prompt, str) else text)["compound"]
@@ -129,11 +134,11 @@ def sentiment(prompts: list, completions: list, **kwargs) -> list[float]:
 
 
 def distinct_n(texts: list[str], n: int) -> float:
-    """Distinct n-grams of white-space words over all n-grams of all texts, in 0..1; 0.0 if there are none.
+    """Return the share of distinct n-grams of white-space words among all n-grams of all texts, in 0..1; 0.0 without any.
 
-    After Li et al. (2016, arXiv 1510.03055), who divide by the number of words; we divide by the number of n-grams,
-    so that 1.0 means that no n-gram occurs twice whatever n is. N-grams do not cross texts. The value falls as texts
-    are added: compare sets of about the same number of words.
+    Li et al. (2016, arXiv 1510.03055) divide by the number of words. We divide by the number of n-grams, so that 1.0 means
+    for every n that no n-gram occurs twice. N-grams do not cross texts. The value falls as texts are added, so compare
+    only sets of about the same number of words.
 
     Raises:
         ValueError: n is below 1.

@@ -243,7 +243,7 @@ def _reward_model(config: PreTrainedConfig, family: str) -> str:
 def _reason(error: ValueError, model: PreTrainedModel) -> str:
     """Return the fault that an error names, without the model's name before it and the remedy after it."""
     said = " ".join(str(error).split()).replace("|", "/").removeprefix(": ")
-    return re.split(r", so it cannot|\. (?:Take|Set) ", said.split(f"{type(model).__name__} ", 1)[-1])[0].removesuffix(
+    return re.split(r", so it cannot|\. (?:Use|Set) ", said.split(f"{type(model).__name__} ", 1)[-1])[0].removesuffix(
         "."
     )
 

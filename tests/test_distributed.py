@@ -50,7 +50,11 @@ LARGE = ["--vf_coef", "1e30"]  # the loss is finite, and the square of its gradi
 # What PPO cannot do there: name, options, the error.
 REFUSED = {
     "zero2": [
-        ("early_stop", ["--max_approx_kl", "0.1"], "max_approx_kl=0.1 is not supported by DeepSpeed: it leaves gradients out of optimizer steps"),
+        (
+            "early_stop",
+            ["--max_approx_kl", "0.1"],
+            "max_approx_kl=0.1 is not supported by DeepSpeed: it leaves gradients out of optimizer steps",
+        ),
         ("not_finite", ["--learning_rate", "1e30"], "The loss is nan at step 2: training has diverged and ends"),
         ("norm", LARGE, "The gradient's norm is inf at step 1: training has diverged and ends"),
     ],
@@ -430,7 +434,7 @@ WRONG = {
         ["--config_file", "accelerate_configs/ddp.yaml"],
         "2 processes were started, and each runs by itself",
     ),
-    "DDP for FSDP": (["--config_file", "accelerate_configs/fsdp2.yaml"], "on cpu it would be DDP"),
+    "DDP for FSDP": (["--config_file", "accelerate_configs/fsdp2.yaml"], "On cpu it would run DDP"),
 }
 
 

@@ -1,6 +1,7 @@
 """The house: packages and rooms import downwards only, nothing imports in a circle, and no module grows without a reason."""
 
 import ast
+import re
 from functools import cache
 from pathlib import Path
 
@@ -90,3 +91,22 @@ def test_an_update_of_ppo_reads_in_short_pieces():
     for method in trainer.body:
         if isinstance(method, ast.FunctionDef):
             assert method.end_lineno - method.lineno < 40, method.name
+
+
+# Titles that are a clause or a headless possessive: a docstring begins with a verb, or names a thing.
+CLAUSES = ("What", "Where", "Whether", "Of", "How")
+POSSESSIVES = ("Trainer's", "peft's", "TRL's", "transformers'")
+
+
+def docstrings(module: str) -> list[str]:
+    """Docstrings of a module, its classes and its functions."""
+    nodes = ast.walk(ast.parse(modules()[module].read_text(encoding="utf-8")))
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    return [found for node in nodes if isinstance(node, kinds) and (found := ast.get_docstring(node))]
+
+
+@pytest.mark.parametrize("module", sorted(modules()))
+def test_a_docstring_begins_with_a_verb_or_names_a_thing(module):
+    titles = [docstring.splitlines()[0] for docstring in docstrings(module)]
+    assert not [title for title in titles if re.split(r"[\s:,;.]", title)[0] in CLAUSES]
+    assert not [title for title in titles if title.startswith(POSSESSIVES)]

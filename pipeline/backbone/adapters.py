@@ -1,4 +1,4 @@
-"""Adapters in standard peft folders: find them, check them without loading a model, and read them."""
+"""Find adapters in standard peft folders, check them without loading a model, and read them."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,9 @@ from pipeline.backbone.padding import check_pad_token
 
 ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-# Where peft keeps the head of a sequence-classification adapter (`modules_to_save=["score"]`).
+# Name under which peft keeps the head of a sequence-classification adapter (`modules_to_save=["score"]`).
 HEAD = "base_model.model.score.weight"
-# Fields of an adapter's config with which peft changes the base as it loads the adapter, and the values with which not.
+# Fields of an adapter's config that can make peft change the base as it loads the adapter, and the values that do not.
 LEAVES_BASE = {
     "bias": ("none",),
     "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
@@ -30,11 +30,13 @@ LEAVES_BASE = {
 
 
 def adapter_folder(name: str) -> Path:
-    """The local folder of an adapter: itself, or what the hub gives for `owner/name` or `owner/name@revision`, where a
-    revision is a branch, a tag or a commit. Only JSON and safetensors are fetched.
+    """Return the local folder of an adapter; fetch it from the hub if `name` is not a local folder.
+
+    On the hub, an adapter is `owner/name` or `owner/name@revision`, where a revision is a branch, a tag or a commit. Only
+    JSON and safetensors are fetched.
 
     Raises:
-        FileNotFoundError: there is no such folder, and the hub does not give such an adapter.
+        FileNotFoundError: there is no such folder, and no such adapter on the hub.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -42,7 +44,7 @@ def adapter_folder(name: str) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
         raise FileNotFoundError(
             f"{path / ADAPTER_CONFIG}: no such file. Name the folder that `trainer.save_model` wrote ({ADAPTER_CONFIG} "
-            f"and {WEIGHTS}); an adapter on the hub is `owner/name`, or `owner/name@revision`."
+            f"and {WEIGHTS}). An adapter on the hub is named `owner/name` or `owner/name@revision`."
         )
     repository, _, revision = name.partition("@")
     try:
@@ -53,18 +55,20 @@ def adapter_folder(name: str) -> Path:
         reason = str(error).strip().splitlines()[0].rstrip(". ")
         raise FileNotFoundError(
             f"{name}: no such folder (looked for {path.absolute()}), and no such adapter on the hub ({reason}). Train the "
-            f"adapter first, or correct the path; a private adapter needs `hf auth login`."
+            f"adapter first, or correct the path. A private adapter needs `hf auth login`."
         ) from error
 
 
 def check_adapter(name: str, *, needs_head: bool | None) -> Path:
-    """Check that a name is that of a LoRA adapter, by its config and the header of its weights; returns the local
-    folder. With `needs_head` it must have a score head (True) or must not (False); None is either.
+    """Check that `name` is a LoRA adapter, by its config and the header of its weights, and return its local folder.
+
+    Args:
+        needs_head: True: it must have a score head; False: it must not have one; None: both are accepted.
 
     Raises:
         FileNotFoundError: the folder, its config or its safetensors file is missing.
-        ValueError: a file is damaged; not a LoRA adapter, or one that changes its base too; its head is missing, or has
-            no business here.
+        ValueError: a file is damaged; it is not a LoRA adapter, or one that changes its base too; or the head is missing,
+            of another size, or not allowed here.
     """
     folder = adapter_folder(name)
     for file in (ADAPTER_CONFIG, WEIGHTS):
@@ -72,23 +76,23 @@ def check_adapter(name: str, *, needs_head: bool | None) -> Path:
             model = any(folder.glob("model*.safetensors"))
             hint = ""
             if model and needs_head:
-                hint = " This is a whole model; a reward model is read as a LoRA adapter on the backbone alone."
+                hint = " This is a whole model, but a reward model must be a LoRA adapter on the backbone."
             elif model:
-                hint = " This is a whole model: a merged one goes into model_name_or_path."
+                hint = " This is a whole model. Name a merged model in model_name_or_path."
             raise FileNotFoundError(
                 f"{folder / file}: no such file. Name the folder that `trainer.save_model` wrote ({ADAPTER_CONFIG} "
                 f"and {WEIGHTS}).{hint}"
             )
     config = read_json(folder / ADAPTER_CONFIG)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{name}: the adapter is of type {config.get('peft_type')}, not LORA.")
+        raise ValueError(f"{name}: the adapter is of type {config.get('peft_type')}, not LORA. Name a LoRA adapter.")
     for field, harmless in LEAVES_BASE.items():
         value = config.get(field, harmless[0])
         if value not in harmless:
             raise ValueError(
-                f"{name}: {ADAPTER_CONFIG} has {field}={value!r}, by which the adapter changes the backbone itself, and all "
-                f"roles share it. Train one with {field}={harmless[0]!r}, or merge this one into a model of its own and name "
-                f"that in model_name_or_path."
+                f"{name}: {ADAPTER_CONFIG} has {field}={value!r}, so the adapter changes the backbone itself, which all roles "
+                f"share. Train an adapter with {field}={harmless[0]!r}, or merge this one into its model and name the merged "
+                f"model in model_name_or_path."
             )
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
@@ -101,17 +105,19 @@ def check_adapter(name: str, *, needs_head: bool | None) -> Path:
             f"modules_to_save=['score'] (pipeline.reward does)."
         )
     if needs_head and head is not None and head[0] != 1:
-        raise ValueError(f"{name}: the score head has {head[0]} outputs; a reward adapter has 1 (num_labels=1).")
+        raise ValueError(
+            f"{name}: the score head has {head[0]} outputs, but a reward adapter has 1. Train it with num_labels=1."
+        )
     if head is not None and needs_head is False:
         raise ValueError(
-            f"{name}: {WEIGHTS} holds a score head ({HEAD}): it is a reward or value adapter, and no policy starts from "
-            f"one. Name the adapter of pipeline.sft, and this one as reward_adapter."
+            f"{name}: {WEIGHTS} holds a score head ({HEAD}), so it is a reward or value adapter. A policy cannot start from "
+            f"it. Name an adapter of pipeline.sft here, and this one as reward_adapter."
         )
     return folder
 
 
 def read_metrics(folder: str | Path) -> dict:
-    """The metrics file beside an adapter, empty when there is none (an adapter made elsewhere)."""
+    """Read the metrics file beside an adapter; return an empty dict if there is none (the adapter was made elsewhere)."""
     path = adapter_folder(str(folder)) / "metrics.json"
     return read_json(path) if path.is_file() else {}
 
@@ -133,12 +139,15 @@ def read_adapter(
     base: PreTrainedModel | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Adapter:
-    """Read a standard peft adapter (a folder, a hub id or `owner/name@revision`; safetensors only) and check that it
-    fits: the `base`, the `tokenizer` where one was saved beside the adapter, and its pad token. An adapter that does not
-    say which it was trained with is checked where it has a head: nothing of a policy depends on padding.
+    """Read a standard peft adapter (a folder, a hub id or `owner/name@revision`) and check that it fits.
 
-    Raises what `check_adapter` raises, and:
-        ValueError: it was trained on another base, or with another tokenizer or pad token; its tensors are not finite.
+    Only safetensors are read. The adapter must fit the `base`, the pad token of the `tokenizer`, and its vocabulary, if a
+    tokenizer was saved beside the adapter. If the adapter does not say with which pad token it was trained, the pad token
+    is checked only for an adapter with a head: a policy does not depend on padding.
+
+    Raises the errors of `check_adapter`, and:
+        ValueError: the adapter was trained on another base, or with another tokenizer or pad token; or its tensors are
+            not finite.
     """
     folder = check_adapter(name, needs_head=needs_head)
     identity = folder / IDENTITY
@@ -146,15 +155,15 @@ def read_adapter(
     if base is not None and identity.is_file():
         ours = fingerprint(base)
         theirs = str(made_for.get("fingerprint"))
-        # A reward adapter depends on no language model's head, and older adapters say nothing of theirs.
+        # A reward adapter does not depend on the language model head, and older adapters do not store its fingerprint.
         differ = [pair for pair in zip(theirs.split("+"), ours.split("+"), strict=False) if pair[0] != pair[1]]
         if differ:
             theirs, ours = differ[0]
             raise ValueError(
                 f"{name}: the adapter was trained on another base, {made_for.get('model_name_or_path')} "
                 f"({made_for.get('precision', 'not quantised')}, fingerprint {theirs[:12]}), than "
-                f"{base.config._name_or_path} ({precision_of(base.config)}, {ours[:12]}). Train it on this base, or set "
-                f"model_name_or_path, load_in_4bit and bnb_4bit_quant_type to those of that one."
+                f"{base.config._name_or_path} ({precision_of(base.config)}, {ours[:12]}). Train the adapter on this "
+                f"base, or set model_name_or_path, load_in_4bit and bnb_4bit_quant_type to those of its own base."
             )
     beside = None
     if tokenizer is not None and (folder / "tokenizer.json").is_file():
@@ -164,12 +173,16 @@ def read_adapter(
             odd = next(iter(sorted(vocabulary.items() ^ ours.items())))[0]
             raise ValueError(
                 f"{name}: the adapter was trained with another tokenizer ({len(vocabulary)} tokens, here {len(ours)}; "
-                f"{odd!r} is one that differs). Train it with this one, or give the model that one."
+                f"{odd!r} is one that differs). Train the adapter with this tokenizer, or give the model its tokenizer."
             )
     tensors = load_file(folder / WEIGHTS)
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() or not tensor.isfinite().all():
-            problem = "is not finite" if tensor.is_floating_point() else f"is of {tensor.dtype}, which no weight is"
+            problem = (
+                "is not finite"
+                if tensor.is_floating_point()
+                else f"is of {tensor.dtype}, not of a floating-point type"
+            )
             raise ValueError(f"{folder / WEIGHTS}: {key} {problem}. Train the adapter anew.")
     head = tensors.pop(HEAD, None)
     stored = made_for.get("pad_token_id")
@@ -179,6 +192,7 @@ def read_adapter(
 
 
 def damaged(path: Path, error: SafetensorError) -> ValueError:
+    """Return the error for a safetensors file that cannot be read."""
     return ValueError(
-        f"{path}: damaged, as a copy or a download that was cut short leaves it ({error}). Copy or train it anew."
+        f"{path}: the file is damaged, perhaps by a copy or download that was cut short ({error}). Copy or train it anew."
     )

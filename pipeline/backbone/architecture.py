@@ -1,11 +1,11 @@
-"""What a model must do to play all roles, proved on the model itself with a few tokens.
+"""Check on the model itself, with a few tokens, that it can play all roles.
 
-Families differ in what follows the head (soft caps, scales), in how they count positions, in what their layers need, and in
-what is random in training. Names of families say little and grow old, so each promise is checked where it is made:
+Families differ in the operations after the head (soft caps, scales), in how they count positions, in what their layers need,
+and in what is random during training. A list of family names would soon be out of date, so each model is tested:
 
-- `own_logits` computes logits from last hidden states as the model's own forward does, whatever follows its head;
-- `check_model` refuses a model whose own forward says something else than what the roles compute;
-- `switch_off_dropout` finds what is random in training, and `check_dropout_is_off` that nothing is left.
+- `own_logits` computes logits from last hidden states as the model's own forward does, with all operations after its head;
+- `check_model` refuses a model whose own forward differs from what the roles compute;
+- `switch_off_dropout` switches off what is random in training, and `check_dropout_is_off` checks that nothing is left.
 """
 
 import inspect
@@ -20,14 +20,14 @@ from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 
 
-LONG, SHORT = 12, 8  # tokens of the two texts that a model is checked on; the short one begins the long one
-DRAWN = 3  # tokens that each is continued by
-RANDOM = re.compile(r"drop|jitter")  # names under which modules keep what they draw at random in training
+LONG, SHORT = 12, 8  # tokens of the two texts that a model is checked on; the long one begins with the short one
+DRAWN = 3  # tokens that are drawn after each text
+RANDOM = re.compile(r"drop|jitter")  # names of attributes with which modules act at random in training
 
 
 # ----------------------------------------------------------------------------------------------- after the head
 class _Given:
-    """Stand in for a part of a model that has run: called, it returns its output; asked, it has the part's attributes."""
+    """Stand-in for a part of a model that has run: a call returns the output; attributes are those of the part."""
 
     def __init__(self, part: nn.Module, output: Any):
         self._part, self._output = part, output
@@ -41,7 +41,7 @@ class _Given:
 
 
 class _Hidden(tuple):
-    """Output of the decoder: its last hidden states, and None for all that forward may ask of it beside them."""
+    """Output of the decoder: its last hidden states, and None for any other attribute that `forward` may read."""
 
     @property
     def last_hidden_state(self) -> Tensor:
@@ -52,7 +52,7 @@ class _Hidden(tuple):
 
 
 class _Decoded:
-    """A language model whose decoder has run. Its class's forward, called on this, does the rest."""
+    """A language model whose decoder has run; the forward of its class, called on this, does the rest."""
 
     def __init__(self, model: PreTrainedModel, hidden: Tensor):
         self._model, self._hidden = model, hidden
@@ -65,21 +65,21 @@ class _Decoded:
 def own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     """Return the logits (N, V) that the model's own forward computes from last hidden states (N, D).
 
-    The forward of its class runs with the decoder replaced by these states, so whatever stands before and after the head
-    (transforms, soft caps, scales) is the model's own.
+    The forward of its class runs with these states in place of the decoder. So all operations before and after the head
+    (transforms, soft caps, scales) are the model's own.
     """
     hidden = hidden.unsqueeze(0)
-    # Of these "inputs" some families read the shape.
+    # Some families read the shape of these "inputs".
     return type(model).forward(_Decoded(model, hidden), inputs_embeds=hidden, use_cache=False).logits.squeeze(0)
 
 
 @torch.no_grad()
 def head_is_all(model: PreTrainedModel) -> bool:
-    """Return whether the head alone makes logits of the model's last hidden states, as `own_logits` does.
+    """Tell whether the head alone computes the model's logits from its last hidden states.
 
-    The two are compared to the bit on states of several sizes: a soft cap shows in large logits alone.
+    The head and `own_logits` are compared to the bit on states of several sizes: a soft cap shows only in large logits.
     """
-    if model.device.type == "meta":  # there is nothing to compare
+    if model.device.type == "meta":  # it has no values to compare
         return True
     head = model.get_output_embeddings()
     generator = torch.Generator().manual_seed(0)
@@ -91,7 +91,7 @@ def head_is_all(model: PreTrainedModel) -> bool:
 
 # ----------------------------------------------------------------------------------------------- positions
 def attention(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Return what tells a model's decoder of the padding of ids (B, S): the mask, and the positions, if it takes them."""
+    """Return the inputs that tell the decoder about padding, for a mask (B, S): the mask, and positions if it takes them."""
     inputs = {"attention_mask": attention_mask}
     if takes_positions(type(model.base_model)):  # type: ignore[arg-type]  # mypy holds that classes have no hash
         inputs["position_ids"] = positions(attention_mask)
@@ -100,7 +100,7 @@ def attention(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Tenso
 
 @cache
 def takes_positions(model_class: type[nn.Module]) -> bool:
-    """Return whether a class's forward takes positions. Models of alibi and recurrent ones have none."""
+    """Tell whether the forward of a class takes positions; alibi and recurrent models take none."""
     return "position_ids" in inspect.signature(model_class.forward).parameters
 
 
@@ -112,18 +112,19 @@ def positions(attention_mask: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------- checks
 @torch.no_grad()
 def check_model(model: PreTrainedModel, source: str) -> None:
-    """Check that what the roles compute of a model is what its own forward computes, on two short texts.
+    """Check on two short texts that the roles compute what the model's own forward computes.
 
-    A language model's last logits, or a classifier's score, of each text by itself are compared with those of one batch in
-    which the short text stands at the beginning of the long one, padded at the left, and padded at the right. A language
-    model continues both too, as one batch and with a cache, as it is sampled from.
+    The short text is the beginning of the long one. The last logits of a language model, or the score of a classifier, are
+    computed for each text alone. They are compared with those of one batch of the long text and the short text, which is
+    read inside the long one, padded at the left, and padded at the right. A language model also continues both texts in
+    one batch with a cache, as in sampling.
 
     Args:
         source: the model's name, for errors.
 
     Raises:
-        ValueError: it sees tokens that come later; padding changes what it says, or its cache does; its hidden states do
-            not give its logits or scores; a part of it bears a role's name.
+        ValueError: the model sees later tokens; padding or its cache changes its outputs; its last hidden states do not
+            give its logits or scores; or a part of it has the name of a role.
     """
     classifies = hasattr(model, "score")
     ids, mask = probe(model)
@@ -139,10 +140,10 @@ def check_model(model: PreTrainedModel, source: str) -> None:
             model, source, f"does not run as the roles need it ({type(error).__name__}: {reason})"
         ) from error
     if not classifies and hidden.shape[-1] != model.get_output_embeddings().weight.shape[1]:
-        raise _refusal(model, source, "projects its last hidden states before the head, and scores are read from them")
+        raise _refusal(model, source, "projects its last hidden states before the head, but scores are read from them")
     kind = "scores" if classifies else "logits"
     faults = (
-        (LONG, f"has other {kind} than its last hidden states give"),
+        (LONG, f"has {kind} that differ from those of its last hidden states"),
         (SHORT, "sees tokens that come later, as encoders do"),
         (SHORT, "lets padding at the left change what it says"),
         (SHORT, "lets padding at the right change what it says"),
@@ -161,17 +162,19 @@ def check_model(model: PreTrainedModel, source: str) -> None:
             )
     named = {part for name, _ in model.named_modules() for part in name.split(".")}
     if taken := sorted(named & {"value", "reward", "ref", "default"}):
-        raise _refusal(model, source, f"has parts named {taken[0]!r}, as a role's adapter is")
+        raise _refusal(model, source, f"has parts named {taken[0]!r}, which is the name of a role's adapter")
 
 
 def _drawn(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Continue texts (B, S) padded at the left, the likeliest token each time; yield the logits (V) of each token, as
-    `generate` has them and by the model's forward of the whole text alone."""
+    """Continue texts (B, S), padded at the left, with the likeliest tokens, and yield two logits (V) for each token.
+
+    The first are those of `generate`, the second those of the model's forward on the whole text alone.
+    """
     options = {"max_new_tokens": DRAWN, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     greedy = GenerationConfig(
         **options, pad_token_id=model.config.get_text_config().pad_token_id, disable_compile=True
     )
-    own, model.generation_config = model.generation_config, GenerationConfig()  # which would fill in what is unset
+    own, model.generation_config = model.generation_config, GenerationConfig()  # its own would fill in unset fields
     try:
         found = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy, synced_gpus=False)
     finally:
@@ -185,7 +188,7 @@ def _drawn(model: PreTrainedModel, ids: Tensor, mask: Tensor) -> Iterator[tuple[
 
 def _refusal(model: PreTrainedModel, source: str, fault: str) -> ValueError:
     return ValueError(
-        f"{source}: {type(model).__name__} {fault}, so it cannot be the backbone. Take a decoder-only language model "
+        f"{source}: {type(model).__name__} {fault}, so it cannot be the backbone. Use a decoder-only language model "
         f"(GPT-2, Llama, Qwen, Mistral ...)."
     )
 
@@ -193,7 +196,7 @@ def _refusal(model: PreTrainedModel, source: str, fault: str) -> ValueError:
 def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
     """Return ids and mask (3, S) of a text, and of its beginning padded at the left and at the right.
 
-    Its tokens are ordinary ones: those that a config names have a meaning of their own.
+    Its tokens are ordinary ones, because tokens that a config names have a special meaning.
     """
     config = model.config.get_text_config()
     values = [v for part in (model.config, config) for name, v in part.to_dict().items() if "token_id" in name]
@@ -209,7 +212,7 @@ def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
 
 
 def _agree(ours: Tensor, own: Tensor, *, exact: bool) -> bool:
-    """Return whether two vectors of logits, or two scores, are the same but for rounding (nats, in the mean)."""
+    """Tell whether two vectors of logits, or two scores, are equal up to rounding (mean difference, in nats)."""
     ours, own = ours.float(), own.float()
     if len(own) > 1:
         ours, own = ours.log_softmax(dim=-1), own.log_softmax(dim=-1)
@@ -221,8 +224,8 @@ def _agree(ours: Tensor, own: Tensor, *, exact: bool) -> bool:
 def switch_off_dropout(model: nn.Module) -> None:
     """Switch off all dropout of a model.
 
-    TRL reaches `nn.Dropout`. Many models keep a probability in a module or read it from their config, and call dropout as a
-    function; layer drop and router jitter are kept likewise. The config is that of the model in memory; no file changes.
+    TRL switches off only `nn.Dropout`. Many models keep a probability in a module or in their config, and call dropout as a
+    function. Layer drop and router jitter work in the same way. Only the config in memory changes, and no file.
     """
     configs: dict[int, Any] = {}
     for module in model.modules():
@@ -241,17 +244,20 @@ def switch_off_dropout(model: nn.Module) -> None:
 
 
 def without_dropout(model: PreTrainedModel, source: str) -> None:
-    """Switch off all dropout of a model, and check that nothing random is left; raises what `check_dropout_is_off` raises."""
+    """Switch off all dropout of a model, and check that nothing random is left.
+
+    Raises the errors of `check_dropout_is_off`.
+    """
     switch_off_dropout(model)
     check_dropout_is_off(model, source)
 
 
 @torch.no_grad()
 def check_dropout_is_off(model: PreTrainedModel, source: str) -> None:
-    """Check that two passes in training mode agree, and leave mode and random state as they were.
+    """Check that two passes in training mode agree; the mode and the random state stay unchanged.
 
     Raises:
-        ValueError: they do not.
+        ValueError: the two passes differ.
     """
     ids, was_training = probe(model)[0][:1], model.training
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -261,25 +267,25 @@ def check_dropout_is_off(model: PreTrainedModel, source: str) -> None:
     if not torch.allclose(first, second, rtol=1e-3, atol=1e-3):
         raise ValueError(
             f"{source}: disable_dropout=True leaves something random in {type(model).__name__}: two passes in training mode "
-            f"differ. Set its dropout and noise to 0 in config.json."
+            f"differ. Set the model's dropout and noise to 0 in config.json."
         )
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Return whether every value is finite; of a sharded tensor, this process's part."""
+    """Tell whether all values are finite; of a sharded tensor, only the part of this process is read."""
     local = (x.to_local() if isinstance(x, DTensor) else x for x in map(Tensor.detach, tensors))
     return all(bool(x.isfinite().all()) for x in local)
 
 
 def check_finite(model: nn.Module, name: str) -> None:
-    """Check that the weights of a pretrained model are numbers. Those in 4 bits are codes, and always are.
+    """Check that the weights of a pretrained model are finite; weights in 4 bits always are.
 
     Raises:
-        ValueError: one is NaN or infinite, and so would be all that is computed with it.
+        ValueError: a weight is NaN or infinite.
     """
     for key, weight in model.named_parameters():
         if weight.is_floating_point() and not all_finite([weight]):
             raise ValueError(
-                f"{name}: {key} holds values that are not finite (NaN or infinity), so the model can neither be trained "
-                f"nor sampled from. Download or save the model anew."
+                f"{name}: {key} holds values that are not finite (NaN or infinity). Such a model can neither be trained nor "
+                f"sampled from. Download or save the model anew."
             )

@@ -1,8 +1,8 @@
-"""Models in GGUF files, and SmolLM2: each converted once to a folder that transformers and peft load like any other.
+"""Convert models in GGUF files, and SmolLM2, to folders that transformers and peft load like any other.
 
-A GGUF file holds quantised weights, which cannot be trained on as they are, and an adapter has to name a base that plain
-peft loads. So the weights are dequantised to bfloat16, in which models are published, and saved as safetensors with the
-tokenizer, in the user's cache.
+A GGUF file holds quantised weights, which cannot be trained on as they are. An adapter must also name a base that plain peft
+loads. So each file is converted once. The weights are dequantised to bfloat16, the precision in which models are published,
+and saved as safetensors with the tokenizer, in the user's cache.
 
 `model_name_or_path: smollm2` is SmolLM2-135M-Instruct (Apache-2.0; Allal et al. 2025, arXiv 2502.02737) as 4-bit GGUF
 from the package index, for machines that reach no model hub. On the hub it is HuggingFaceTB/SmolLM2-135M-Instruct.
@@ -36,15 +36,17 @@ def is_gguf(name: str) -> bool:
 
 
 def model_source(name: str) -> str:
-    """Return what transformers is to load for a `model_name_or_path`: the converted folder of a local `.gguf` file or of
-    `smollm2`, which are made the first time; the embedded backbone wherever one runs; any other name as it is.
+    """Return the name or folder that transformers loads for a `model_name_or_path`.
 
-    Raises what `data.pip_files.fetch` raises, and:
-        ValueError: the file is not one of GGUF, or of an architecture that transformers cannot read.
+    For a local `.gguf` file and for `smollm2` it is the folder of the converted model, which the first call makes. For the
+    embedded backbone it is its own folder, from any working directory. Any other name is returned as it is.
+
+    Raises the errors of `data.pip_files.fetch`, and:
+        ValueError: the file is not a GGUF file, or transformers cannot read its architecture.
     """
     if name != SMOLLM2 and not is_gguf(name):
         return find_embedded(name)
-    with PartialState().local_main_process_first():  # the others find it done
+    with PartialState().local_main_process_first():  # the other processes find it done
         if is_gguf(name):
             path = Path(name).expanduser()
             return str(_converted(path, cache_dir() / "models" / f"{path.stem}-{sha256_of(path)[:16]}"))
@@ -58,21 +60,24 @@ def model_source(name: str) -> str:
 
 
 def _converted(path: Path, folder: Path) -> Path:
-    """Return `folder`, with the model and the tokenizer of a GGUF file in it. It appears whole, by one rename."""
+    """Convert a GGUF file to a model and tokenizer in `folder`, and return the folder.
+
+    The folder appears complete, by one rename. If it exists already, nothing is done.
+    """
     if folder.is_dir():
         return folder
-    PartialState().print(f"{path.name} is converted to {folder}, once.")
+    PartialState().print(f"Converting {path.name} to {folder} (only once).")
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
-        with torch.random.fork_rng(devices=[]):  # a run that converts draws what the next one does
+        with torch.random.fork_rng(devices=[]):  # so a run that converts draws the same numbers as the next one
             tokenizer = AutoTokenizer.from_pretrained(**source)
             model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-    except Exception as error:  # the reader of the format raises whatever damaged bytes lead it to
+    except Exception as error:  # damaged bytes can make the reader raise any error
         raise ValueError(
             f"{path}: not a GGUF file that transformers can read ({type(error).__name__}: {error}). Download it anew, or "
             f"name the model's folder or hub id."
         ) from error
-    del model.config.quantization_config  # its weights are plain ones now, and are to be saved as such
+    del model.config.quantization_config  # the weights are plain now, so save them as plain ones
     model.hf_quantizer = None
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as staging:

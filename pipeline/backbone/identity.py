@@ -1,4 +1,4 @@
-"""Tell one pretrained model from another, and write beside an adapter which one it belongs to."""
+"""Compute fingerprints of pretrained models, and record beside an adapter which model it belongs to."""
 
 import hashlib
 from collections.abc import Iterable
@@ -15,11 +15,13 @@ IDENTITY = "backbone.json"
 
 
 def fingerprint(base: PreTrainedModel) -> str:
-    """Return hex digests that tell one pretrained model from another, in float32 or bfloat16: its trunk's, and after a `+`
-    that of a language model's head. A classifier on the same trunk has the first alone.
+    """Return a fingerprint of a pretrained model, the same in float32 and bfloat16.
 
-    LoRA weights are left out. A quantised base has its own: that of its 4-bit codes. Their scales (`weight.absmax` and
-    the like), which another device may round otherwise, are left out too.
+    It is the hex digest of the trunk, then a `+` and that of the language model head. A classifier on the same trunk has
+    only the first digest.
+
+    LoRA weights are left out. A quantised base has a fingerprint of its own, that of its 4-bit codes. Their scales
+    (`weight.absmax` and the like) are left out too, because another device may round them differently.
     """
 
     def of(tensors: dict[str, Tensor]) -> str:
@@ -34,20 +36,23 @@ def fingerprint(base: PreTrainedModel) -> str:
 
 
 def precision_of(config: PreTrainedConfig) -> str:
+    """Return the precision of a base in words: not quantised, or its 4-bit type."""
     bits = getattr(config, "quantization_config", None)
     return f"4-bit {bits.bnb_4bit_quant_type}" if bits else "not quantised"
 
 
 def write_identity(folder: str | Path, config: PreTrainedConfig, digest: str) -> None:
-    """Write beside an adapter which backbone it was trained on, and with which padding, from the backbone's config and
-    its fingerprint."""
+    """Write beside an adapter the backbone and the pad token that it was trained with.
+
+    `config` is the config of the backbone, and `digest` its fingerprint.
+    """
     record = {"model_name_or_path": config._name_or_path, "precision": precision_of(config), "fingerprint": digest}
     record["pad_token_id"] = config.get_text_config().pad_token_id
     write_json(Path(folder) / IDENTITY, record)
 
 
 def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Hex digest of names, shapes and up to 65,536 evenly spaced values of every tensor, rounded to bfloat16."""
+    """Return the hex digest of names, shapes and up to 65,536 evenly spaced values of every tensor, rounded to bfloat16."""
     result = hashlib.sha256()
     for name, tensor in tensors:
         flat = tensor.detach().reshape(-1)

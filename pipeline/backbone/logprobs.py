@@ -1,8 +1,8 @@
-"""Log-probabilities of tokens from hidden states, without the logits of a whole batch ever in memory.
+"""Compute log-probabilities of tokens from hidden states, without holding the logits of a whole batch in memory.
 
-A vocabulary's logits are the largest tensor of PPO by far: 50,257 numbers a position. A token's log-probability depends
-on its own position alone, so its gradient with respect to that hidden state is worked out while the logits are there
-(as Liger Kernel does for the cross-entropy): nothing is computed twice, and D numbers a position stay.
+The logits are by far the largest tensor of PPO: 50,257 numbers a position with the vocabulary of GPT-2. The log-probability
+of a token depends only on the hidden state of its position. So its gradient with respect to that state is computed while the
+logits are in memory (as Liger Kernel does for the cross-entropy). Nothing is computed twice, and D numbers a position stay.
 """
 
 from collections.abc import Callable
@@ -27,9 +27,9 @@ def token_logprobs(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the log-probability of each token and, if asked for, the entropy at its position, in nats, both (B, T).
 
-    `head` maps hidden states (N, D) to logits (N, V), each row by itself; `hidden` is (B, T, D), `tokens` (B, T). Logits
-    are divided by `temperature`. An entropy that requires a gradient, or a head that is trained, keeps the logits. Where
-    something follows the head, `logits` is what maps hidden states to logits instead.
+    `head` maps hidden states (N, D) to logits (N, V), each row by itself. `hidden` is (B, T, D), `tokens` is (B, T). Logits
+    are divided by `temperature`. If the entropy requires a gradient, or the head is trained, all logits stay in memory. If
+    the model has operations after its head, `logits` maps hidden states to logits instead of `head`.
     """
     logits = logits or head
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)
@@ -53,7 +53,7 @@ def _logits(head: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
 
 
 class _Chunked(torch.autograd.Function):
-    """Rows (N, D) and tokens (N,) -> logprobs and entropies (N,), the gradient worked out on the way."""
+    """Function from rows (N, D) and tokens (N,) to logprobs and entropies (N,) that computes its gradient on the way."""
 
     @staticmethod
     def forward(
@@ -66,7 +66,7 @@ class _Chunked(torch.autograd.Function):
         entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
         differentiate = ctx.needs_input_grad[0]
-        pieces = -(-len(rows) * vocabulary // LOGITS)  # of like size, so that products are of one shape
+        pieces = -(-len(rows) * vocabulary // LOGITS)  # of similar size, so that products have similar shapes
         logprobs, entropies = [], []
         gradients: list[Tensor] = []
         for piece, token_ids in zip(rows.tensor_split(pieces), tokens.tensor_split(pieces), strict=True):
@@ -78,9 +78,9 @@ class _Chunked(torch.autograd.Function):
                     gradients += torch.autograd.grad(logprob.sum(), piece)
             logprobs.append(logprob.detach())
             if entropy:
-                # A token that cannot come (-inf) would add 0 * -inf, which is NaN, where it adds nothing.
+                # A token of probability 0 (-inf) adds nothing, but 0 * -inf would be NaN.
                 every = every.detach().clamp_(min=torch.finfo(every.dtype).min)
-                with torch.autocast(every.device.type, enabled=False):  # it would round the dot product to bfloat16
+                with torch.autocast(every.device.type, enabled=False):  # it would round the product to bfloat16
                     entropies.append(-torch.linalg.vecdot(every.exp(), every))
         if differentiate:
             ctx.save_for_backward(torch.cat(gradients))

@@ -1,4 +1,4 @@
-"""What a LoRA adapter adapts: options, peft's config, and whether a saved adapter is as they say."""
+"""Make the config of a LoRA adapter from options, and check a saved adapter against them."""
 
 from dataclasses import dataclass, field
 
@@ -13,50 +13,52 @@ from pipeline.backbone.trunk import decoder_layers
 
 @dataclass
 class LoraArguments:
-    """Where an adapter reaches, beside `lora_target_modules`."""
+    """Options that choose what an adapter changes, besides `lora_target_modules`."""
 
     lora_top_layers: int | None = field(
         default=None,
         metadata={
-            "help": "Adapt the top so many decoder layers; PPO computes those below once a rollout. Unset: all."
+            "help": "Adapt only this many decoder layers, from the top; PPO computes those below once a rollout. Unset: all."
         },
     )
     lora_embeddings: bool = field(
         default=False,
-        metadata={"help": "LoRA on the input embeddings as well: a small backbone's words are taught their worth."},
+        metadata={"help": "Adapt the input embeddings too, which helps a small backbone."},
     )
 
 
 def lora_config(
     model: ModelConfig, *, task_type: str, lora: LoraArguments | None = None, base: PreTrainedModel | None = None
 ) -> LoraConfig:
-    """LoRA as `lora_*` in ModelConfig says, as far as `lora` takes it on `base`.
+    """Return the config of a LoRA adapter on `base`, from the `lora_*` options of `model` and `lora`.
 
     A reward adapter (SEQ_CLS) trains and saves its head too.
 
     Raises:
-        ValueError: the model has fewer layers than are to be adapted; or an option of ModelConfig has no effect here.
+        ValueError: `lora_top_layers` exceeds the layers of the model; or an option of ModelConfig has no effect here.
     """
     for option in ("use_dora", "lora_modules_to_save", "lora_target_parameters"):
         if getattr(model, option):
-            raise ValueError(f"{option}={getattr(model, option)!r} is not supported; leave it unset.")
+            raise ValueError(f"{option}={getattr(model, option)!r} is not supported. Leave it unset.")
     modules, layers = model.lora_target_modules, {}
     if isinstance(modules, str) and modules != "all-linear":
-        modules = [modules]  # ModelConfig unwraps a list of one, and peft would take the bare name for a pattern
+        modules = [modules]  # ModelConfig unwraps a list of one, and peft would read a bare name as a pattern
     if lora and (lora.lora_embeddings or lora.lora_top_layers):
         assert base is not None  # these options are about its layers
         named = dict(base.named_modules())
-        if modules in (None, "all-linear"):  # peft takes that word alone: not in a list, not for some layers
+        if modules in (None, "all-linear"):  # peft accepts "all-linear" only alone: not in a list, not for some layers
             linear = {name.split(".")[-1] for name, layer in named.items() if isinstance(layer, (nn.Linear, Conv1D))}
             heads = (base.get_output_embeddings(), getattr(base, "score", None))
             modules = sorted(linear - {name.split(".")[-1] for name, layer in named.items() if layer in heads})
         if lora.lora_embeddings:
-            # By its full name: peft would store the frozen embeddings with an adapter of a bare `embed_tokens`.
+            # The full name: with a bare `embed_tokens`, peft would save the frozen embeddings with the adapter.
             modules = [*modules, next(n for n, layer in named.items() if layer is base.get_input_embeddings())]
         if lora.lora_top_layers:
             _, pattern, decoder = decoder_layers(base)
             if not 0 < lora.lora_top_layers <= len(decoder):
-                raise ValueError(f"lora_top_layers={lora.lora_top_layers}: the model has {len(decoder)} layers.")
+                raise ValueError(
+                    f"lora_top_layers={lora.lora_top_layers}: the model has {len(decoder)} layers. Set it from 1 to that."
+                )
             top = list(range(len(decoder)))[-lora.lora_top_layers :]
             layers = {"layers_to_transform": top, "layers_pattern": pattern}
     return LoraConfig(
@@ -82,8 +84,15 @@ def _is_transposed(modules: list[str] | str | None, base: PreTrainedModel | None
 
 
 def check_lora(found: LoraConfig, model: ModelConfig, lora: LoraArguments, base: PreTrainedModel, source: str) -> None:
-    """Raise a ValueError for a `lora_*` option that was set, and says otherwise than `found`, the config of the adapter
-    `source` that training goes on from: it would have no effect."""
+    """Check that no `lora_*` option that was set contradicts the saved adapter that training continues from.
+
+    Args:
+        found: config of the saved adapter.
+        source: its name, for errors.
+
+    Raises:
+        ValueError: an option was set and differs from `found`. It would have no effect.
+    """
     wanted = lora_config(model, task_type=found.task_type, lora=lora, base=base)
     fields = {
         "lora_r": "r",
@@ -97,9 +106,9 @@ def check_lora(found: LoraConfig, model: ModelConfig, lora: LoraArguments, base:
     for option, field_name in fields.items():
         values = (getattr(config, field_name) for config in (wanted, found))
         ours, theirs = (sorted(value) if isinstance(value, (list, set)) else value for value in values)
-        # "all-linear" peft stores as the layers that it took it for.
+        # peft stores the layers that it chose for "all-linear", not the word.
         if given[option] != default[option] and ours not in (theirs, "all-linear"):
             raise ValueError(
-                f"{option}={given[option]!r} describes a fresh adapter, and {source} is one with {field_name}={theirs}. "
+                f"{option}={given[option]!r} describes a fresh adapter, but {source} was saved with {field_name}={theirs}. "
                 f"Leave {option} unset, or train {source} anew with it."
             )

@@ -1,7 +1,7 @@
-"""The pad token: it decides where a score is read, so every stage pads with the same one.
+"""Choose the pad token, which decides where a score is read, so that every stage pads with the same one.
 
-A sequence classifier reads its score at the last token that is not the pad token. Where the pad token also ends a text or
-a turn, that token stands before the ending, and a reward model cannot tell a finished completion from one that is cut.
+A sequence classifier reads its score at the last token that is not the pad token. If the pad token also ends a text or a
+turn, the score is read before the ending. Then a reward model cannot tell a finished completion from one that is cut.
 """
 
 import difflib
@@ -12,10 +12,10 @@ from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
 
 
-# Special tokens that may be taken for padding unasked, the best first: by their name they have no other use.
+# Patterns of special tokens that may be used for padding, the best first. Their names show that they have no other use.
 FREE = (
     r"(?<![a-z])pad(ding)?(?![a-z])",  # <|pad|>, [PAD], <|finetune_right_pad_id|>
-    r"^<\|endoftext\|>$",  # parted the documents of pretraining, where a chat model ends its turns otherwise
+    r"^<\|endoftext\|>$",  # it separated documents in pretraining; a chat model ends its turns with another token
     r"reserved|unused|placeholder|dummy|control_\d|extra_(id_)?\d",  # <|reserved_special_token_0|>, <unused0>
 )
 
@@ -24,13 +24,13 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str, source: st
     """Pad with the token that the user names.
 
     Raises:
-        ValueError: it is not in the vocabulary of the model `source`, or it is a piece of ordinary text.
+        ValueError: the token is not in the vocabulary of the model `source`, or is a piece of ordinary text.
     """
     added = [token.content for _, token in sorted(tokenizer.added_tokens_decoder.items())]
     if pad_token not in added:
-        problem = f"is no token of {source}"
+        problem = f"is not a token of {source}"
         if pad_token in tokenizer.get_vocab():
-            problem = f"is a piece of ordinary text in {source}, and decoding leaves out the pad token"
+            problem = f"is a piece of ordinary text in {source}, but decoding leaves out the pad token"
         near = difflib.get_close_matches(pad_token, added, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         shown = ", ".join(map(repr, added[:12])) + (", ..." if len(added) > 12 else "")
@@ -39,8 +39,10 @@ def set_pad_token(tokenizer: PreTrainedTokenizerBase, pad_token: str, source: st
 
 
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None:
-    """Pad with the tokenizer's own pad token, or, where that is missing or one of the `ends`, with an unused special
-    token; with the end-of-text token where there is none. Whatever is not the tokenizer's own is said in a line.
+    """Pad with the tokenizer's own pad token, or with an unused special token.
+
+    The own pad token is not used if it is missing or one of the `ends`. If there is no unused special token, padding is the
+    own pad token, or else the end-of-text token. A line says so if padding is not the own token, or also ends texts.
 
     Args:
         ends: ids of the tokens that end a text or a turn, by the model's configs.
@@ -52,25 +54,26 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> None
     unused = unused_tokens(tokenizer, ends)
     if unused:
         tokenizer.pad_token = unused[0]
-        _say(f"Pads with {unused[0]!r}: {reason}. --pad_token names another.")
+        _say(f"Padding is {unused[0]!r}: {reason}. To use another token, set --pad_token.")
         return
     tokenizer.pad_token = own or tokenizer.eos_token
     _say(
-        f"Pads with {tokenizer.pad_token!r}, which also ends texts: {reason}, and the vocabulary has no unused special "
-        f"token. A reward model then cannot see whether a completion has ended. Name a special token that the data does not "
-        f"use with --pad_token, or take missing_eos_penalty in PPO."
+        f"Padding is {tokenizer.pad_token!r}, which also ends texts: {reason}, and the vocabulary has no unused special "
+        f"token. A reward model then cannot see whether a completion has ended. Set --pad_token to a special token that the "
+        f"data does not use, or use missing_eos_penalty in PPO."
     )
 
 
 def unused_tokens(tokenizer: PreTrainedTokenizerBase, ends: set[int]) -> list[str]:
-    """Special tokens that by their name have no use but padding, the best first.
+    """Return the special tokens whose names show no other use than padding, the best first.
 
-    Left out are those that end a text or a turn (`ends`), open or part one, stand in the chat template, or are written
-    by the tokenizer by itself.
+    Left out are tokens that end a text or a turn (`ends`), tokens that begin or separate texts, tokens of the chat
+    template, and tokens that the tokenizer itself writes.
     """
     named = ("bos_token_id", "eos_token_id", "sep_token_id", "cls_token_id", "mask_token_id")
     used = {*ends, *(getattr(tokenizer, name) for name in named)}
-    used |= set(tokenizer("a \U0010ffff")["input_ids"])  # U+10FFFF is no character: an unknown token would show
+    # U+10FFFF is not a character, so an unknown token would appear here.
+    used |= set(tokenizer("a \U0010ffff")["input_ids"])
     template = str(tokenizer.chat_template)
     free = [
         token.content
@@ -93,13 +96,13 @@ def check_pad_token(
     """Check that a reward or policy adapter was trained with this `tokenizer`'s pad token.
 
     Args:
-        name: the adapter, for the error.
-        stored: id of the pad token that it was trained with, as its identity file has it.
-        beside: without it, the tokenizer that was saved beside the adapter; None: the pad token is the base tokenizer's
-            own, or its end-of-text token, as it was before any was chosen.
+        name: the adapter's name, for errors.
+        stored: id of the pad token that it was trained with, from its identity file; None if the file has none.
+        beside: the tokenizer that was saved beside the adapter, which is read if `stored` is None. If both are None, the
+            adapter is old: it was padded with the base tokenizer's own pad token, or with its end-of-text token.
 
     Raises:
-        ValueError: it was trained with another.
+        ValueError: the adapter was trained with another pad token.
     """
     theirs = stored
     if theirs is None:
@@ -111,7 +114,7 @@ def check_pad_token(
     known = isinstance(theirs, int) and 0 <= theirs < len(tokenizer)
     token = tokenizer.convert_ids_to_tokens(theirs) if known else theirs
     raise ValueError(
-        f"{name}: the adapter was trained with {token!r} as padding, and this run pads with {tokenizer.pad_token!r}; a "
+        f"{name}: the adapter was trained with {token!r} as padding, but this run pads with {tokenizer.pad_token!r}. A "
         f"score is read at the last token that is not padding. Set --pad_token {token!r} in every stage, or train the "
         f"adapter anew."
     )

@@ -1,4 +1,4 @@
-"""Reward adapters on the backbone: take them up as roles, and measure the scale of their scores."""
+"""Add reward adapters to the backbone as roles, and measure the scale of their scores."""
 
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from reward_models.normalization import Normalization, read_normalization
 def learned_rewards(
     rewards: RewardArguments, backbone: Backbone, tokenizer: PreTrainedTokenizerBase
 ) -> list[LearnedReward]:
-    """Each adapter as a role of the backbone (`reward`, `reward_2`, ...) with a head of its own, called as its folder.
+    """Add each reward adapter as a role of the backbone (`reward`, `reward_2`, ...), and return the rewards.
 
-    Normalised, the head in memory gives scores of deviation 1, and a value that starts from it values of that scale.
+    Each role has a head of its own. Each reward is named after the folder of its adapter. With `normalize_scores`, the head
+    in memory gives scores of deviation 1, and a value that starts from it has the same scale.
 
-    Raises what `read_adapter` and `read_normalization` raise.
+    Raises the errors of `read_adapter` and `read_normalization`.
     """
     learned = []
     for number, folder in enumerate(rewards.reward_adapter, 1):
@@ -49,7 +50,13 @@ def measure(
     temperature: float = 1.0,
     batch_size: int = 64,
 ) -> Normalization:
-    """Sample a completion to each prompt as the policy role, and score it as the reward role; processes share the work."""
+    """Measure the mean and deviation of the reward role's scores on completions of the policy role.
+
+    One completion is sampled for each prompt. Processes share the work.
+
+    Raises:
+        FloatingPointError: a score is not finite.
+    """
     prompt_ids = tokenize_prompts(prompts, tokenizer)
     options: dict[str, Any] = {
         "max_completion_length": max_completion_length,
@@ -68,7 +75,7 @@ def measure(
     )
     if not np.isfinite(scores).all():
         raise FloatingPointError(
-            "A score of the reward adapter on the SFT policy's completions is not finite: the adapter is of no use. Train it "
-            "anew with a lower learning_rate."
+            "A score of the reward adapter on the SFT policy's completions is not finite, so the adapter cannot be used. "
+            "Train it anew with a lower learning_rate."
         )
     return Normalization(float(np.mean(scores)), float(np.std(scores)), len(scores))

@@ -1,10 +1,10 @@
-"""One frozen backbone, four roles or more.
+"""Run four or more roles on one frozen backbone.
 
-Policy, reference, rewards and value are LoRA adapters on a single pretrained causal language model, and linear heads
-(one for each reward, one for the value) read its last hidden state. A role is chosen by naming its adapter on every
-LoRA layer, without touching `requires_grad`, so several roles can run inside one differentiable forward pass.
+Policy, reference, rewards and value are LoRA adapters on a single pretrained causal language model. Linear heads, one for
+each reward and one for the value, read its last hidden state. To run a role, its adapter is named on every LoRA layer. This
+does not touch `requires_grad`, so several roles can run inside one differentiable forward pass.
 
-The module is longer than others, since a `PeftModel` is one class.
+The module is longer than others, because a `PeftModel` is one class.
 """
 
 from collections.abc import Iterator
@@ -36,35 +36,35 @@ from pipeline.backbone.trunk import decoder_layers, first_adapted_layer, lower, 
 
 logger = get_logger(__name__)
 
-# peft calls the first adapter "default", and TRL's online trainers train that one and clone it as "ref". Further reward
-# roles (reward_2, ...) are called what their adapters are.
+# The name of each role's adapter. peft calls the first adapter "default"; TRL's online trainers train it and clone it as
+# "ref". Further reward roles (reward_2, ...) have the names of their adapters.
 ADAPTERS = {"policy": "default", "reference": "ref", "reward": "reward", "value": "value"}
-# What a role changes on each LoRA layer of peft's, and puts back.
+# Attributes that a role changes on each of peft's LoRA layers, and restores.
 SWITCHES = ("_active_adapter", "_disable_adapters", "cast_input_dtype_enabled")
 
 
 class Backbone(PeftModelForCausalLM):
     """A frozen causal language model that plays several roles, each a LoRA adapter on it.
 
-    It is a `PeftModel` like any other: `generate`, `save_pretrained` and TRL's trainers work on its policy adapter.
-    `forward(..., completion_ids=...)` is PPO's training pass.
+    It is a `PeftModel` like any other: `generate`, `save_pretrained` and TRL's trainers use its policy adapter.
+    `forward(..., completion_ids=...)` is the training pass of PPO.
     """
 
-    # Whatever the base is: what trains would be rounded to bfloat16 by TRL's trainers, and PPO's policy would no longer
-    # start as its reference.
+    # False even for a 4-bit base: otherwise TRL's trainers would round the trainable weights to bfloat16, and the policy of
+    # PPO would no longer start equal to its reference.
     is_loaded_in_4bit = False
 
     def __init__(self, base: PreTrainedModel, policy: Adapter | LoraConfig):
         fresh = isinstance(policy, LoraConfig)
-        plain = head_is_all(base)  # before peft puts layers of its own into it
+        plain = head_is_all(base)  # before peft adds its own layers
         super().__init__(base, policy if fresh else _language_config(policy.config), adapter_name=ADAPTERS["policy"])
         self.heads = nn.ModuleDict()
         self.trunk_depth, self.value_has_trunk = 0, False
         self._logits = None if plain else partial(own_logits, base)
-        self._role: str | None = "policy"  # as peft and TRL's own trainers find it
-        # LoRA starts as nothing: B is zero. Until it has learned something, the policy is the bare backbone.
+        self._role: str | None = "policy"  # the role that peft and TRL's trainers expect
+        # A fresh LoRA adapter changes nothing, because B is zero. Until it is trained, the policy is the bare backbone.
         self.policy_is_bare = isinstance(policy, LoraConfig) and policy.init_lora_weights is True
-        # While its weights are here: under FSDP and ZeRO-3 they will be sharded. A plan has none (the meta device).
+        # Computed now, because FSDP and ZeRO-3 shard the weights later. A plan (on the meta device) has no weights.
         self.fingerprint = "" if base.device.type == "meta" else fingerprint(base)
         base.get_output_embeddings().register_forward_pre_hook(_contiguous)
         self._find_tuned()
@@ -79,14 +79,14 @@ class Backbone(PeftModelForCausalLM):
         self._tuned = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
 
     def add_role(self, role: str, adapter: Adapter) -> None:
-        """Add a role from an adapter read by `read_adapter`; its head, if it has one, comes along."""
+        """Add a role from an adapter that `read_adapter` read, with its head if it has one."""
         self.add_adapter(ADAPTERS.get(role, role), _language_config(adapter.config))
         self._set_weights(role, adapter.weights, adapter.source)
         if adapter.head is not None:
             self._add_head(role, adapter.head)
 
     def load_role(self, role: str, adapter: Adapter) -> None:
-        """Give a role that is there the weights of an adapter, and of its head."""
+        """Replace the weights of an existing role, and of its head, by those of an adapter."""
         self._set_weights(role, adapter.weights, adapter.source)
         if adapter.head is not None:
             self.role_head(role).weight.data.copy_(adapter.head)
@@ -94,16 +94,20 @@ class Backbone(PeftModelForCausalLM):
     def add_value(self, *, init: str = "auto", critic: str = "adapter", reward_weight: float = 1.0) -> None:
         """Add the value role.
 
-        As an `adapter` it starts from the `reward` adapter and its head times `reward_weight`, so that the first values
-        are scores, or from the `policy` adapter with a head of zeros; `auto` takes the reward where there is one. As a
-        `head` it is a head of zeros on the policy's own hidden states, which it shapes too: one forward pass less, and
-        one adapter less.
+        Args:
+            init: start of an adapter. `reward`: the reward adapter and its head times `reward_weight`, so that the first
+                values are scores. `policy`: the policy adapter and a head of zeros. `auto`: `reward` if there is one.
+            critic: `adapter`: the value has an adapter of its own. `head`: the value is a head of zeros on the hidden
+                states of the policy, which it then trains too. This saves one forward pass and one adapter.
+            reward_weight: factor of the reward head.
 
         Raises:
-            ValueError: `init` is `reward` and the backbone has no reward role.
+            ValueError: `init` is `reward`, but the backbone has no reward role.
         """
         if init == "reward" and "reward" not in self.heads:
-            raise ValueError("value_init='reward' needs a reward adapter; name one, or set value_init to policy.")
+            raise ValueError(
+                "value_init='reward' needs a reward adapter. Name one in reward_adapter, or set value_init to policy."
+            )
         origin = "reward" if init != "policy" and critic == "adapter" and "reward" in self.heads else "policy"
         if critic == "adapter":
             self.add_adapter(ADAPTERS["value"], deepcopy(self.peft_config[ADAPTERS[origin]]))
@@ -117,8 +121,8 @@ class Backbone(PeftModelForCausalLM):
         hidden_size = self.hidden_size
         if weight.shape[1] != hidden_size:
             raise ValueError(
-                f"the score head of {role!r} reads {weight.shape[1]} hidden units, and the backbone has {hidden_size}: "
-                f"the adapter was trained on another base. Name one of this base."
+                f"the score head of {role!r} reads {weight.shape[1]} hidden units, but the backbone has {hidden_size}. "
+                f"The adapter was trained on another base. Name an adapter of this base."
             )
         head = nn.Linear(weight.shape[1], 1, bias=False)
         head.weight.data.copy_(weight)
@@ -130,7 +134,7 @@ class Backbone(PeftModelForCausalLM):
 
     @property
     def hidden_size(self) -> int:
-        """Width of the last hidden states, which the heads read: not always the config's `hidden_size`."""
+        """Return the width of the last hidden states, which the heads read; the config's `hidden_size` can differ."""
         return self.get_base_model().get_output_embeddings().weight.shape[1]
 
     def _set_weights(self, role: str, weights: dict[str, Tensor], source: str) -> None:
@@ -139,51 +143,59 @@ class Backbone(PeftModelForCausalLM):
         if weights.keys() != expected.keys():
             odd = sorted(weights.keys() ^ expected.keys())
             raise ValueError(
-                f"{source}: {len(odd)} tensors of the adapter do not match the backbone, first {odd[0]!r}."
+                f"{source}: {len(odd)} tensors of the adapter do not match the backbone (first: {odd[0]!r}). Name an "
+                f"adapter of this base."
             )
         for name, tensor in weights.items():
             if tensor.shape != expected[name].shape:
                 raise ValueError(
-                    f"{source}: {name} has shape {tuple(tensor.shape)}, and on this backbone {tuple(expected[name].shape)}: "
-                    f"its config names another rank, or it was trained on another base. Name the adapter of this base."
+                    f"{source}: {name} has shape {tuple(tensor.shape)}, but needs {tuple(expected[name].shape)} on this "
+                    f"backbone. Its config names another rank, or it was trained on another base. Name an adapter of this "
+                    f"base."
                 )
         set_peft_model_state_dict(self, weights, adapter_name=self._adapter(role))
 
     def _adapter(self, role: str) -> str:
-        """peft's name of a role's adapter. LoRA layers skip one that they lack, so a role of `ADAPTERS` without an
-        adapter is the bare backbone, and any other name must be an error."""
+        """Return the name that peft has for a role's adapter.
+
+        LoRA layers ignore an adapter that they lack. So a role of `ADAPTERS` without an adapter is the bare backbone.
+
+        Raises:
+            ValueError: the role is not known.
+        """
         if role == "value" and "value" in self.heads and ADAPTERS[role] not in self.peft_config:
-            role = "policy"  # a value that is only a head
+            role = "policy"  # the value is only a head on the policy
         if role not in ADAPTERS and role not in self.peft_config:
-            raise ValueError(f"role {role!r}: the backbone's adapters are {', '.join(self.peft_config)}.")
+            raise ValueError(f"role {role!r} is not known. The backbone's adapters are {', '.join(self.peft_config)}.")
         return ADAPTERS.get(role, role)
 
     def role_parameters(self, *roles: str) -> list[nn.Parameter]:
-        """The adapters and heads of these roles."""
+        """Return the parameters of the adapters and heads of these roles."""
         names = {self._adapter(role) for role in roles} | set(roles)
         return [p for name, p in self.named_parameters() if _is_ours(name) and not names.isdisjoint(name.split("."))]
 
     def train_only(self, *roles: str) -> None:
-        """Make the adapters and heads of these roles trainable, and everything else frozen."""
+        """Make the adapters and heads of these roles trainable, and freeze everything else."""
         self.requires_grad_(False)
         for parameter in self.role_parameters(*roles):
             parameter.requires_grad_(True)
 
     def merged_weights(self, role: str) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights of the plain model with a role's adapter merged into them, by the names they have there, one
-        layer at a time; raises what `pipeline.backbone.merging.merged_weights` raises."""
+        """Yield the names and weights of the plain model with a role's adapter merged into them, one layer at a time.
+
+        Raises the errors of `pipeline.backbone.merging.merged_weights`.
+        """
         return merged_weights(self.get_base_model(), self._adapter(role), role)
 
     @contextmanager
     def role(self, role: str | None) -> Iterator[None]:
         """Run the code inside as this role, or as the bare backbone with None.
 
-        peft's `set_adapter` would toggle `requires_grad` and so drop gradients of the role before; we name the adapter
-        on each LoRA layer instead. The attribute is private to peft, hence the pin on its minor version.
+        `set_adapter` of peft would toggle `requires_grad`, and so drop gradients of the role before. Instead, the adapter is
+        named on each LoRA layer. The attribute is private to peft, so its minor version is pinned.
         """
         active = [self._adapter(role)] if role else []
-        # Autocast brings what a plain LoRA layer multiplies to one precision; peft's own cast, to the adapter's, would be
-        # undone at once.
+        # Autocast already casts the inputs of a plain LoRA layer. It would undo peft's cast to the adapter's precision.
         autocast = torch.is_autocast_enabled(self.device.type)
         before = [(layer, *(getattr(layer, name) for name in SWITCHES)) for layer in self._tuned]
         for layer in self._tuned:
@@ -200,8 +212,11 @@ class Backbone(PeftModelForCausalLM):
                     setattr(layer, name, value)
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
-        """transformers', where each layer is computed again, in the backward pass, as the role that it ran as. Left to
-        itself it would run as whichever role is active then, and give wrong gradients without a word."""
+        """Override `activation_checkpointing_enable`: recompute each layer with the role of its forward pass.
+
+        Otherwise a layer would be recomputed with the role that is active in the backward pass. Its gradients would be
+        wrong, without an error.
+        """
         options = {**(activation_checkpointing_kwargs or {}), "use_reentrant": False, "context_fn": self._contexts}
         base = self.get_base_model()
         if hasattr(base, "activation_checkpointing_enable"):
@@ -210,23 +225,24 @@ class Backbone(PeftModelForCausalLM):
             base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options, **kwargs)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
-        """The name that TRL calls it by."""
+        """Enable activation checkpointing under the name that TRL uses."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def _contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """What a layer that begins now runs in, and what it is computed again in."""
+        """Return the contexts for a layer's forward pass and for its recomputation."""
         return nullcontext(), self.role(self._role)
 
     def layers_below_policy(self) -> int:
-        """How many of the lowest layers the policy's adapter leaves as they are; the last layer is not counted."""
+        """Return how many of the lowest layers the policy's adapter does not change; the last layer never counts."""
         base = self.get_base_model()
         return min(first_adapted_layer(base, self._adapter("policy")), len(decoder_layers(base)[2]) - 1)
 
     def share_trunk(self) -> None:
-        """Run the layers below the policy's adapter, `trunk_depth` of them, once a rollout, not in every pass.
+        """Run the `trunk_depth` layers below the policy's adapter once a rollout, instead of in every pass.
 
-        A value adapter that begins lower, as one of a reward model may, is frozen there: it then has a trunk of its own.
-        Where a pass from the trunk is not the full pass, which is tried, nothing is shared.
+        A value adapter may begin lower, for example one that starts from a reward model. It is then frozen in these layers,
+        and the value has a trunk of its own. If a pass from the trunk does not give the results of the full pass, nothing
+        is shared.
         """
         base = self.get_base_model()
         layers = decoder_layers(base)[2]
@@ -238,8 +254,8 @@ class Backbone(PeftModelForCausalLM):
             if fault:
                 PartialState()  # without it, accelerate's logger cannot tell which process this is
                 logger.warning(
-                    f"The lowest {self.trunk_depth} layers run in every pass: {type(base).__name__} does not run from their "
-                    f"states as it runs in full ({fault})."
+                    f"The lowest {self.trunk_depth} layers run in every pass: {type(base).__name__} gives other results when "
+                    f"it starts from their states ({fault})."
                 )
                 self.trunk_depth = 0
                 return
@@ -252,23 +268,27 @@ class Backbone(PeftModelForCausalLM):
                     parameter.requires_grad_(False)
 
     def trunk(self, input_ids: Tensor, attention_mask: Tensor, role: str | None = None) -> Tensor:
-        """States at the foot of the first layer that the policy adapts, (B, S) -> (B, S, D): those of the bare backbone,
-        which a role that begins there or above has too, or those of another role."""
+        """Return the inputs of the first layer that the policy adapts, (B, S) -> (B, S, D).
+
+        They are those of the bare backbone, which any role has whose adapter begins at this layer or above, or those of
+        `role`.
+        """
         base = self.get_base_model()
         inputs = attention(base, attention_mask)
         with self.role(role):
             return lower(base, self.trunk_depth, input_ids=input_ids, **inputs)
 
     def starts_at_trunk(self, role: str) -> bool:
-        """Whether a role's adapter leaves the layers of the trunk as they are."""
+        """Tell whether a role's adapter changes no layer of the trunk."""
         return 0 < self.trunk_depth <= first_adapted_layer(self.get_base_model(), self._adapter(role))
 
     def hidden_states(
         self, role: str | None, input_ids: Tensor, attention_mask: Tensor, trunk: Tensor | None = None
     ) -> Tensor:
-        """Last hidden states of a role, (B, S) -> (B, S, D). Positions count real tokens, wherever the padding is.
+        """Return the last hidden states of a role, (B, S) -> (B, S, D).
 
-        With what `trunk` gave for these tokens and this role, the pass starts from there.
+        Positions count real tokens, so padding may be on either side. `trunk` has the states that `trunk()` returned for
+        these tokens and this role. The pass then starts from them.
         """
         base = self.get_base_model()
         inputs = attention(base, attention_mask)
@@ -313,19 +333,21 @@ class Backbone(PeftModelForCausalLM):
         self, role: str | None, hidden: Tensor, completion_ids: Tensor, temperature: float, **options: bool
     ) -> tuple[Tensor, Tensor | None]:
         head = self.get_base_model().get_output_embeddings()
-        with self.role(role):  # an adapter may reach the head
+        with self.role(role):  # an adapter may change the head
             return token_logprobs(head, hidden, completion_ids, temperature, logits=self._logits, **options)
 
     def values(self, input_ids: Tensor, attention_mask: Tensor, length: int, trunk: Tensor | None = None) -> Tensor:
-        """Value of the state before each of the last `length` tokens, (B, P + T) -> (B, T)."""
+        """Return the value of the state before each of the last `length` tokens, (B, P + T) -> (B, T)."""
         hidden = self.hidden_states("value", input_ids, attention_mask, trunk)[:, -length - 1 : -1]
         return self._read("value", hidden)
 
     def scores(
         self, input_ids: Tensor, attention_mask: Tensor, role: str = "reward", trunk: Tensor | None = None
     ) -> Tensor:
-        """A reward model's score of sequences padded on either side, (B, S) -> (B,), read at the last token that is not
-        the pad token: where transformers' sequence-classification models read it."""
+        """Return the scores of a reward role for sequences padded on either side, (B, S) -> (B,).
+
+        A score is read at the last token that is not the pad token, as in the sequence classifiers of transformers.
+        """
         hidden = self.hidden_states(role, input_ids, attention_mask, trunk)
         real = input_ids != self.get_base_model().config.get_text_config().pad_token_id
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
@@ -333,7 +355,7 @@ class Backbone(PeftModelForCausalLM):
         return self._read(role, hidden[torch.arange(len(last), device=last.device), last])
 
     def _read(self, role: str, hidden: Tensor) -> Tensor:
-        """A role's head on hidden states (..., D) -> (...), in the head's own precision, also under autocast."""
+        """Apply a role's head to hidden states, (..., D) -> (...), in the head's own precision, also under autocast."""
         head = self.role_head(role)
         with torch.autocast(hidden.device.type, enabled=False):
             return head(hidden.to(head.weight.dtype)).squeeze(-1)
@@ -350,14 +372,14 @@ class Backbone(PeftModelForCausalLM):
         value_trunk=None,
         **kwargs,
     ):
-        """The policy's language-model forward; with `completion_ids` (B, T), PPO's training pass.
+        """Run the policy as a language model, or, with `completion_ids` (B, T), run the training pass of PPO.
 
-        As a language model it counts positions as `generate` does, over real tokens: GPT-2 left to itself counts the
-        padding at the left too, and would score other logprobs than were sampled.
+        As a language model it counts positions over real tokens, as `generate` does. GPT-2 by itself would count padding at
+        the left too, and its logprobs would differ from those in sampling.
 
-        The training pass returns logprobs, entropy and values, each (B, T); with `texts`, a pair of right-padded ids
-        and mask (N, S), the policy's logprobs of them (N, S - 1) too. All of it runs in this one call, so that DDP,
-        FSDP and DeepSpeed see a single forward of the module they wrap.
+        The training pass returns logprobs, entropy and values, each (B, T). With `texts`, a pair of right-padded ids and
+        mask (N, S), it also returns the policy's logprobs of them, (N, S - 1). All of it runs in this one call, so that
+        DDP, FSDP and DeepSpeed see a single forward of the module that they wrap.
         """
         if completion_ids is None:
             decoder = type(self.get_base_model().base_model)
@@ -379,14 +401,19 @@ class Backbone(PeftModelForCausalLM):
         return logprobs, entropy, values, self.logprobs("policy", text_ids, text_mask, text_ids[:, 1:])
 
     def save_pretrained(self, save_directory, selected_adapters: list[str] | None = None, **kwargs) -> None:
-        """peft's, but of the policy alone unless adapters are named: what TRL's trainers trained, without the roles
-        beside it."""
+        """Override `save_pretrained`: save only the policy's adapter, unless adapters are named.
+
+        TRL's trainers train this adapter, and peft would save the other roles too.
+        """
         super().save_pretrained(save_directory, selected_adapters=selected_adapters or [ADAPTERS["policy"]], **kwargs)
 
     def save_role(self, role: str, folder: str | Path, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Save one role as a standard peft folder. A role with a head becomes a sequence-classification adapter, which
-        `AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)` loads. Where the weights are
-        sharded, `state_dict` has them whole."""
+        """Save one role as a standard peft folder.
+
+        A role with a head becomes a sequence-classification adapter, which
+        `AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=1)` loads. If the weights are sharded,
+        `state_dict` must hold the whole weights.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         config = deepcopy(self.peft_config[self._adapter(role)])
@@ -411,11 +438,13 @@ def load_backbone(
     trust_remote_code: bool = False,
     pad_token: str | None = None,
 ) -> tuple[Backbone, PreTrainedTokenizerBase]:
-    """A backbone and its tokenizer. The policy is an adapter that was saved, or with None a fresh one (`lora_*`), drawn
-    from torch's generator, which changes nothing until it is trained.
+    """Load a backbone and its tokenizer.
 
-    Raises what `load_pretrained` and `read_adapter` raise, and:
-        ValueError: `lora` or `model` describe another adapter than the one that was saved.
+    The policy is a saved adapter, or, if `policy` is None, a fresh one (`lora_*`). A fresh adapter is drawn from torch's
+    generator and changes nothing until it is trained.
+
+    Raises the errors of `load_pretrained` and `read_adapter`, and:
+        ValueError: an option of `lora` or `model` contradicts the saved adapter.
     """
     base, tokenizer = load_pretrained(model, trust_remote_code=trust_remote_code, pad_token=pad_token)
     if not policy:
@@ -427,16 +456,19 @@ def load_backbone(
 
 
 def _language_config(config: LoraConfig) -> LoraConfig:
-    """The adapter's config for a causal language model: its head is kept beside the model, not inside."""
+    """Return an adapter's config for a causal language model, without its head, which is kept beside the model."""
     config = deepcopy(config)
     config.task_type, config.modules_to_save = "CAUSAL_LM", None
-    config.base_model_name_or_path = None  # when it is saved, peft names the base that it is on
+    config.base_model_name_or_path = None  # peft writes the name of the current base when it saves the adapter
     return config
 
 
 def _contiguous(head: nn.Module, inputs: tuple) -> tuple:
-    """The head's hidden states in one block. `generate` takes a slice of the prompt's, and for that torch copies the
-    vocabulary's weights once a row: a quarter of the sampling time of GPT-2 in bfloat16 on a CPU."""
+    """Return the inputs of the head with its hidden states in one block of memory.
+
+    `generate` passes a slice of the prompt's states. For a slice, torch would copy the weights of the head once a row,
+    which takes a quarter of the sampling time of GPT-2 in bfloat16 on a CPU.
+    """
     return (inputs[0].contiguous(), *inputs[1:])
 
 

@@ -1,4 +1,4 @@
-"""Completions of any role to any prompts, in PPO's rollouts and outside of training: one place for all who sample."""
+"""Sample completions of any role to any prompts; every stage samples with this module."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,37 +18,37 @@ from pipeline.backbone.roles import Backbone
 
 
 class Sample(NamedTuple):
-    """A batch of B completions of at most T tokens. Prompts are padded at the left, completions at the right."""
+    """A batch of B completions of at most T tokens; prompts are padded at the left, completions at the right."""
 
     input_ids: Tensor  # (B, P + T) prompts and completions
     attention_mask: Tensor  # (B, P + T)
     completion_ids: Tensor  # (B, T)
-    mask: Tensor  # (B, T) bool, True up to and with the end-of-text token
-    logprobs: Tensor | None  # (B, T) of the tokens as they were sampled, in nats, where they are kept
-    first: int = 0  # which prompt is the first of the batch
+    mask: Tensor  # (B, T) bool, True up to and including the end-of-text token
+    logprobs: Tensor | None  # (B, T) logprobs of the tokens in sampling, in nats, if they are kept
+    first: int = 0  # number of the first prompt of the batch
 
     def rows(self) -> list[list[int]]:
-        """The real tokens of each completion."""
+        """Return the real tokens of each completion."""
         return [row[keep].tolist() for row, keep in zip(self.completion_ids, self.mask, strict=True)]
 
 
 def as_answers(texts: list[str], prompts: list) -> list:
-    """Completions as reward functions get them: the texts, or to conversations an assistant's turn each."""
+    """Return completions as reward functions get them: texts, or, for conversations, one assistant turn each."""
     if isinstance(prompts[0], str):
         return texts
     return [[{"role": "assistant", "content": text}] for text in texts]
 
 
 def sampling_options(args: RLOOConfig) -> dict[str, Any]:
-    """Return what a trainer's options change about sampling from the whole distribution: fields of GenerationConfig."""
+    """Return the fields of GenerationConfig that a trainer's options set."""
     names = ("top_p", "top_k", "min_p", "repetition_penalty", "cache_implementation")
     return {name: getattr(args, name) for name in names} | (args.generation_kwargs or {})
 
 
 class SampledLogprobs(LogitsProcessor):
-    """Keeps the logprob of each token that `generate` draws, with the logits of one step in memory, not of all.
+    """Keep the logprob of each token that `generate` draws, with the logits of only one step in memory.
 
-    `generate` shows a processor the logits (B, V) before it draws from them, and the tokens drawn with the next ones.
+    `generate` gives a processor the logits (B, V) before it draws from them. The drawn tokens come with the next logits.
     """
 
     def __init__(self, temperature: float):
@@ -75,21 +75,23 @@ class SampledLogprobs(LogitsProcessor):
 
 
 class FiniteLogits(LogitsProcessor):
-    """Refuse to draw from logits (B, V) that make no distribution: torch would say "probability tensor contains inf", and on
-    a GPU lose the process."""
+    """Refuse to draw from logits (B, V) that are not finite.
+
+    torch would raise "probability tensor contains inf", and on a GPU this would end the process.
+    """
 
     def __init__(self, role: str):
         self.role = role
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        if not scores.amax(dim=-1).isfinite().all():  # NaN, +inf, or nothing but -inf
-            raise FloatingPointError(f"The {self.role} gives logits that are not finite, and cannot be sampled from")
+        if not scores.amax(dim=-1).isfinite().all():  # NaN, +inf, or only -inf
+            raise FloatingPointError(f"The {self.role} gives logits that are not finite, so it cannot be sampled from")
         return scores
 
 
 @contextmanager
 def _no_config_of_its_own(backbone: Backbone) -> Iterator[None]:
-    """Hide the model's generation config: `generate` would take from it every field that ours leaves unset."""
+    """Hide the model's generation config, because `generate` would take every field from it that ours leaves unset."""
     base = backbone.get_base_model()
     own, base.generation_config = base.generation_config, GenerationConfig()
     try:
@@ -99,8 +101,10 @@ def _no_config_of_its_own(backbone: Backbone) -> Iterator[None]:
 
 
 def end_tokens(backbone: Backbone, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the tokens that end a completion: the tokenizer's and those of the model's generation config, as TRL has
-    them."""
+    """Return the tokens that end a completion: that of the tokenizer and those of the model's generation config.
+
+    TRL uses the same tokens.
+    """
     ends = backbone.generation_config.eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
     return list(dict.fromkeys([tokenizer.eos_token_id, *ends]))
@@ -122,12 +126,12 @@ def sample(
 ) -> Iterator[Sample]:
     """Sample one completion to each prompt, in batches, from the whole distribution at `temperature`.
 
-    The model's own generation config has no say, but for the tokens that end a text: a completion ends where TRL's
+    The model's own generation config is ignored, except for the tokens that end a text. So a completion ends where TRL's
     trainers end it.
 
     `options` are fields of GenerationConfig that a user has set (`sampling_options`). With `share_seed`, processes take
-    batches in turn, and each batch is drawn from a seed of its own: what is sampled does not depend on how many there are.
-    `gathered` puts together what they find.
+    batches in turn, and each batch has a seed of its own. So the completions do not depend on the number of processes.
+    `gathered` joins their results.
 
     Raises:
         FloatingPointError: the model's logits are not finite.
@@ -155,7 +159,7 @@ def sample(
         mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
         recorder, check = SampledLogprobs(temperature), FiniteLogits(role)
         with backbone.role(role), _no_config_of_its_own(backbone):
-            # Every process has all weights here, and need not wait for the longest completion of another.
+            # Every process has all weights here, so it need not wait for the longest completion of another process.
             sequences = backbone.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -171,12 +175,14 @@ def sample(
 
 
 def rounds(prompts: int, batch_size: int) -> int:
-    """Return in how many rounds of `sample(share_seed=...)` every process has a batch."""
+    """Return the number of rounds of `sample(share_seed=...)` in which every process has a batch."""
     return -(-prompts // batch_size) // PartialState().num_processes
 
 
 def gathered(parts: Sequence[tuple[int, *tuple[list, ...]]]) -> list[list]:
-    """Columns of all prompts, in their order, from all processes: each part is what one of them found for a batch, the
-    number of its first prompt and a list a column."""
+    """Gather results of all processes, and return their columns in the order of the prompts.
+
+    Each part is the result of one batch: the number of its first prompt, and one list a column.
+    """
     ordered = sorted(gather_object(parts), key=lambda part: part[0])
     return [list(chain.from_iterable(column)) for column in list(zip(*ordered, strict=True))[1:]]

@@ -1,9 +1,9 @@
-"""The layers that no adapter touches, computed once.
+"""Compute the layers that no adapter changes only once, and start passes from their output.
 
-A role whose adapter begins at layer d sees below it what the bare backbone sees. So roles that begin at d or above share
-the states at the foot of layer d, and a pass starts from them. It is exact: the same operations, in the same order. The
-model's own forward runs both parts, with its list of decoder layers cut, so that masks, positions and the last norm are
-its own, whatever the architecture.
+If the adapter of a role begins at layer d, the layers below d are those of the bare backbone. So all roles that begin at d or
+above share the inputs of layer d, and a pass starts from them. The results are exact: the same operations run in the same
+order. The model's own forward runs both parts, with its list of decoder layers cut. So masks, positions and the last norm are
+its own, in any architecture.
 """
 
 from collections.abc import Iterator
@@ -17,23 +17,28 @@ from transformers import PreTrainedModel
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[nn.Module, str, nn.ModuleList]:
-    """The module that holds the decoder layers, the name of its list, and the list. A tower for images or sound beside the
-    decoder may have as many layers, and is left out.
+    """Return the module that holds the decoder layers, the name of its list, and the list.
+
+    The decoder is searched first, because a tower for images or sound may have as many layers.
 
     Raises:
-        ValueError: no list of the model is as long as it has layers.
+        ValueError: the model has no list of the length of its layers.
     """
     count = model.config.get_text_config().num_hidden_layers
     for owner in (*model.get_decoder().modules(), *model.base_model.modules()):
         for name, child in owner.named_children():
             if isinstance(child, nn.ModuleList) and len(child) == count:
                 return owner, name, child
-    raise ValueError(f"{type(model).__name__} has no list of its {count} decoder layers.")
+    raise ValueError(
+        f"{type(model).__name__} has no list of its {count} decoder layers. Use another decoder-only model."
+    )
 
 
 def first_adapted_layer(model: PreTrainedModel, adapter: str) -> int:
-    """The lowest decoder layer that an adapter changes: 0 if it changes the embeddings too, the number of layers if it
-    changes none."""
+    """Return the lowest decoder layer that an adapter changes.
+
+    It is 0 if the adapter changes the embeddings too, and the number of layers if it changes no layer.
+    """
     layers = decoder_layers(model)[2]
 
     def adapted(module: nn.Module) -> bool:
@@ -51,9 +56,10 @@ def first_adapted_layer(model: PreTrainedModel, adapter: str) -> int:
 def _cut(model: PreTrainedModel, part: slice) -> Iterator[nn.ModuleList]:
     owner, name, layers = decoder_layers(model)
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None)  # which mask a layer gets: models read it by the layer's place
+    kinds = getattr(config, "layer_types", None)  # the kind of mask of each layer, read by the layer's index
     if kinds is not None:
-        config.layer_types = kinds[part]  # first, since configs that compute it raise, and the model must stay whole
+        # Before the layers are cut, because a config that computes its `layer_types` raises an error here.
+        config.layer_types = kinds[part]
     setattr(owner, name, layers[part])
     try:
         yield layers
@@ -65,7 +71,7 @@ def _cut(model: PreTrainedModel, part: slice) -> Iterator[nn.ModuleList]:
 
 @torch.no_grad()
 def lower(model: PreTrainedModel, depth: int, **inputs: Tensor) -> Tensor:
-    """States at the foot of layer `depth` (from 1), (B, S) -> (B, S, D). The inputs are those of the model's forward."""
+    """Run the first `depth` layers and return their output, (B, S) -> (B, S, D); the inputs are those of the forward."""
     kept = []
 
     def keep(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
@@ -81,8 +87,10 @@ def lower(model: PreTrainedModel, depth: int, **inputs: Tensor) -> Tensor:
 
 
 def upper(model: PreTrainedModel, depth: int, states: Tensor, **inputs: Tensor) -> Tensor:
-    """Last hidden states (B, S, D) from the states at the foot of layer `depth`. The inputs are those of the model's
-    forward but `input_ids`."""
+    """Run the layers from `depth` on, and return the last hidden states (B, S, D).
+
+    `states` is the output of `lower`. The inputs are those of the model's forward, without `input_ids`.
+    """
 
     def replace(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
@@ -90,7 +98,7 @@ def upper(model: PreTrainedModel, depth: int, states: Tensor, **inputs: Tensor) 
     with _cut(model, slice(depth, None)) as layers:
         hook = layers[depth].register_forward_pre_hook(replace, with_kwargs=True)
         try:
-            # The embeddings of these "inputs" are thrown away; only their shape counts, and OPT's can be narrower.
+            # The embeddings are not used, only their shape. Those of OPT can be narrower than the states.
             width = model.get_input_embeddings().weight.shape[1]
             given = states if width == states.shape[-1] else states.new_zeros(*states.shape[:2], width)
             return model.base_model(inputs_embeds=given, **inputs, use_cache=False).last_hidden_state
@@ -100,18 +108,18 @@ def upper(model: PreTrainedModel, depth: int, states: Tensor, **inputs: Tensor) 
 
 @torch.no_grad()
 def trunk_fault(model: PreTrainedModel, depth: int, input_ids: Tensor, **inputs: Tensor) -> str | None:
-    """Return why a pass cannot start from the states at the foot of layer `depth`, or None: both ways are run.
+    """Return the reason why a pass cannot start from the inputs of layer `depth`, or None if it can.
 
-    Layers may need more than hidden states (inputs of their own for each token, keys of a layer below), or find their mask
-    by a number that the cut changes. Only the tokens of `attention_mask` are compared. The mode is put back. Where
-    tensors have shapes and no values, as in a plan, only an error is a fault.
+    Both kinds of pass are run and compared, on the tokens of `attention_mask` only. They can differ: layers may need more
+    than hidden states (extra inputs for each token, keys of a layer below), or find their mask by an index that the cut
+    changes. The mode of the model is restored. In a plan, tensors have shapes but no values, so only an error is a fault.
     """
     was_training = model.training
     model.eval()
     try:
         full = model.base_model(input_ids=input_ids, **inputs, use_cache=False).last_hidden_state
         short = upper(model, depth, lower(model, depth, input_ids=input_ids, **inputs), **inputs)
-    except Exception as error:  # whatever a layer lacks
+    except Exception as error:  # a layer may lack anything
         return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
     finally:
         model.train(was_training)
@@ -119,6 +127,4 @@ def trunk_fault(model: PreTrainedModel, depth: int, input_ids: Tensor, **inputs:
         return None
     real = inputs["attention_mask"].bool()
     difference, size = (short - full)[real].float().abs().mean().item(), full[real].float().abs().mean().item()
-    return (
-        None if difference <= 1e-3 * size else f"hidden states differ by {difference:.3g} in the mean, of {size:.3g}"
-    )
+    return None if difference <= 1e-3 * size else f"hidden states differ by {difference:.3g} on average, of {size:.3g}"

@@ -1,1 +1,1 @@
-"""What is measured of trained policies, and how it is drawn and written."""
+"""Measure trained policies, and draw and write the results."""

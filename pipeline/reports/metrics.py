@@ -1,4 +1,4 @@
-"""What the evaluation stage measures on completions: lexical diversity, wins, and how sure we are of a mean."""
+"""Compute the statistics of the evaluation stage: intervals of means, best-of-n and wins."""
 
 import math
 
@@ -6,17 +6,17 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 
-# Rows the bootstrap draws at once: 8 MiB of indices and 8 MiB of values, however many resamples there are.
+# Rows that the bootstrap draws at once: 8 MiB of indices and 8 MiB of values, for any number of resamples.
 CHUNK = 2**20
 
 
 def bootstrap_interval(
     values: ArrayLike, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> dict[str, float]:
-    """Mean of `values` (rows,) and its percentile bootstrap interval (Efron 1979, Ann. Statist. 7:1).
+    """Return the mean of `values` (rows,) and its percentile bootstrap interval (Efron 1979, Ann. Statist. 7:1).
 
-    Rows are resampled with replacement, so give one value for each independent prompt; for a difference between two
-    models give the differences by prompt, which keeps the pairing.
+    Rows are resampled with replacement, so give one value for each independent prompt. For a difference between two
+    models, give the difference of each prompt, which keeps the pairing.
 
     Returns:
         `mean`, `low` and `high`, in the unit of the values. A share `level` of the resampled means lies in low..high.
@@ -26,7 +26,7 @@ def bootstrap_interval(
     """
     values = np.asarray(values, dtype=float)
     if values.ndim != 1 or len(values) < 2:
-        raise ValueError(f"values has shape {values.shape}; an interval takes one column of two or more values.")
+        raise ValueError(f"values has shape {values.shape}, but an interval needs one column of two or more values.")
     if not np.isfinite(values).all():
         raise ValueError(f"values has {np.count_nonzero(~np.isfinite(values))} entries that are not finite.")
     if not 0 < level < 1:
@@ -45,15 +45,16 @@ def bootstrap_interval(
 
 
 def best_of_n(scores: ArrayLike, values: ArrayLike, n: int) -> np.ndarray:
-    """Expected value of the highest-scored of `n` completions drawn without replacement from each prompt's pool.
+    """Return the expected value of the best of `n` completions drawn without replacement from each prompt's pool.
 
-    With the pool of size m in order of score, r = 1..m, the r-th is the best of the draw when the other n - 1 are among
-    the r - 1 below it: with probability C(r - 1, n - 1) / C(m, n). No subset is drawn, so the estimate of best-of-n is
-    unbiased and adds no noise of its own (as Chen et al. 2021, arXiv 2107.03374, eq. 1, do for pass@k). Of equal
-    scores, the later completion counts as the higher.
+    Let the pool of size m be in order of score, r = 1..m. The r-th completion is the best of the draw if the other n - 1
+    are among the r - 1 below it: with probability C(r - 1, n - 1) / C(m, n). No subset is drawn, so the estimate is
+    unbiased and adds no noise of its own (Chen et al. 2021, arXiv 2107.03374, eq. 1, do the same for pass@k). Of equal
+    scores, the later completion counts as the higher one.
 
     Args:
-        scores, values: (prompts, m), by what is chosen and what is measured; they may be the same.
+        scores: (prompts, m), scores that choose the best completion.
+        values: (prompts, m), values to return the expectation of; they may be the scores.
 
     Returns:
         (prompts,), in the unit of the values.
@@ -63,7 +64,9 @@ def best_of_n(scores: ArrayLike, values: ArrayLike, n: int) -> np.ndarray:
     """
     scores, values = np.asarray(scores, dtype=float), np.asarray(values, dtype=float)
     if scores.ndim != 2 or scores.shape != values.shape:
-        raise ValueError(f"scores has shape {scores.shape} and values {values.shape}; both are (prompts, pool).")
+        raise ValueError(
+            f"scores has shape {scores.shape} and values {values.shape}, but both must be (prompts, pool)."
+        )
     size = scores.shape[1]
     if not 1 <= n <= size:
         raise ValueError(f"n={n} is not between 1 and the pool's {size} completions.")
@@ -72,16 +75,17 @@ def best_of_n(scores: ArrayLike, values: ArrayLike, n: int) -> np.ndarray:
 
 
 def best_of_n_kl(n: int) -> float:
-    """KL of the best of n samples from the policy that samples, in nats a sequence: log n - (n - 1) / n.
+    """Return the KL between best-of-n and the policy it samples from, in nats a sequence: log n - (n - 1) / n.
 
-    Stiennon et al. 2020 (arXiv 2009.01325), appendix G.3; Gao et al. 2022 (arXiv 2210.10760) measure best-of-n by it.
-    Exact where no two completions share a score, and an upper bound otherwise (Beirami et al. 2024, arXiv 2401.01879).
+    Source: Stiennon et al. 2020 (arXiv 2009.01325), appendix G.3. Gao et al. 2022 (arXiv 2210.10760) measure best-of-n
+    with it. It is exact if no two completions share a score, and otherwise an upper bound (Beirami et al. 2024, arXiv
+    2401.01879).
     """
     return math.log(n) - (n - 1) / n
 
 
 def wins(ours: ArrayLike, theirs: ArrayLike) -> np.ndarray:
-    """1 where ours > theirs, 0.5 on ties, 0 otherwise (NaN where either is NaN); the mean is the win rate.
+    """Return 1 where ours > theirs, 0.5 on ties, 0 otherwise, and NaN where either is NaN; the mean is the win rate.
 
     Both are (prompts,), the score of each model's completion of the same prompt.
 
@@ -90,6 +94,6 @@ def wins(ours: ArrayLike, theirs: ArrayLike) -> np.ndarray:
     """
     ours, theirs = np.asarray(ours, dtype=float), np.asarray(theirs, dtype=float)
     if ours.shape != theirs.shape:
-        raise ValueError(f"ours has shape {ours.shape} and theirs {theirs.shape}; wins are counted row by row.")
+        raise ValueError(f"ours has shape {ours.shape} and theirs {theirs.shape}, but both must have the same rows.")
     won: np.ndarray = np.heaviside(ours - theirs, 0.5)
     return won

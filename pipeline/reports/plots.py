@@ -1,7 +1,7 @@
 """Draw the plots of the reports.
 
-They go through matplotlib's object API (`Figure`, Agg), so nothing here touches pyplot's global state or a display. They are
-about 900 px wide, the width of a README, with the type at its final size.
+They use matplotlib's object API (`Figure`, Agg), so nothing here touches pyplot's global state or a display. A plot is about
+900 px wide, the width of a README, and its text has the final size.
 """
 
 import math
@@ -18,8 +18,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import ArrayLike
 
 
-# Everywhere: grey-blue is where we start or what we compare with (SFT, people), orange is what was trained (PPO, the
-# reward model).
+# In all plots, grey-blue is the start or the comparison (SFT, people), and orange is what was trained (PPO, the reward model).
 SFT, PPO = "#5b7a99", "#e0661c"
 INK, GRID = "#2b3440", "#e3e7eb"
 DASHES = (0, (4, 2))
@@ -46,30 +45,30 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "savefig.dpi": 120,
 }
-# Ticks at multiples of these times a power of ten: left to itself, matplotlib also takes 0.3, 0.4, 0.6 and 0.8.
+# Ticks at multiples of these times a power of ten. By default matplotlib also uses 0.3, 0.4, 0.6 and 0.8.
 TICK_STEPS = (1, 2, 2.5, 5, 10)
 HUMAN_CEILING = "human ceiling: how often one rater agrees"
 
 
 def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
-    """A figure of the given inches with a row of panels; to be made and saved under one `rc_context(STYLE)`."""
+    """Return a figure of the given inches with a row of panels; make and save it in one `rc_context(STYLE)`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(1, panels, squeeze=False)[0]
 
 
 def _series(history: list[dict], key: str) -> tuple[list[float], list[float]]:
-    """Steps and values of the log rows that have both, with a finite value."""
+    """Return the steps and values of the log rows that have both, and a finite value."""
     rows = [(row["step"], row[key]) for row in history if row.get(key) is not None and row.get("step") is not None]
     rows = [(step, value) for step, value in rows if math.isfinite(value)]
     return [step for step, _ in rows], [value for _, value in rows]
 
 
 def draw_ppo_curves(history: list[dict], path: str | PathLike) -> None:
-    """Mean score, KL to the reference (nats a sequence) and value loss against the update, as a PNG at `path`.
+    """Draw mean score, KL to the reference (nats a sequence) and value loss against the step, as a PNG at `path`.
 
-    `history` is the trainer's log: rows with `step` and some of `score`, `kl`, `loss/value`. A row is skipped in the
-    panels whose key it lacks.
+    `history` is the trainer's log: rows with `step` and some of `score`, `kl`, `loss/value`. A panel skips the rows that
+    lack its key.
     """
     panels = (
         ("score", "Mean score\n(reward model units)"),
@@ -80,7 +79,7 @@ def draw_ppo_curves(history: list[dict], path: str | PathLike) -> None:
         figure, axes = _figure(7.5, 2.7, len(panels))
         for axis, (key, title) in zip(axes, panels, strict=True):
             steps, values = _series(history, key)
-            # A marker when the line would have a single point, and so be invisible.
+            # A line of one point would be invisible, so it gets a marker.
             axis.plot(steps, values, color=PPO, marker="o" if len(values) == 1 else None)
             axis.set_title(title)
             axis.set_xlabel("optimizer step")
@@ -95,7 +94,10 @@ def draw_ppo_curves(history: list[dict], path: str | PathLike) -> None:
 def draw_score_histograms(
     sft_scores: ArrayLike, ppo_scores: ArrayLike, path: str | PathLike, policy: str = "PPO"
 ) -> None:
-    """Shares of SFT's and the policy's completions (completions,) by reward model score on common bins, means marked."""
+    """Draw histograms of reward model scores of SFT and of the policy, each (completions,), as a PNG at `path`.
+
+    Both use the same bins, show shares of completions, and mark their means.
+    """
     models = {"SFT": (np.asarray(sft_scores, dtype=float), SFT), policy: (np.asarray(ppo_scores, dtype=float), PPO)}
     edges = np.histogram_bin_edges(np.concatenate([scores for scores, _ in models.values()]), bins=36).tolist()
     means = {name: scores.mean() for name, (scores, _) in models.items()}
@@ -108,7 +110,7 @@ def draw_score_histograms(
             axis.axvline(means[name], color=color, linestyle=DASHES, linewidth=1.4)
         axis.set_ylim(top=axis.get_ylim()[1] * 1.12)
         for name, (_, color) in models.items():
-            # The lower mean is labelled on its left and the higher one on its right, so that the labels never meet.
+            # The label is left of the lower mean and right of the higher mean, so that the labels never overlap.
             left = (name == "SFT") == (means["SFT"] <= means[policy])
             axis.annotate(
                 f"{name} mean {means[name]:.2f}",
@@ -130,10 +132,11 @@ def draw_score_histograms(
 
 
 def draw_calibration(reliability: list[dict], ece: float, path: str | PathLike) -> None:
-    """Reliability diagram: share of raters who agree against the confidence, with the diagonal of a calibrated model.
+    """Draw the share of raters who agree against the confidence (a reliability diagram), as a PNG at `path`.
 
-    `reliability` are rows of `reward_models.calibration.reliability_curve`; a marker's area is proportional to the
-    count of its bin, down to the least that can be seen. `ece` is the expected calibration error, 0..1.
+    The diagonal is a calibrated model. `reliability` has rows of `reward_models.calibration.reliability_curve`. The area
+    of a marker is proportional to the count of its bin, down to a visible minimum. `ece` is the expected calibration
+    error, in 0..1.
     """
     predicted = np.array([row["predicted"] for row in reliability])
     observed = np.array([row["observed"] for row in reliability])
@@ -146,7 +149,7 @@ def draw_calibration(reliability: list[dict], ece: float, path: str | PathLike) 
         axis.plot(predicted, observed, color=PPO, linewidth=1.2)
         areas = np.maximum(300 * counts / counts.max(), 14)
         axis.scatter(predicted, observed, areas, color=PPO, edgecolor="white", zorder=3)
-        # One small proxy: with scatter's own entry the legend would show the size of the largest bin.
+        # An empty line for the legend: the entry of `scatter` would have the size of the largest bin.
         axis.plot([], [], color=PPO, marker="o", label="reward model (area: pairs in the bin)")
         axis.set_title(f"Reward model calibration: ECE {ece:.3f} over {counts.sum():,} pairs")
         axis.set_xlabel("confidence in the predicted winner, mean of the bin")
@@ -159,10 +162,10 @@ def draw_calibration(reliability: list[dict], ece: float, path: str | PathLike) 
 
 
 def draw_accuracy_by_gap(by_gap: list[dict], path: str | PathLike) -> None:
-    """The reward model's accuracy and, where it is known, the human ceiling in each bin of rating gap, with the number of
-    pairs.
+    """Draw the reward model's accuracy in each bin of rating gap, as a PNG at `path`.
 
-    `by_gap` are rows of `reward_models.calibration.accuracy_by_gap`.
+    The human ceiling is drawn too if it is known. Each bin names its number of pairs. `by_gap` has rows of
+    `reward_models.calibration.accuracy_by_gap`.
     """
     places = range(len(by_gap))
     with matplotlib.rc_context(STYLE):
@@ -185,13 +188,13 @@ def draw_accuracy_by_gap(by_gap: list[dict], path: str | PathLike) -> None:
 
 
 def draw_best_of_n(rows: list[dict], path: str | PathLike, compared: dict | None = None) -> None:
-    """Judge and score of best-of-n against the square root of its KL, as a PNG at `path`.
+    """Draw judge and score of best-of-n against the square root of its KL, as a PNG at `path`.
 
-    Gao et al. 2022 (arXiv 2210.10760) plot both methods so: reward is about linear in sqrt(KL) at first.
+    Gao et al. 2022 (arXiv 2210.10760) use the same axes: at first, reward is about linear in sqrt(KL).
 
     Args:
-        rows: of best_of_n.json, each with `n`, `kl` (nats a sequence), `judge` and `score`.
-        compared: a report of the evaluation stage, whose policy is marked; its scores are of the same reward.
+        rows: rows of best_of_n.json, each with `n`, `kl` (nats a sequence), `judge` and `score`.
+        compared: a report of the evaluation stage on the same reward; its policy is marked in the plot.
     """
     panels = (("judge", "Judge score (-1 to 1)"), ("score", "Reward model score"))
     with matplotlib.rc_context(STYLE):

@@ -1,4 +1,4 @@
-"""Write report.md and best-of-n's table."""
+"""Write report.md and the table of best-of-n."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ FIGURES = {
     "by_gap": "accuracy_by_gap.png",
 }
 
-# Rows of the table of metrics: key in the report, name with its unit, format.
+# Rows of the table of metrics: key in the report, name with unit, format.
 METRICS = (
     ("score", "reward model score", ".3f"),
     ("judge", "judge score", ".3f"),
@@ -29,7 +29,10 @@ METRICS = (
 
 
 def read_report(path: str | Path) -> dict:
-    """Read the evaluation stage's report.json; in older ones the policy is called `ppo`, and its name `policy`."""
+    """Read the evaluation stage's report.json.
+
+    Older reports have the policy under `ppo`, and its name under `policy`. They are returned with the keys of today.
+    """
     report = read_json(path)
     if "ppo" in report:
         report |= {"policy": report.pop("ppo"), "policy_name": report.get("policy", "PPO")}
@@ -40,7 +43,7 @@ def read_report(path: str | Path) -> dict:
 
 
 def _headline(report: dict) -> str:
-    """One sentence: what PPO changed, by how much and at what distance from the reference."""
+    """Return one sentence: what training changed, by how much, and at which KL to the reference."""
     sft, trained, policy = report["sft"], report["policy"], report.get("policy_name", "PPO")
     judged = sft.get("judge") is not None and trained.get("judge") is not None
     key, name = ("judge", "judge's") if judged else ("score", "reward model's")
@@ -57,7 +60,7 @@ def _headline(report: dict) -> str:
 
 
 def _facts(report: dict) -> str:
-    """The circumstances, as far as the report has them."""
+    """Return the number of prompts and the seed, if the report has them."""
     facts = [f"{report['prompts']:,} prompts"] if "prompts" in report else []
     facts += [f"seed {report['seed']}"] if "seed" in report else []
     text = ", ".join(facts)
@@ -69,10 +72,10 @@ def _figure_link(key: str, text: str) -> str:
 
 
 def _reward_model(section: dict) -> list[str]:
-    """The reward model's section.
+    """Return the paragraphs about the reward model.
 
-    Its accuracy is against the mean rating and may exceed the ceiling, which is about one rater; so its agreement with
-    one rater is stated too, where the reliability curve gives it.
+    Its accuracy is measured against the mean rating. It may exceed the human ceiling, which is about one rater. So its
+    agreement with one rater is stated too, if the reliability curve gives it.
     """
     parts = [
         f"On {section['pairs']:,} held-out pairs the reward model prefers the chosen text in "
@@ -114,7 +117,7 @@ def _samples(samples: list[dict], policy: str) -> str:
 
 
 def _checks(checks: list[dict]) -> str:
-    """The preflight's table: what was looked at before PPO began, and why."""
+    """Return the table of the preflight: each check before PPO, its result and its reason."""
     rows = [
         [
             check["name"],
@@ -129,16 +132,16 @@ def _checks(checks: list[dict]) -> str:
 
 
 def markdown_report(report: dict, samples: list[dict], curves: bool = True) -> str:
-    """The text of report.md, which lies beside the four figures.
+    """Return the text of report.md, which is written beside the four figures.
 
     Args:
-        report: `sft` and `policy` (dicts with the keys of `METRICS`), and as far as there are any: `judge_gain` and
-            `win_rate` (see `pipeline.reports.metrics.bootstrap_interval`, at its level of 95%), `reward_model` (see
+        report: `sft` and `policy` (dicts with the keys of `METRICS`), and optionally `judge_gain` and `win_rate` (see
+            `pipeline.reports.metrics.bootstrap_interval`, at its level of 95%), `reward_model` (see
             `reward_models.calibration.reward_model_report`), `seconds` (stage -> seconds), `prompts`, `seed`,
             `preflight` (see `pipeline.rl.preflight.Check`), `policy_name` (if not PPO).
-            What is missing is left out; a metric that only one model has shows as a dash.
+            Missing parts are left out. A metric that only one model has shows a dash for the other.
         samples: dicts with `prompt`, `sft`, `policy` (strings) and `sft_score`, `sft_judge`, `policy_score`, `policy_judge`.
-        curves: whether PPO's curves were drawn.
+        curves: True if the curves of PPO were drawn.
     """
     sft, trained, policy = report["sft"], report["policy"], report.get("policy_name", "PPO")
     rows = [
@@ -167,7 +170,7 @@ def markdown_report(report: dict, samples: list[dict], curves: bool = True) -> s
 
 
 def best_of_n_table(rows: list[dict]) -> str:
-    """The rows of best_of_n.json as a markdown table; intervals are of 95%."""
+    """Return the rows of best_of_n.json as a markdown table, with 95% intervals."""
     header = ["n", "score", "judge", "gain, 95% interval", "beats one sample", "KL, nats", "distinct-2", "mean length"]
     cells = [
         [

@@ -11,7 +11,7 @@ PAIR = {"prompt": "A", "chosen": " fine film.", "rejected": " poor film."}
 TURNS = [{"role": "user", "content": "How is it?"}, {"role": "assistant", "content": "Fine."}]
 OTHER = [TURNS[0], {"role": "assistant", "content": "Poor."}]
 FILES = {
-    "no rows": ("reward", "rows.jsonl", "", "it has no rows"),
+    "no rows": ("reward", "rows.jsonl", "", "the data has no rows"),
     "an array in a .jsonl": ("reward", "rows.jsonl", json.dumps([PAIR]), r"line 1: not a JSON object \(\["),
     "an array over lines in a .jsonl": (
         "reward",
@@ -53,8 +53,8 @@ ROWS = {
     "an empty prompt": ("ppo", [{"prompt": "A"}, {"prompt": " "}], r"row 2 .*'prompt' must not be empty, but is ' '"),
     "token ids for a prompt": ("ppo", [{"prompt": [1, 2]}], r"row 1 .*'prompt' must be text.*but is \[1, 2\]"),
     "an empty text": ("sft", [{"text": "a"}, {"text": ""}], r"row 2 .*'text' must not be empty"),
-    "text and messages": ("sft", [{"text": "a", "messages": TURNS}], "are those of several formats"),
-    "text called content": ("sft", [{"content": "a"}], r"\['content'\] are those of no format"),
+    "text and messages": ("sft", [{"text": "a", "messages": TURNS}], "fit several formats"),
+    "text called content": ("sft", [{"content": "a"}], r"\['content'\] fit no format"),
     "messages of another format": (
         "sft",
         [{"messages": [{"from": "human", "value": "a"}]}],
@@ -73,7 +73,7 @@ ROWS = {
     "tools": (
         "sft",
         [{"messages": TURNS, "tools": []}, {"messages": TURNS, "tools": [{"name": "look"}]}],
-        r"row 2 .*'tools' must be empty: the stages write conversations without it",
+        r"row 2 .*'tools' must be empty \(the stages write conversations without it\)",
     ),
     "tools as text for DPO": ("dpo", [{**PAIR, "tools": '[{"name": "look"}]'}], "'tools' must be empty"),
     "tools to prompts": ("ppo", [{"prompt": "A", "tools": [{"name": "look"}]}], "'tools' must be empty"),
@@ -107,17 +107,17 @@ ROWS = {
     "no prompts to measure scores on": (
         "reward",
         [PAIR, {**PAIR, "prompt": ""}],
-        "row 2 .*'prompt' must not be empty: there is nothing to complete",
+        r"row 2 .*'prompt' must not be empty \(there is nothing to complete\)",
     ),
     "no prompt in common": (
         "reward",
         [{"chosen": "Fine film.", "rejected": "Poor film."}],
-        "row 1 .*'rejected' must begin as 'chosen' does.*Give the pairs a column 'prompt'",
+        "row 1 .*'rejected' must begin with the same words as 'chosen'.*Give the pairs a column 'prompt'",
     ),
     "no prompt for DPO": (
         "dpo",
         [{**PAIR, "prompt": " "}],
-        "'prompt' must not be empty: there is nothing to complete",
+        r"'prompt' must not be empty \(there is nothing to complete\)",
     ),
     "no prompt to judge": ("evaluation", [{"text": "A"}], "no column 'prompt'"),
     "no prompt to choose for": ("best_of_n", [{"prompt": ""}], "'prompt' must not be empty"),
@@ -138,7 +138,7 @@ TO_THE_MODEL = {
     "a prompt that ends a text, for SFT": (
         "sft",
         [{"prompt": "A", "completion": " b"}, {"prompt": "A<|endoftext|>", "completion": " b"}],
-        r"row 2 .*'prompt' must not end with '<\|endoftext\|>', which ends texts, .*Take it out",
+        r"row 2 .*'prompt' must not end with '<\|endoftext\|>', which ends texts, .*Remove it from the prompt",
     ),
     "a prompt that ends a text, for the reward model": (
         "reward",
@@ -157,7 +157,7 @@ TO_THE_MODEL = {
     "pairs that are mostly too long": (
         "reward",
         [PAIR, {**PAIR, "chosen": " fine" * 200}, {**PAIR, "rejected": " poor" * 300}],
-        r"max_length=128 leaves 1 of 3 rows kept, 2 dropped; the longest has \d+ tokens: 33% are whole, and min_kept=0\.5\. ",
+        r"max_length=128 leaves 1 of 3 rows kept, 2 dropped; .* \d+ tokens\. Only 33% are whole, but min_kept=0\.5\. ",
     ),
     "pairs for DPO that are mostly cut": (
         "dpo",
@@ -167,7 +167,7 @@ TO_THE_MODEL = {
     "texts that are mostly cut": (
         "sft",
         [{"prompt": "A", "completion": " fine" * 200}, {"prompt": "fine " * 200, "completion": " A"}],
-        "max_length=128 leaves 0 of 2 rows kept, 1 cut, 1 dropped; the longest has .* tokens: 0% are whole",
+        "max_length=128 leaves 0 of 2 rows kept, 1 cut, 1 dropped; the longest has .* tokens\. Only 0% are whole",
     ),
 }
 
@@ -197,7 +197,7 @@ MISSING = {
     "a file": ("sft", "dataset_name", "nowhere.jsonl", "nowhere.jsonl: no such file or folder"),
     "a folder": ("reward", "dataset_name", "./nowhere", "./nowhere: no such file or folder"),
     "held-out rows": ("sft", "eval_dataset_name", "nowhere.csv", "nowhere.csv: no such file or folder"),
-    "a name without an owner": ("ppo", "dataset_name", "imdb", "a dataset on the hub is `owner/name`"),
+    "a name without an owner": ("ppo", "dataset_name", "imdb", "A dataset on the hub is named `owner/name`"),
     "the hub": ("dpo", "dataset_name", "owner/name", "owner/name: no data found, neither here nor on the hub"),
     "a revision on the hub": ("dpo", "dataset_name", "owner/name@v2", "owner/name@v2: no data found, neither here"),
 }

@@ -39,7 +39,9 @@ def test_vllm_with_4_bits(refuses):
 def test_4_bits_without_bitsandbytes(stage, refuses, monkeypatch):
     monkeypatch.setattr("pipeline.backbone.loading.is_bitsandbytes_available", lambda: False)
     refuses(
-        stage, r"load_in_4bit=True needs bitsandbytes: pip install 'spine-rlhf\[quantization\]'", load_in_4bit=True
+        stage,
+        r"load_in_4bit=True needs bitsandbytes\. Install it: pip install 'spine-rlhf\[quantization\]'",
+        load_in_4bit=True,
     )
 
 

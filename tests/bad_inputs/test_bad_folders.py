@@ -76,7 +76,7 @@ MODELS = {
     ),
 }
 MODELS_SEEN_IN_LOADING = {
-    "cut weights": (cut("model.safetensors", 5000), r"damaged, as a copy or a download that was cut short leaves it"),
+    "cut weights": (cut("model.safetensors", 5000), r"damaged, perhaps by a copy or download that was cut short"),
     "a cut config": (cut("config.json", 20), r"config\.json: not valid JSON .*Restore the file"),
     "no config": (remove("config.json"), r"Unrecognized model in \S+\. Should have a `model_type` key in its config"),
     "a cut tokenizer": (
@@ -85,7 +85,7 @@ MODELS_SEEN_IN_LOADING = {
     ),
     "more tokens than embeddings": (
         add_a_token,
-        r"the tokenizer has 8193 tokens and the model embeds 8192\. Take the",
+        r"the tokenizer has 8193 tokens, but the model embeds 8192\. Use the",
     ),
     "no end of text": (
         change("tokenizer_config.json", eos_token=None),
@@ -100,13 +100,18 @@ ADAPTERS = {
         r"holds a score head .*and this one as reward_ad",
     ),
     "reward for SFT in DPO": ("dpo", "sft_adapter", lambda world: world.reward, r"holds a score head"),
-    "reward to evaluate": ("evaluation", "policy_adapter", lambda world: world.reward, r"no policy starts from one"),
+    "reward to evaluate": (
+        "evaluation",
+        "policy_adapter",
+        lambda world: world.reward,
+        r"A policy cannot start from it",
+    ),
     "SFT for reward": ("ppo", "reward_adapter", lambda world: world.sft, r"holds no score head .*so it cannot score"),
     "a model for SFT": (
         "ppo",
         "sft_adapter",
         lambda world: world.tiny,
-        r"a whole model: a merged one goes into model_name",
+        r"a whole model\. Name a merged model in model_name",
     ),
     "a model for reward": ("grpo", "reward_adapter", lambda world: world.tiny, r"This is a whole model"),
     "no such folder": (
@@ -133,9 +138,17 @@ ADAPTERS = {
 DAMAGED = {
     "no weights": ("sft", remove(WEIGHTS), r"adapter_model\.safetensors: no such file"),
     "no config": ("sft", remove("adapter_config.json"), r"adapter_config\.json: no such file"),
-    "empty weights": ("sft", cut(WEIGHTS, 0), r"adapter_model\.safetensors: damaged, as a copy.*header too small"),
-    "cut in the header": ("sft", cut(WEIGHTS, 500), r"adapter_model\.safetensors: damaged.*Copy or train it anew"),
-    "cut in the tensors": ("reward", cut(WEIGHTS, -50), r"adapter_model\.safetensors: damaged.*not fully covered"),
+    "empty weights": ("sft", cut(WEIGHTS, 0), r"adapter_model\.safetensors: the file is damaged.*header too small"),
+    "cut in the header": (
+        "sft",
+        cut(WEIGHTS, 500),
+        r"adapter_model\.safetensors: the file is damaged.*Copy or train it anew",
+    ),
+    "cut in the tensors": (
+        "reward",
+        cut(WEIGHTS, -50),
+        r"adapter_model\.safetensors: the file is damaged.*not fully covered",
+    ),
     "a cut config": (
         "sft",
         cut("adapter_config.json", 30),
@@ -146,22 +159,22 @@ DAMAGED = {
     "biases of the base": (
         "reward",
         change("adapter_config.json", bias="lora_only"),
-        r"has bias='lora_only', by which the adapter changes the backbone itself.* Train one with bias='none'",
+        r"has bias='lora_only', so the adapter changes the backbone itself.* Train an adapter with bias='none'",
     ),
     "residues of the base": (
         "reward",
         change("adapter_config.json", init_lora_weights="pissa_niter_4"),
-        r"has init_lora_weights='pissa_niter_4', by which .* Train one with init_lora_weights=True",
+        r"has init_lora_weights='pissa_niter_4', so the adapter .* Train an adapter with init_lora_weights=True",
     ),
     "tokens of the base": (
         "sft",
         change("adapter_config.json", trainable_token_indices=[5]),
-        r"has trainable_token_indices=\[5\], by which",
+        r"has trainable_token_indices=\[5\], so the adapter",
     ),
     "layers of the base again": (
         "sft",
         change("adapter_config.json", layer_replication=[[0, 2], [1, 2]]),
-        r"has layer_replication=\[\[0, 2\], \[1, 2\]\], by which",
+        r"has layer_replication=\[\[0, 2\], \[1, 2\]\], so the adapter",
     ),
     "no head": (
         "reward",
@@ -178,7 +191,7 @@ DAMAGED_SEEN_WITH_THE_MODEL = {
     "another rank": (
         "sft",
         change("adapter_config.json", r=8),
-        r"lora_A\.weight has shape \(4, 32\), and on this backbone \(8",
+        r"lora_A\.weight has shape \(4, 32\), but needs \(8, 32\) on this backbone",
     ),
     "a tensor too few": (
         "sft",
@@ -189,12 +202,12 @@ DAMAGED_SEEN_WITH_THE_MODEL = {
     "whole numbers": (
         "sft",
         tensors(lambda found: {k: v.int() for k, v in found.items()}),
-        r"is of torch\.int32, which no",
+        r"is of torch\.int32, not of a floating-point",
     ),
     "a head of another width": (
         "reward",
         tensors(lambda found: {**found, HEAD: torch.ones(1, 7)}),
-        r"score head of 'reward' reads 7 hidden units, and the backbone has 32",
+        r"score head of 'reward' reads 7 hidden units, but the backbone has 32",
     ),
     "a cut identity": ("sft", cut("backbone.json", 9), r"backbone\.json: not valid JSON"),
     "an empty identity": ("sft", put("backbone.json", "{}"), r"was trained on another base, None"),
@@ -214,17 +227,17 @@ SCALES = {
     ),
     "a scale of 0": (
         put("score_normalization.json", '{"mean": 0.0, "std": 0.0, "completions": 8}'),
-        r"std 0\.0 are no scale of scores",
+        r"std 0\.0 cannot scale scores",
     ),
 }
 OPTIONS = {
-    "8 bits": ({"load_in_8bit": True}, r"load_in_8bit=True is not supported: set load_in_4bit"),
+    "8 bits": ({"load_in_8bit": True}, r"load_in_8bit=True is not supported\. Set load_in_4bit"),
     "4 bits of no kind": ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf5"}, r"invalid choice: 'nf5'"),
     "4 bits to be sharded": (
         {"load_in_4bit": True, "bnb_4bit_quant_storage": "bfloat16"},
-        r"bnb_4bit_quant_storage='bfloat16' serves sharding",
+        r"bnb_4bit_quant_storage='bfloat16' is only for sharding",
     ),
-    "4 bits and no dtype": ({"load_in_4bit": True, "dtype": "auto"}, r"dtype='auto': load_in_4bit computes in"),
+    "4 bits and no dtype": ({"load_in_4bit": True, "dtype": "auto"}, r"dtype='auto' names no dtype for load_in_4bit"),
     "DoRA": ({"use_dora": True}, r"use_dora=True is not supported"),
     "modules to save": ({"lora_modules_to_save": ["lm_head"]}, r"lora_modules_to_save='?\[?'?lm_head"),
     "no such module": (
@@ -236,15 +249,15 @@ OPTIONS = {
 }
 
 PAD_TOKENS = {
-    "unknown": ("[PAD]", r"^pad_token='\[PAD\]' is no token of \S+tiny0\. Name a special token: '<\|endoftext\|>', '<\|pad\|>'\.$"),
-    "misspelt": ("<|endoftxt|>", r"is no token of \S+tiny0\. Did you mean '<\|endoftext\|>'\? Name"),
-    "empty": ("", r"^pad_token='' is no token of"),
-    "a piece of text": ("!", r"^pad_token='!' is a piece of ordinary text in \S+tiny0, and decoding leaves out the pad"),
+    "unknown": ("[PAD]", r"^pad_token='\[PAD\]' is not a token of \S+tiny0\. Name a special token: '<\|endoftext\|>', '<\|pad\|>'\.$"),
+    "misspelt": ("<|endoftxt|>", r"is not a token of \S+tiny0\. Did you mean '<\|endoftext\|>'\? Name"),
+    "empty": ("", r"^pad_token='' is not a token of"),
+    "a piece of text": ("!", r"^pad_token='!' is a piece of ordinary text in \S+tiny0, but decoding leaves out the pad"),
 }  # fmt: skip
 
 # Of the adapter that training goes on from: it has rank 4 and adapts all layers.
 OTHERWISE = {
-    "rank": ({"lora_r": 8}, r"lora_r=8 describes a fresh adapter, and \S+ is one with r=4\. Leave lora_r unset"),
+    "rank": ({"lora_r": 8}, r"lora_r=8 describes a fresh adapter, but \S+ was saved with r=4\. Leave lora_r unset"),
     "top layers": ({"lora_top_layers": 1}, r"lora_top_layers=1 describes .* with layers_to_transform=None\. Leave"),
     "modules": (
         {"lora_target_modules": ["c_attn"]},
@@ -337,7 +350,7 @@ def test_pad_tokens(value, message, refuses):
 def test_an_adapter_of_another_pad_token(stage, refuses):
     """Each stage that reads an adapter."""
     message = (
-        r"\S+: the adapter was trained with '<\|pad\|>' as padding, and this run pads with '<\|endoftext\|>'; .*Set "
+        r"\S+: the adapter was trained with '<\|pad\|>' as padding, but this run pads with '<\|endoftext\|>'\. .*Set "
     )
     message += r"--pad_token '<\|pad\|>' in every stage, or train the adapter anew\.$"
     refuses(stage, message, loads=True, pad_token="<|endoftext|>")
@@ -349,7 +362,7 @@ def test_the_adapter_of_another_pad_token_is_named(key, refuses):
     name = "sft" if key == "sft_adapter" else "reward"
     spoil = change("backbone.json", pad_token_id=0)
     message = (
-        rf"copy-of-{name}0: the adapter was trained with '<\|endoftext\|>' as padding, and this run pads with '<\|pad"
+        rf"copy-of-{name}0: the adapter was trained with '<\|endoftext\|>' as padding, but this run pads with '<\|pad"
     )
     refuses("evaluation", message, loads=True, **{key: spoiled(spoil, name)})
 
@@ -357,7 +370,7 @@ def test_the_adapter_of_another_pad_token_is_named(key, refuses):
 @pytest.mark.parametrize("value", ["x", -1, 10**9, [0]])
 def test_a_pad_token_that_no_tokenizer_has(value, refuses):
     spoil = change("backbone.json", pad_token_id=value)
-    message = r"trained with .* as padding, and this run pads with '<\|pad\|>'"
+    message = r"trained with .* as padding, but this run pads with '<\|pad\|>'"
     refuses("ppo", message, loads=True, sft_adapter=spoiled(spoil, "sft"))
 
 

@@ -20,18 +20,18 @@ NAMES = {
     "a file": ({"reward_funcs": "rewards.py"}, r"cannot import 'rewards\.py'.*Write it as package\.module\.function"),
     "a function in a file": (
         {"reward_funcs": "./my_rewards.py:brevity"},
-        r"'\./my_rewards\.py:brevity', which names a file\. Write it as package\.module\.function: my_rewards\.brevity, and start",
+        r"'\./my_rewards\.py:brevity', because it names a file\. Write it as package\.module\.function: my_rewards\.brevity",
     ),
     "a function in a folder's file, with options": (
         {"reward_funcs": "rewards/mine.py::get_a(n=3)"},
-        r"package\.module\.function: rewards\.mine\.get_a\(n=3\), and start",
+        r"package\.module\.function: rewards\.mine\.get_a\(n=3\)\. Start",
     ),
     "a function in a file elsewhere": (
         {"reward_funcs": "/home/me/mine.py:a"},
-        r": mine\.a, and start the run in /home/me, or name that folder in PYTHONPATH",
+        r": mine\.a\. Start the run in /home/me, or put that folder into PYTHONPATH",
     ),
-    "a function in a file, with a dot": ({"reward_funcs": "./mine.a"}, r"package\.module\.function: mine\.a, and"),
-    "an entry point": ({"reward_funcs": "mine:a"}, r"package\.module\.function: mine\.a, and"),
+    "a function in a file, with a dot": ({"reward_funcs": "./mine.a"}, r"package\.module\.function: mine\.a\. Start"),
+    "an entry point": ({"reward_funcs": "mine:a"}, r"package\.module\.function: mine\.a\. Start"),
     "no path": ({"reward_funcs": "contains"}, r"cannot import 'contains'"),
     "no function": ({"reward_funcs": "reward_models.rules.__doc__"}, r"is not a function"),
     "a missing column": (
@@ -67,7 +67,7 @@ NAMES = {
     "a lone weight in YAML": ({"recipe": "reward_weights: 1.0\n"}, r"reward_weights=1\.0 must be a list in brackets"),
     "a scale without an adapter": (
         {"reward_adapter": "", "reward_funcs": "reward_models.rules.get_length(target=3)", "normalize_scores": True},
-        r"normalize_scores scales reward adapters; name one",
+        r"normalize_scores scales reward adapters\. Name one",
     ),
 }
 
@@ -137,21 +137,21 @@ async def broken_service(completions, **kwargs):
 
 
 GIVEN = {
-    nan: r"reward function 'nan' gave nan for prompt '.*', completion '.*'\. Return a finite number, or None",
-    infinite: r"reward function 'infinite' gave inf for prompt",
-    text: r"reward function 'text' gave 'good' for prompt",
+    nan: r"reward function 'nan' returned nan for prompt '.*', completion '.*'\. Return a finite number, or None",
+    infinite: r"reward function 'infinite' returned inf for prompt",
+    text: r"reward function 'text' returned 'good' for prompt",
     short: r"reward function 'short' returned 1 rewards for 8 completions, the first for prompt .*Return one for each",
     nothing: r"reward function 'nothing' returned None\. Return a list with one number for each completion",
     as_dict: r"reward function 'as_dict' returned a dict \(\{0: 1\.0.*Return a list",
     as_set: r"reward function 'as_set' returned a set",
     one: r"reward function 'one' returned a float \(1\.0\)",
-    beyond: r"reward function 'beyond' gave 1e\+39 for prompt",
-    integer: r"reward function 'integer' gave 1000",
-    pairs: r"reward function 'pairs' gave \[1\.0, 2\.0\] for prompt",
-    leaves: r"reward function 'leaves' raised SystemExit: 0; it was called with 8 completions",
+    beyond: r"reward function 'beyond' returned 1e\+39 for prompt",
+    integer: r"reward function 'integer' returned 1000",
+    pairs: r"reward function 'pairs' returned \[1\.0, 2\.0\] for prompt",
+    leaves: r"reward function 'leaves' raised SystemExit: 0\. It was called with 8 completions",
     cancelled: r"reward function 'cancelled' raised CancelledError",
     none_each: r"reward functions make no finite score \(none_each nan; nan is None\) for prompt",
-    broken: r"reward function 'broken' raised KeyError: 'sentiment'; it was called with 8 completions",
+    broken: r"reward function 'broken' raised KeyError: 'sentiment'\. It was called with 8 completions",
     broken_service: r"reward function 'broken_service' raised ConnectionError: the judge does not answer",
 }
 

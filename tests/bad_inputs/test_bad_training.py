@@ -85,7 +85,9 @@ def test_a_base_model_whose_weights_are_not_finite(number, key, world):
 @pytest.mark.parametrize("margin", [1e308, 3.5e38, -1e39])
 def test_a_margin_that_float32_does_not_hold(margin):
     rows = Dataset.from_list([{"chosen": "a", "rejected": "b", "margin": margin}])
-    with pytest.raises(ValueError, match=r"^pairs row 1 .*'margin' must be at most 3\.4e\+38, the largest of float32"):
+    with pytest.raises(
+        ValueError, match=r"^pairs row 1 .*'margin' must be at most 3\.4e\+38, the largest number of float32"
+    ):
         check_preferences(rows, "pairs")
 
 

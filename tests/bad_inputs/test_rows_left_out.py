@@ -57,7 +57,7 @@ def test_rows_left_out_are_said(stage, world, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("stage", "share"), [("reward", 0.76), ("sft", 0.61), ("dpo", 0.61)])
 def test_below_a_share_a_stage_refuses(stage, share, refuses, world):
-    message = rf"max_length=16 leaves 3 of .* rows kept, .* are whole, and min_kept={share}\. Raise max_length"
+    message = rf"max_length=16 leaves 3 of .* rows kept, .* are whole, but min_kept={share}\. Raise max_length"
     options = {} if stage == "sft" else {"sft_adapter": ""}
     data = world.write("rows.jsonl", ROWS[stage][0])
     refuses(stage, message, loads=True, dataset_name=data, min_kept=share, recipe="max_length: 16\n", **options)

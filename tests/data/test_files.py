@@ -118,20 +118,20 @@ def test_csv_rows_longer_than_the_header(tmp_path):
     [("a.jsonl", ""), ("a.jsonl", "\n\n"), ("a.json", ""), ("a.json", "[]"), ("a.csv", ""), ("a.csv", "text\n")],
 )
 def test_empty_file(tmp_path, name, content):
-    with pytest.raises(ValueError, match=rf"{name}: it has no rows\. Name a file or split that has some"):
+    with pytest.raises(ValueError, match=rf"{name}: the data has no rows\. Name a file or split that has rows"):
         load_rows(_file(tmp_path, name, content), "train")
 
 
 def test_empty_saved_dataset(tmp_path):
     Dataset.from_dict({"text": []}).save_to_disk(tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"saved: it has no rows\."):
+    with pytest.raises(ValueError, match=r"saved: the data has no rows\."):
         load_rows(str(tmp_path / "saved"), "train")
 
 
 def test_empty_parquet(tmp_path):
     path = tmp_path / "a.parquet"
     Dataset.from_dict({"text": []}).to_parquet(path)
-    with pytest.raises(ValueError, match=r"a\.parquet: it has no rows\."):
+    with pytest.raises(ValueError, match=r"a\.parquet: the data has no rows\."):
         load_rows(str(path), "train")
 
 
@@ -146,7 +146,7 @@ def test_missing_local_path_is_not_looked_for_on_the_hub(tmp_path, monkeypatch, 
 def test_unknown_suffix(tmp_path):
     path = _file(tmp_path, "prefs.txt", "text")
     with pytest.raises(
-        ValueError, match=r"must end in one of \.jsonl, .*\.parquet, or in one of them and \.gz, not '\.txt'"
+        ValueError, match=r"must end in one of \.jsonl, .*\.parquet, or one of them plus \.gz, not '\.txt'"
     ):
         load_rows(path, "train")
 
@@ -159,13 +159,13 @@ def test_folder_of_files(tmp_path, monkeypatch):
     assert list(load_rows("csv", "test")) == ROWS[:1]
     with pytest.raises(ValueError, match=r"^csv: split 'validation' could not be loaded .*\['train', 'test'\]"):
         load_rows("csv", "validation")
-    with pytest.raises(ValueError, match=r"^csv: it has no rows"):
+    with pytest.raises(ValueError, match=r"^csv: the data has no rows"):
         load_rows("csv", "train[:0]")
 
 
 def test_folder_without_data(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"empty: no data found, neither here nor on the hub"):
+    with pytest.raises(FileNotFoundError, match=r"empty: no data found in this folder"):
         load_rows(str(tmp_path / "empty"), "train")
 
 
@@ -178,7 +178,7 @@ def test_saved_splits(tmp_path):
     parts = DatasetDict(train=Dataset.from_list(ROWS), test=Dataset.from_list(ROWS[:1]))
     parts.save_to_disk(tmp_path / "saved")
     assert list(load_rows(str(tmp_path / "saved"), "test")) == ROWS[:1]
-    with pytest.raises(ValueError, match=r"saved: no split 'validation'; it has train, test\. Name one"):
+    with pytest.raises(ValueError, match=r"saved: no split 'validation'; the splits are train, test\. Name one"):
         load_rows(str(tmp_path / "saved"), "validation")
 
 
@@ -195,7 +195,7 @@ def test_damaged_saved_dataset(tmp_path):
 
 def test_empty_hub_split(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **kwargs: Dataset.from_dict({"text": []}))
-    with pytest.raises(ValueError, match=r"^owner/name: it has no rows\."):
+    with pytest.raises(ValueError, match=r"^owner/name: the data has no rows\."):
         load_rows("owner/name", "train")
 
 

@@ -151,7 +151,8 @@ def test_a_second_run_writes_the_same_bytes(tmp_path):
 def test_no_side_may_be_empty(tmp_path):
     pairs, _ = hh.convert([row()])
     with pytest.raises(
-        ValueError, match=r"^held_out=0\.25 of 1 pairs leaves [01] to train on and [01] held out\. Give more"
+        ValueError,
+        match=r"^held_out=0\.25 of 1 pairs leaves [01] to train on and [01] held out\. Both need at least one\. Give more",
     ):
         hh.write_stages(pairs, tmp_path / "out", 0.25)
     assert not (tmp_path / "out").exists()
@@ -179,8 +180,8 @@ def test_a_damaged_archive(tmp_path):
     ("content", "message"),
     [
         ('{"chosen": "a", "rejected": "b"}\n{"chosen"', r"line 2: not valid JSON .*Correct or delete the line\.$"),
-        ('{"chosen": "a", "answer": "b"}', r"no column 'rejected'; found: \['chosen', 'answer'\]\. Rows of HH"),
-        ("", r"rows\.jsonl: it has no rows"),
+        ('{"chosen": "a", "answer": "b"}', r"no column 'rejected'; found: \['chosen', 'answer'\]\. Name data of HH"),
+        ("", r"rows\.jsonl: the data has no rows"),
     ],
 )
 def test_a_file_that_is_not_hh(content, message, tmp_path):
@@ -193,9 +194,7 @@ def test_a_file_that_is_not_hh(content, message, tmp_path):
 def test_a_folder_of_the_hub_is_no_option_of_a_file(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(row()))
-    with pytest.raises(
-        ValueError, match=r"^data_dir='harmless-base' is a folder of a dataset on the hub, and .* is a file"
-    ):
+    with pytest.raises(ValueError, match=r"^data_dir='harmless-base' is for a dataset on the hub, but .* is a file"):
         hh.read_rows(str(path), "harmless-base")
     with pytest.raises(FileNotFoundError, match=r"none\.jsonl\.gz: no such file or folder"):
         hh.read_rows(str(tmp_path / "none.jsonl.gz"))

@@ -103,7 +103,7 @@ def test_snippets_of_an_archive(cache, monkeypatch):
 
 def test_archive_without_the_ratings(cache, monkeypatch):
     put(cache, monkeypatch, tar({"vaderSentiment-3.3.2/README.rst": b"x"}))
-    with pytest.raises(ValueError, match=f"{re.escape(SDIST)}: it has no file '{re.escape(INNER)}'"):
+    with pytest.raises(ValueError, match=f"{re.escape(SDIST)}: the archive has no file '{re.escape(INNER)}'"):
         load_snippets()
 
 
@@ -111,7 +111,7 @@ def test_archive_without_a_table(cache, monkeypatch):
     files = tables()
     del files["hutto_ICWSM_2014/tweets_GroundTruth.txt"]
     put(cache, monkeypatch, tar({INNER: tar(files)}))
-    with pytest.raises(ValueError, match="it has no file 'hutto_ICWSM_2014/tweets_GroundTruth.txt'"):
+    with pytest.raises(ValueError, match="the archive has no file 'hutto_ICWSM_2014/tweets_GroundTruth.txt'"):
         load_snippets()
 
 
@@ -182,7 +182,9 @@ def test_ranked_pairs_of_a_few_snippets(few):
 
 
 def test_a_pair_too_many(few):
-    with pytest.raises(ValueError, match="^pairs=9: the train split of movieReviewSnippets has only about 8.$"):
+    with pytest.raises(
+        ValueError, match="^pairs=9: the train split of movieReviewSnippets has only about 8. Lower it.$"
+    ):
         preference_pairs("train", pairs=9)
 
 
@@ -381,7 +383,9 @@ def test_ranked_pairs_come_in_groups(snippets):
 
 
 def test_far_too_many_pairs(snippets):
-    with pytest.raises(ValueError, match=r"^pairs=3000: the validation split of tweets has only about 2\d{3}\.$"):
+    with pytest.raises(
+        ValueError, match=r"^pairs=3000: the validation split of tweets has only about 2\d{3}\. Lower it\.$"
+    ):
         preference_pairs("validation", sources=("tweets",), pairs=3000)
 
 

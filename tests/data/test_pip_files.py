@@ -78,7 +78,7 @@ def test_wrong_file_in_the_cache(cache, monkeypatch, content):
         fetch(ARCHIVE)
     message = str(caught.value)
     assert message.startswith(f"{cache / ARCHIVE.file}: sha256 is {sha256(content)}, expected {ARCHIVE.sha256}.")
-    assert "delete the file and run again" in message
+    assert "Delete the file and run again" in message
     assert not pip.commands
     assert (cache / ARCHIVE.file).read_bytes() == content  # the user's to delete
 
@@ -102,7 +102,7 @@ def test_pip_fails(cache, monkeypatch, stderr, reason, content):
         fetch(ARCHIVE)
     first, second = str(caught.value).splitlines()
     assert first == f"Could not fetch vaderSentiment==3.3.2 through pip: {reason}"
-    assert second.startswith("Check the network, or download vaderSentiment-3.3.2.tar.gz")
+    assert second.startswith("Check the network. Or download vaderSentiment-3.3.2.tar.gz")
     assert second.endswith(f"put it at {cache / ARCHIVE.file}.")
     assert list(cache.iterdir()) == []
 

@@ -144,13 +144,13 @@ def test_bad_rows_are_left_out_and_counted_where_that_is_asked_for(caplog):
     assert list(check_preferences(rows, "p", drop=True)) == [GOOD, GOOD]
     (said,) = [record.getMessage() for record in caplog.records]
     assert said == (
-        "p: 3 of 5 rows are left out: 2 where 'rejected' must differ from 'chosen' (first: row 1); 1 where 'chosen' must not "
-        "be empty (first: row 3)."
+        "p: 3 of 5 rows are left out: 2 because 'rejected' must differ from 'chosen' (first: row 1); 1 because 'chosen' must "
+        "not be empty (first: row 3)."
     )
     caplog.clear()
     assert check_preferences(Dataset.from_list([GOOD]), "p", drop=True).num_rows == 1 and not caplog.records
     with pytest.raises(
-        ValueError, match=r"^p: drop_bad_rows=True leaves none of 1 rows: 1 where 'chosen' must not be "
+        ValueError, match=r"^p: drop_bad_rows=True leaves out all 1 rows: 1 because 'chosen' must not be "
     ):
         check_preferences(Dataset.from_list([bad[1]]), "p", drop=True)
     with pytest.raises(ValueError, match="no column 'chosen'"):  # not of a row

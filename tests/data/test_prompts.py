@@ -67,8 +67,10 @@ def test_load_prompts_reads_and_checks(tmp_path, monkeypatch):
 def test_prompt_lengths(prompt, tokens):
     rows = Dataset.from_list([{"prompt": prompt}])
     check_prompt_lengths(rows, WordTokenizer(), tokens + 10, 10, "p")
-    message = rf"^p row 1 \(counting from 1\): 'prompt' .* has {tokens} tokens, and with max_completion_length=10"
-    with pytest.raises(ValueError, match=message + rf" that exceeds the model's context of {tokens + 9}\. Shorten"):
+    message = rf"^p row 1 \(counting from 1\): 'prompt' .* has {tokens} tokens\. With max_completion_length=10"
+    with pytest.raises(
+        ValueError, match=message + rf" it exceeds the model's context of {tokens + 9} tokens\. Shorten"
+    ):
         check_prompt_lengths(rows, WordTokenizer(), tokens + 9, 10, "p")
 
 
@@ -88,4 +90,4 @@ def test_conversation_needs_a_chat_template(monkeypatch):
 def test_bad_prompts_are_left_out_with_all_their_columns(caplog):
     rows = Dataset.from_list([{"prompt": text, "answer": number} for number, text in enumerate(["a", " ", "b"])])
     assert check_prompts(rows, "p", drop=True)["answer"][:] == [0, 2]
-    assert "1 of 3 rows are left out: 1 where 'prompt' must not be empty (first: row 2)" in caplog.text
+    assert "1 of 3 rows are left out: 1 because 'prompt' must not be empty (first: row 2)" in caplog.text

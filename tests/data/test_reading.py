@@ -111,7 +111,7 @@ def test_shards_whose_numbers_are_of_two_types(tmp_path):
 @pytest.mark.parametrize("number", [2**70, -(2**64), 10**30])
 def test_a_number_that_no_dataset_holds_is_refused(number, tmp_path):
     name = write(tmp_path, "a.jsonl", lines([{"x": 1}, {"x": number}]))
-    with pytest.raises(ValueError, match=r"a\.jsonl: column 'x' would not keep the value of row 2 .*Write it as text"):
+    with pytest.raises(ValueError, match=r"a\.jsonl: column 'x' cannot keep the value of row 2 .*Write it as text"):
         load_rows(name, "train")
 
 
@@ -163,14 +163,20 @@ def test_an_error_names_file_and_line(file, content, message, where, tmp_path):
 
 
 FOLDERS = {
-    "two formats": (["train.csv", "train.jsonl"], r"files of several formats \(train\.csv, train\.jsonl\)"),
-    "two formats in two splits": (["train.csv", "test.parquet"], "files of several formats"),
-    "two formats in folders": (["a/train.json", "b/train.jsonl.gz"], "files of several formats"),
+    "two formats": (
+        ["train.csv", "train.jsonl"],
+        r"the folder has files of several formats \(train\.csv, train\.jsonl\)",
+    ),
+    "two formats in two splits": (["train.csv", "test.parquet"], "the folder has files of several formats"),
+    "two formats in folders": (["a/train.json", "b/train.jsonl.gz"], "the folder has files of several formats"),
     "a file and its archive": (
         ["train.jsonl", "train.jsonl.gz"],
         r"train\.jsonl and train\.jsonl\.gz would both be read",
     ),
-    "a file of no split": (["train.jsonl", "more.jsonl"], r"more\.jsonl belongs to no split, and train\.jsonl to one"),
+    "a file of no split": (
+        ["train.jsonl", "more.jsonl"],
+        r"the name of more\.jsonl tells no split, but the name of train\.jsonl tells one",
+    ),
 }
 
 
@@ -186,7 +192,7 @@ def test_shards_of_other_columns(tmp_path):
     write(tmp_path, "set/preferences_train.jsonl", lines([{"chosen": "a", "rejected": "b"}]))
     write(tmp_path, "set/sft_train.jsonl", lines([{"text": "a"}]))
     with pytest.raises(
-        ValueError, match=r"sft_train\.jsonl: its columns \['text'\] are not those of .*preferences_tr"
+        ValueError, match=r"sft_train\.jsonl: the columns \['text'\] differ from those of .*preferences_tr"
     ):
         load_rows(str(tmp_path / "set"), "train")
 

@@ -47,13 +47,13 @@ def test_a_lone_prompt_column_is_dropped(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "body": "b"}, r"its columns \['prompt', 'body'\] are those of no format\."),
-        ({"text": "a", "messages": MESSAGES}, r"its columns \['text', 'messages'\] are those of several formats\."),
-        ({"text": "a"} | PAIR, r"its columns \['text', 'prompt', 'completion'\] are those of several formats\."),
+        ({"prompt": "a", "body": "b"}, r"the columns \['prompt', 'body'\] fit no format\."),
+        ({"text": "a", "messages": MESSAGES}, r"the columns \['text', 'messages'\] fit several formats\."),
+        ({"text": "a"} | PAIR, r"the columns \['text', 'prompt', 'completion'\] fit several formats\."),
     ],
 )
 def test_not_one_format(tmp_path, row, message):
-    with pytest.raises(ValueError, match=rf"t\.jsonl: {message} Give it just one of: text; messages; prompt and c"):
+    with pytest.raises(ValueError, match=rf"t\.jsonl: {message} Give exactly one of: text; messages; prompt and c"):
         load_texts(_save(tmp_path, row), "train")
 
 

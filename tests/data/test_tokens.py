@@ -66,12 +66,16 @@ def test_the_assistants_turn_is_continued_and_others_are_answered(tokenizer):
 
 
 PROMPTS = {
-    "ends a text": (["A film", "A film</s>"], CHAT, r"row 2 .*'prompt' must not end with '</s>'.*Take it out"),
+    "ends a text": (
+        ["A film", "A film</s>"],
+        CHAT,
+        r"row 2 .*'prompt' must not end with '</s>'.*Remove it from the prompt",
+    ),
     "a template without an opening": ([[USER], [USER]], CHAT.split("{% if")[0], r"row 1 .*Correct the chat template"),
     "a system turn": (
         [[USER], [{"role": "system", "content": "S"}, USER]],
         NO_SYSTEM,
-        r"row 2 .*refused by the chat template \(no system turn here\).*the head of the user's first turn",
+        r"row 2 .*refused by the chat template \(no system turn here\).*the beginning of the first user turn",
     ),
     "a template's own mistake": (
         [[USER], [USER]],
@@ -123,7 +127,7 @@ def test_a_template_that_refuses_a_row(rows, tokenizer):
 
 def test_a_template_that_begins_twice(tokenizer):
     tokenizer.chat_template = "<s>{{ bos_token }}" + CHAT
-    with pytest.raises(ValueError, match=r"^p row 1 .*'messages' is written with '<s>' twice at its beginning"):
+    with pytest.raises(ValueError, match=r"^p row 1 .*'messages' must not begin with '<s>' twice"):
         prepare_tokens(Dataset.from_list(ROWS["messages"]), tokenizer, "p")
 
 
@@ -150,7 +154,10 @@ def test_a_prompt_whose_tokens_do_not_begin_the_row_is_said(tokenizer, caplog):
         [{"prompt": "The film", "completion": " is"}, {"prompt": "The fi", "completion": "lm is"}]
     )
     prepare_tokens(rows, tokenizer, "p")
-    assert "in 1 of 2 rows the tokens of the prompt are not those" in caplog.text and "first: p row 2" in caplog.text
+    assert (
+        "in 1 of 2 rows the tokens of the whole row do not begin with those of the prompt" in caplog.text
+        and "first: p row 2" in caplog.text
+    )
 
 
 def test_counts_by_hand():
@@ -161,7 +168,7 @@ def test_counts_by_hand():
     assert str(lengths.counts(5, needs_rest=True)) == "2 of 4 rows kept, 1 cut, 1 dropped; the longest has 9 tokens"
     lengths.counts(5).check("p", 5, 0.5)
     with pytest.raises(
-        ValueError, match=r"^p: max_length=5 leaves 2 of 4 rows kept, 2 cut; .*: 50% are whole, and min_kept=0\.6"
+        ValueError, match=r"^p: max_length=5 leaves 2 of 4 rows kept, 2 cut; .* Only 50% are whole, but min_kept=0\.6"
     ):
         lengths.counts(5).check("p", 5, 0.6)
     with pytest.raises(ValueError, match=r"^p: every pair is longer than max_length=3"):

@@ -48,7 +48,7 @@ def test_where_an_implicit_prompt_ends(chosen, rejected, prompt):
     assert (parts.prompt + parts.chosen, parts.prompt + parts.rejected) == (chosen, rejected)
 
 
-ANSWERS = "'rejected' must answer the prompt that 'chosen' answers"
+ANSWERS = "'rejected' must answer the same prompt as 'chosen'"
 REFUSED = {
     "two system turns": (
         {
@@ -69,22 +69,22 @@ REFUSED = {
     ),
     "a user's turn after": (
         {"chosen": turns("a", "b", "c", "d"), "rejected": turns("a", "x")},
-        "'chosen' must hold no other turn of a user",
+        "'chosen' must hold no user or system turn",
     ),
     "ends in a user's turn": (
         {"chosen": turns("a", "b", "c"), "rejected": turns("a", "x")},
-        "must end in a turn of the ass",
+        "must end in an assistant turn",
     ),
     "HH, an empty answer": (
         {"chosen": HH + " ", "rejected": HH + " no"},
-        "'chosen' must not be empty after the prompt",
+        "'chosen' must not be empty after the common prompt",
     ),
     "HH, two prompts": ({"chosen": HH + " a", "rejected": HH.replace("Why", "Who") + " b"}, ANSWERS),
     "HH, a turn more": ({"chosen": HH + " a", "rejected": HH + " b\n\nHuman: c\n\nAssistant: d"}, ANSWERS),
     "HH, a user's turn last": ({"chosen": HH + " a", "rejected": HH + " b\n\nHuman: c"}, ANSWERS),
     "human and gpt": (
         {"chosen": turns("human: a", "gpt: b"), "rejected": turns("human: a", "gpt: c")},
-        "must have roles of system, .*, but is 'human'. Rename the role 'human' to 'user'",
+        "must have only the roles system, .*, but is 'human'. Rename the role 'human' to 'user'",
     ),
     "a capital": (
         {"chosen": turns("User: a", "assistant: b"), "rejected": turns("a", "c")},
@@ -92,15 +92,15 @@ REFUSED = {
     ),
     "another prompt, text": (
         {"prompt": "other", "chosen": turns("a", "b"), "rejected": turns("a", "c")},
-        "'prompt' must be the user's turn in .*, but is 'other'. Drop the column 'prompt'",
+        "'prompt' must be a user turn of .*, but is 'other'. Delete the column 'prompt'",
     ),
     "another prompt, messages": (
         {"prompt": turns("other"), "chosen": turns("a", "b"), "rejected": turns("a", "c")},
-        "'prompt' must be how 'chosen' and 'rejected' begin.*Drop the column 'prompt'",
+        "'prompt' must be the beginning of 'chosen' and 'rejected'.*Delete the column 'prompt'",
     ),
     "a prompt beside dialogues": (
         {"prompt": "Why?", "chosen": HH + " a", "rejected": HH + " b"},
-        "Drop the column 'prompt'",
+        "Delete the column 'prompt'",
     ),
     "a prefilled prompt": (
         {"prompt": turns("a", "b"), "chosen": turns("assistant: c"), "rejected": turns("assistant: d")},
@@ -147,7 +147,10 @@ def test_a_prompt_is_not_doubled(row, doubled):
 
 def test_some_rows_with_the_prompt_twice_are_named():
     rows = Dataset.from_list([EXPLICIT, DOUBLED["texts"][1]])
-    with pytest.raises(ValueError, match=r"^p row 2 .*'prompt' must not begin both sides too.*Take it out of them"):
+    with pytest.raises(
+        ValueError,
+        match=r"^p row 2 .*'prompt' must not be repeated at the beginning of both sides.*Remove it from both",
+    ):
         check_preferences(rows, "p")
     alike = {"prompt": "I", "chosen": "I do", "rejected": "I do not"}  # an answer may begin as its prompt does
     assert len(check_preferences(Dataset.from_list([EXPLICIT, alike]), "p")) == 2
@@ -200,10 +203,10 @@ def test_a_prompt_that_can(prompt):
 
 
 TEXTS = {
-    "a user's turn last": ({"messages": turns("a", "b", "c")}, "'messages' must end in a turn of the assistant"),
+    "a user's turn last": ({"messages": turns("a", "b", "c")}, "'messages' must end in an assistant turn"),
     "a completion of a user": (
         {"prompt": turns("a"), "completion": turns("user: b")},
-        "'completion' must end in a turn of",
+        "'completion' must end in an assistant turn",
     ),
     "a completion with its prompt": (
         {"prompt": turns("a"), "completion": turns("a", "b")},
@@ -231,7 +234,7 @@ def test_labels_of_classes_are_no_verdicts():
 
 
 def test_unpaired_rows_are_no_pairs():
-    with pytest.raises(ValueError, match=r"^p: no column 'chosen': rows of completion and label are unpaired"):
+    with pytest.raises(ValueError, match=r"^p: no column 'chosen'\. Rows of completion and label are unpaired"):
         check_preferences(Dataset.from_list([{"prompt": "a", "completion": "b", "label": True}]), "p")
 
 

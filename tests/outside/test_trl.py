@@ -247,7 +247,7 @@ REFUSED = {
                 {"from": "assistant", "value": "It is blue."},
             ]
         },
-        r"its columns \['conversations'\] are those of no format. Give it just one of: text; messages",
+        r"the columns \['conversations'\] fit no format. Give exactly one of: text; messages",
     ),
 }
 
@@ -269,7 +269,7 @@ UNPAIRED = Dataset.from_dict(
 
 
 def test_unpaired_rows_are_neither_pairs_nor_all_to_be_imitated():
-    with pytest.raises(ValueError, match="^p: no column 'chosen': rows of completion and label are unpaired"):
+    with pytest.raises(ValueError, match=r"^p: no column 'chosen'\. Rows of completion and label are unpaired"):
         check_preferences(UNPAIRED, "p")
     with pytest.raises(ValueError, match="^p row 3 .*'label' must be True"):
         check_texts(UNPAIRED, "p")
@@ -346,4 +346,4 @@ def test_what_opens_an_answer_is_not_lost_from_a_pair(classifier, tmp_path, capl
     assert tokenizer.decode(ids["chosen_ids"]) == "user: What is 2+2?\nassistant: <think>2+2=4</think>It is 4.\n"
     assert tokenizer.decode(ids["rejected_ids"]) == "user: What is 2+2?\nassistant: It is 4.\n"
     assert lengths.rows == [max(map(len, ids.values()))]
-    assert "in 1 of 1 rows the tokens of the prompt are not those that the whole row begins with" in caplog.text
+    assert "in 1 of 1 rows the tokens of the whole row do not begin with those of the prompt" in caplog.text

@@ -58,8 +58,8 @@ def test_tokens_are_those_of_the_chat_template(tmp_path, chatty):
         (["--held_out", "0"], "--held_out 0.0 must be a share between 0 and 1."),
         (["--max_pairs", "1"], "--max_pairs 1 must be 2 or more."),
         (["--max_tokens", "0", "--tokenizer", "x"], "--max_tokens 0 must be 1 or more."),
-        (["--max_tokens", "9"], "--max_tokens and --tokenizer belong together: give both, or none."),
-        (["--tokenizer", "x"], "--max_tokens and --tokenizer belong together: give both, or none."),
+        (["--max_tokens", "9"], "--max_tokens and --tokenizer belong together. Give both or neither."),
+        (["--tokenizer", "x"], "--max_tokens and --tokenizer belong together. Give both or neither."),
         (["--max_pair", "9"], "unrecognized arguments: --max_pair 9"),
     ],
 )
@@ -72,5 +72,5 @@ def test_command_lines_that_are_refused(options, message, capsys):
 def test_a_tokenizer_without_a_chat_template(tiny, tmp_path):
     (tmp_path / "hh.jsonl").write_text(row(1) + row(2))
     options = ["--max_tokens", "60", "--tokenizer", tiny]
-    with pytest.raises(ValueError, match="it has no chat template. Name the tokenizer of a chat model."):
+    with pytest.raises(ValueError, match="the tokenizer has no chat template. Name the tokenizer of a chat model."):
         convert_hh.main([str(tmp_path / "hh.jsonl"), str(tmp_path / "out"), *options])

@@ -271,9 +271,9 @@ def test_sizes_from_0_11(rows, piece, accumulation, ours, max_steps, tmp_path):
 
 
 def test_sizes_that_trl_refused():
-    with pytest.raises(ValueError, match=r"gradient_accumulation_steps = 8 is no multiple of num_mini_batches = 3"):
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps = 8 is not a multiple of num_mini_batches = 3"):
         migrate({"num_mini_batches": 3})
-    with pytest.raises(ValueError, match=r"batch_size = 100 is no multiple of mini_batch_size x .* = 16"):
+    with pytest.raises(ValueError, match=r"batch_size = 100 is not a multiple of mini_batch_size x .* = 16"):
         migrate({"batch_size": 100, "mini_batch_size": 16})
 
 
@@ -326,7 +326,7 @@ def test_fixed_kl_from_0_11():
     found = migrate({"adap_kl_ctrl": False, "init_kl_coef": 0.3, "target": 5.0})
     assert "kl_target" not in yaml.safe_load(found)
     assert "kl_target" not in yaml.safe_load(found)
-    assert "# target: 5.0\n#   TRL used it with adap_kl_ctrl only." in found
+    assert "# target: 5.0\n#   TRL used it only with adap_kl_ctrl." in found
 
 
 def test_early_stop_from_0_11():
@@ -364,7 +364,7 @@ def test_what_ppo_does_not_support_is_no_key():
     found = migrate({"num_ppo_epochs": 4, "fp16": True, "resume_from_checkpoint": "x"})
     assert not {"fp16", "resume_from_checkpoint"} & yaml.safe_load(found).keys()
     assert "# fp16: True\n#   PPO does not support it." in found
-    assert "# resume_from_checkpoint: 'x'\n#   a checkpoint of TRL's PPO is none of ours." in found
+    assert "# resume_from_checkpoint: 'x'\n#   a checkpoint of TRL's PPO cannot be resumed here." in found
 
 
 def test_what_is_not_set_is_not_given():
@@ -377,7 +377,7 @@ def test_what_is_not_set_is_not_given():
     [
         ({"ppo_epoch": 4}, r"unknown key 'ppo_epoch': no PPOConfig of TRL had it. Did you mean ppo_epochs\?"),
         ({"kl_coeff": 4}, r"unknown key 'kl_coeff': .* Did you mean kl_coef\?"),
-        ({"zzzzzzzz": 4}, r"unknown key 'zzzzzzzz': no PPOConfig of TRL had it. Take it out if it is your own."),
+        ({"zzzzzzzz": 4}, r"unknown key 'zzzzzzzz': no PPOConfig of TRL had it. Remove it if it is your own."),
         ({"ppo_epochs": 4, "kl_coef": 0.1}, r"'ppo_epochs' is a key of TRL up to 0.11, 'kl_coef' of 0.12 to 1.12"),
         ({"steps": 4, "num_train_epochs": 1}, r"'steps' is a key of TRL up to 0.11, 'num_train_epochs' of 0.12"),
         ({"exp_name": "a", "run_name": "b"}, r"'exp_name' and 'run_name' are both run_name here"),
@@ -427,7 +427,7 @@ def test_all_three_ways_in_are_one(form, tmp_path, capsys):
         (["--learning_rate", "1"], "give one file"),
         (["nowhere.yaml"], "No such file.*nowhere.yaml"),
         (["--", "--kl_coeff", "1"], "unknown key 'kl_coeff'"),
-        (["--", "--num_mini_batches", "3"], "is no multiple of"),
+        (["--", "--num_mini_batches", "3"], "is not a multiple of"),
     ],
 )
 def test_an_error_is_one_line(words, message, capsys):
@@ -438,5 +438,5 @@ def test_an_error_is_one_line(words, message, capsys):
 
 def test_a_file_that_is_no_mapping(tmp_path):
     (tmp_path / "old.yaml").write_text("- a\n")
-    with pytest.raises(SystemExit, match="a mapping of keys to values"):
+    with pytest.raises(SystemExit, match="the file must map keys to values"):
         main([str(tmp_path / "old.yaml")])

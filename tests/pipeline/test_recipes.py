@@ -178,8 +178,8 @@ def test_first_step_of_every_stage(name, hub, tmp_path, monkeypatch, caplog):
     dropped = [record.getMessage() for record in caplog.records if "rows are left out" in record.getMessage()]
     if name == "qwen2.5-0.5b-chat":  # training and held-out pairs
         message = (
-            "trl-lib/hh-rlhf-helpful-base: 2 of 8 rows are left out: 1 where 'rejected' must differ from 'chosen' (first: row "
-            "3); 1 where 'chosen' must not be empty (first: row 4)."
+            "trl-lib/hh-rlhf-helpful-base: 2 of 8 rows are left out: 1 because 'rejected' must differ from 'chosen' (first: "
+            "row 3); 1 because 'chosen' must not be empty (first: row 4)."
         )
         assert dropped == [message, message]
     else:

@@ -301,7 +301,9 @@ def test_the_table_of_ablations(tmp_path):
         updates = [{"loss/value": number, "approxkl": 0.01 * number} for number in range(1, 9)]
         (folder / "ppo").mkdir()
         (folder / "ppo" / "metrics.json").write_text(json.dumps({"history": [*updates, {"train_runtime": 1.0}]}))
-    with pytest.raises(FileNotFoundError, match="critic=adapter: no <seed>/report.json there. Run `make ablations`"):
+    with pytest.raises(
+        FileNotFoundError, match="critic=adapter: the folder has no <seed>/report.json. Run `make ablations`"
+    ):
         tables.ablations(tmp_path, "critic=head", "critic=adapter")
     tables.ablations(tmp_path, "critic=head")
     *_, last, _, note = (tmp_path / "table.md").read_text().splitlines()

@@ -113,9 +113,11 @@ def test_options_that_make_no_function(text, reason):
 
 
 def test_what_is_no_function():
-    with pytest.raises(ValueError, match="^reward_funcs: 'reward_models.rules.__doc__' is not a function.$"):
+    with pytest.raises(ValueError, match="^reward_funcs: 'reward_models.rules.__doc__' is not a function. Name a "):
         load_function("reward_models.rules.__doc__")
-    with pytest.raises(ValueError, match=r"^reward_funcs: 'builtins.dict\(a=1\)' is not a function.$"):
+    with pytest.raises(
+        ValueError, match=r"^reward_funcs: 'builtins.dict\(a=1\)' is not a function. Name a reward function.$"
+    ):
         load_function("builtins.dict(a=1)")
 
 
@@ -312,22 +314,22 @@ def second(value):
 
 
 FIRST = "2 completions, the first for prompt 'p', completion 'a b'"
-SECOND = "for prompt 'q', completion 'c'. Return a finite number, or None where the function does not apply."
+SECOND = "for prompt 'q', completion 'c'. Return a finite number, or None if the function does not apply."
 
 
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (raises, f"'raises' raised KeyError: 'solution'; it was called with {FIRST}."),
-        (raises_later, f"'raises_later' raised KeyError: 'solution'; it was called with {FIRST}."),
+        (raises, f"'raises' raised KeyError: 'solution'. It was called with {FIRST}."),
+        (raises_later, f"'raises_later' raised KeyError: 'solution'. It was called with {FIRST}."),
         (
             forgets_return,
             "'forgets_return' returned None. Return a list with one number for each completion.",
         ),
         (gives_one, f"'gives_one' returned 1 rewards for {FIRST}. Return one for each completion."),
-        (second(float("nan")), f"'gives' gave nan {SECOND}"),
-        (second(float("-inf")), f"'gives' gave -inf {SECOND}"),
-        (second("1.0"), f"'gives' gave '1.0' {SECOND}"),
+        (second(float("nan")), f"'gives' returned nan {SECOND}"),
+        (second(float("-inf")), f"'gives' returned -inf {SECOND}"),
+        (second("1.0"), f"'gives' returned '1.0' {SECOND}"),
     ],
 )
 def test_a_mistake_names_the_function_and_shows_the_sample(function, message):
@@ -342,7 +344,7 @@ def test_a_row_that_no_function_scores_is_an_error_that_shows_it():
         scores_of([short_only, short_only], ["p", "q"], ["a b", "an idea"])
     assert str(caught.value) == (
         "reward functions make no finite score (short_only nan, short_only_2 nan; nan is None) for prompt 'q', "
-        "completion 'an idea'. At least one must give each row a number."
+        "completion 'an idea'. At least one function must return a number for each row."
     )
 
 
@@ -476,7 +478,9 @@ def test_rows_that_no_function_scores_are_trls_to_leave_out():
 @pytest.mark.parametrize("column", PROTOCOL)
 def test_a_column_with_a_name_of_the_protocol(column):
     rows = ROWS.add_column(column, ["taken", "taken"])
-    with pytest.raises(ValueError, match=f"^rows.jsonl: the column '{column}' has the name of .* Rename the column"):
+    with pytest.raises(
+        ValueError, match=f"^rows.jsonl: the column '{column}' has the name of .* Rename or remove the column"
+    ):
         load_functions([], rows, "rows.jsonl")
 
 
@@ -506,7 +510,7 @@ def on_each_process(function, message):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (fails_on_one, "'fails_on_one' raised KeyError: 'solution'; .* for prompt 'of 1', completion 'c'"),
+        (fails_on_one, "'fails_on_one' raised KeyError: 'solution'\. .* for prompt 'of 1', completion 'c'"),
         (misses_on_one, "no finite score .* for prompt 'of 1', completion 'c'"),
     ],
 )

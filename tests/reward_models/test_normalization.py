@@ -120,10 +120,10 @@ def test_an_adapter_without_its_numbers(roles, other_reward_adapter, tokenizer):
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 0.0), (0.0, -1.0), (float("nan"), 1.0), (0.0, float("inf"))])
 def test_numbers_that_are_no_scale(tmp_path, mean, std):
     Normalization(mean, std, 8).save(tmp_path)
-    with pytest.raises(ValueError, match=rf"{FILE}: mean .* and std .* are no scale of scores; measure them anew"):
+    with pytest.raises(ValueError, match=rf"{FILE}: mean .* and std .* cannot scale scores\. Measure them anew"):
         read_normalization(str(tmp_path))
 
 
 def test_nothing_to_normalise():
-    with pytest.raises(ValueError, match="normalize_scores scales reward adapters; name one in reward_adapter"):
+    with pytest.raises(ValueError, match=r"normalize_scores scales reward adapters\. Name one in reward_adapter"):
         RewardArguments(reward_funcs=["reward_models.rules.contains"], normalize_scores=True)

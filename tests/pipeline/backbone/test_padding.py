@@ -116,9 +116,11 @@ def test_which_token_pads(special, says, ends, pads, capsys):
     said = capsys.readouterr().out
     assert said.count("\n") == (pads != own or pads in ("<e>", *ends))
     if pads in ("<e>", *ends):
-        assert f"Pads with {pads!r}, which also ends texts" in said and "cannot see whether a completion has" in said
+        assert f"Padding is {pads!r}, which also ends texts" in said and "cannot see whether a completion has" in said
     elif pads != own:
-        assert said.startswith(f"Pads with {pads!r}: the tokenizer") and said.endswith("--pad_token names another.\n")
+        assert said.startswith(f"Padding is {pads!r}: the tokenizer") and said.endswith(
+            "To use another token, set --pad_token.\n"
+        )
 
 
 def test_a_token_that_the_tokenizer_writes_does_not_pad():
@@ -409,7 +411,7 @@ def test_a_reward_model_of_another_pad_token_is_refused(forget, spoiled, chat_mo
     folder = spoiled(*forget)
     base, tokenizer = load_pretrained(ModelConfig(chat_model))
     with pytest.raises(
-        ValueError, match=r"was trained with '<\|im_end\|>' as padding, and this run pads with '<\|endof"
+        ValueError, match=r"was trained with '<\|im_end\|>' as padding, but this run pads with '<\|endof"
     ):
         read_adapter(folder, needs_head=True, base=base, tokenizer=tokenizer)
     base, tokenizer = load_pretrained(ModelConfig(chat_model), pad_token=END)  # the message's remedy
@@ -424,7 +426,7 @@ def test_the_tokenizer_beside_an_adapter_says_how_it_was_padded(spoiled, chat_mo
     assert read_adapter(folder, needs_head=True, base=base, tokenizer=tokenizer).head is not None
     base, tokenizer = load_pretrained(ModelConfig(chat_model), pad_token=END)
     with pytest.raises(
-        ValueError, match=r"was trained with '<repo_name>' as padding, and this run pads with '<\|im_end"
+        ValueError, match=r"was trained with '<repo_name>' as padding, but this run pads with '<\|im_end"
     ):
         read_adapter(folder, needs_head=True, base=base, tokenizer=tokenizer)
 
@@ -461,7 +463,7 @@ def test_all_stages_store_the_pad_token(named, pad, chat_model, tmp_path, capsys
     options = {**named, "sft_adapter": tmp_path / "sft", "reward_adapter": tmp_path / "reward"}
     options |= {"max_completion_length": 4, "per_device_train_batch_size": 4, "num_iterations": 1}
     train(ppo, PPO, tmp_path / "ppo", chat_model, prompts, **options, save_strategy="steps", save_steps=2)
-    assert capsys.readouterr().out.count("Pads with") == (not named)
+    assert capsys.readouterr().out.count("Padding is") == (not named)
     for folder in ("sft", "reward", "ppo", "ppo/value", "ppo/checkpoint-2", "ppo/checkpoint-2/value"):
         assert identity(tmp_path / folder)["pad_token_id"] == (0 if pad == TEXT_END else 2)
     for folder in ("sft", "reward", "ppo", "ppo/checkpoint-2"):

@@ -220,7 +220,9 @@ def test_autocast_alone_casts_what_a_plain_lora_layer_multiplies(tiny, monkeypat
 
 
 def test_a_role_that_there_is_not(backbone):
-    with pytest.raises(ValueError, match="^role 'rewrad': the backbone's adapters are default, reward, value"):
+    with pytest.raises(
+        ValueError, match="^role 'rewrad' is not known. The backbone's adapters are default, reward, value"
+    ):
         backbone.scores(torch.tensor([[5]]), torch.ones(1, 1), role="rewrad")
 
 
@@ -480,9 +482,7 @@ def test_a_value_starts_as_the_weighted_reward(roles):
 
 
 def test_a_value_from_a_reward_that_there_is_not(roles):
-    with pytest.raises(
-        ValueError, match="value_init='reward' needs a reward adapter; name one, or set value_init to po"
-    ):
+    with pytest.raises(ValueError, match=r"value_init='reward' needs a reward adapter\. Name one in reward_adapter"):
         roles(reward=False).add_value(init="reward")
 
 

@@ -102,7 +102,7 @@ def test_wins_of_both_sides_add_up_to_one():
 
 def test_wins_keeps_nan_and_refuses_other_shapes():
     assert math.isnan(wins([math.nan], [0.0])[0])
-    with pytest.raises(ValueError, match="row by row"):
+    with pytest.raises(ValueError, match="must have the same rows"):
         wins([1.0, 2.0], [1.0])
 
 

@@ -89,11 +89,9 @@ def test_a_cache_that_cannot_be_written(cache, tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "A"}\n')
     cache = cache if cache.startswith("/") else str(tmp_path / cache)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path(cache))
-    with pytest.raises(
-        OSError, match=r"nothing can be written in the cache of datasets .*HF_DATASETS_CACHE, or HF_HOME"
-    ):
+    with pytest.raises(OSError, match=r"the cache of `datasets` cannot be written .*HF_DATASETS_CACHE or HF_HOME"):
         load_rows("owner/name", "train")
     assert len(load_rows(str(tmp_path / "rows.jsonl"), "train")) == 1  # which needs no cache
     monkeypatch.setenv("SPINE_CACHE", cache)
-    with pytest.raises(OSError, match=r"nothing can be written in this cache .*Set SPINE_CACHE"):
+    with pytest.raises(OSError, match=r"this cache cannot be written .*Set SPINE_CACHE"):
         fetch(Release("a==1", "a-1-py3-none-any.whl", "0" * 64))
