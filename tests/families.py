@@ -166,8 +166,8 @@ LARGEST = 10_000_000  # parameters: a family whose config is not made small by t
 HEADER = """# Families of language models
 
 Of each family of causal language models in transformers {version}, a tiny random model was put to the checks that a run puts
-to the user's model (`pipeline/backbone/architecture.py`). What its config can switch (soft caps, scales, windows, dropout, a tied or
-untied head) had other values than the default. A checkpoint can still be refused for what it alone has.
+to the user's model (`pipeline/backbone/architecture.py`). What its config can switch (soft caps, scales, windows, dropout, a
+tied or untied head) had other values than the default. A checkpoint can still be refused for what it alone has.
 
 - *Language model*: served, or why SFT or PPO refuses it. Logprobs and values of a served one are those of its own forward.
 - *Trunk*: with `lora_top_layers` the layers below run once a rollout, or why they run in every pass.

@@ -189,7 +189,7 @@ def entry(name: str, stage: str, options: dict, error: str | None = None) -> lis
 
 
 def resumed(stages: list[list], out: Path) -> list[list]:
-    """SFT with all the noise there can be, since no stage of the plan draws any, then those of `RESUMED` killed and resumed."""
+    """SFT with all the noise there can be, since no stage of the plan draws any; then `RESUMED`, killed and resumed."""
     plan = {name: (stage, words) for name, stage, words, *_ in stages}
     bf16 = str("zero" in out.name).lower()  # transformers refuses it on a CPU that plays an accelerator
     plan["noise"] = ("sft", [*plan["sft"][1], *NOISE, "--bf16", bf16, "--output_dir", str(out / "noise")])

@@ -249,7 +249,10 @@ OPTIONS = {
 }
 
 PAD_TOKENS = {
-    "unknown": ("[PAD]", r"^pad_token='\[PAD\]' is not a token of \S+tiny0\. Name a special token: '<\|endoftext\|>', '<\|pad\|>'\.$"),
+    "unknown": (
+        "[PAD]",
+        r"^pad_token='\[PAD\]' is not a token of \S+tiny0\. Name a special token: '<\|endoftext\|>', '<\|pad\|>'\.$",
+    ),
     "misspelt": ("<|endoftxt|>", r"is not a token of \S+tiny0\. Did you mean '<\|endoftext\|>'\? Name"),
     "empty": ("", r"^pad_token='' is not a token of"),
     "a piece of text": ("!", r"^pad_token='!' is a piece of ordinary text in \S+tiny0, but decoding leaves out the pad"),

@@ -1,5 +1,5 @@
-"""`pipeline.backbone.gguf`: a GGUF file becomes a plain model's folder, once, whole or not at all. Needs SmolLM2 from the package
-index, or from the cache."""
+"""`pipeline.backbone.gguf`: a GGUF file becomes a plain model's folder, once, whole or not at all. Needs SmolLM2 from the
+package index, or from the cache."""
 
 import json
 import zipfile

@@ -1,5 +1,5 @@
-"""`pipeline.backbone.padding`: which token pads, that every stage and plain peft read scores at the same place, and that nothing
-depends on what padding is made of."""
+"""`pipeline.backbone.padding`: which token pads, that every stage and plain peft read scores at the same place, and that
+nothing depends on what padding is made of."""
 
 import json
 import shutil
@@ -96,7 +96,12 @@ CHOICES = {
     "names that say another use": (["<e>", "<repo_name>", "<|im_start|>"], {}, [], "<e>"),
     "the end of the text alone": (["<e>"], {"bos_token": "<e>"}, [], "<e>"),
     "one that ends turns, by the configs": (["<e>", TEXT_END, "<unused0>"], {}, [TEXT_END], "<unused0>"),
-    "its own, which ends turns by the configs": (["<e>", "<pad>", "<unused0>"], {"pad_token": "<pad>"}, ["<pad>"], "<unused0>"),
+    "its own, which ends turns by the configs": (
+        ["<e>", "<pad>", "<unused0>"],
+        {"pad_token": "<pad>"},
+        ["<pad>"],
+        "<unused0>",
+    ),
     "its own, and none is free": (["<e>", "<f>"], {"pad_token": "<f>"}, ["<f>"], "<f>"),
     "one that the template writes": (["<e>", TEXT_END, "<unused0>"], {"template": f"{TEXT_END}x"}, [], "<unused0>"),
     "one that opens texts": (["<|pad|>", "<e>", "<unused0>"], {"bos_token": "<|pad|>"}, [], "<unused0>"),
