@@ -5,20 +5,21 @@ row and padding at the right. The values under the padding change nothing.
 """
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pipeline.rl.kl import kl_per_token
 
 
 def token_rewards(
-    scores: Tensor,
-    logprobs: Tensor,
-    ref_logprobs: Tensor,
-    mask: Tensor,
+    scores: Float[Tensor, " B"],
+    logprobs: Float[Tensor, "B T"],
+    ref_logprobs: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
     *,
     kl_coef: float,
     kl_estimator: str = "k1",
-) -> Tensor:
+) -> Float[Tensor, "B T"]:
     """Return the reward of each token: the KL penalty, plus the score at the last real token.
 
     r_t = -kl_coef * kl_t + [t is the last real token] * score,  kl_t as in `pipeline.rl.kl.kl_per_token`
@@ -38,7 +39,9 @@ def token_rewards(
     return rewards.scatter_add(1, last.unsqueeze(1), scores.unsqueeze(1).to(rewards.dtype))
 
 
-def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
+def gae(
+    rewards: Float[Tensor, "B T"], values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, gamma: float, lam: float
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Return advantages and returns by generalised advantage estimation.
 
     delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)

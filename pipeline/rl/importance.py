@@ -6,6 +6,7 @@ is True on real tokens. A sampled logprob is NaN where the sampler did not repor
 """
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pipeline.rl.masking import masked_mean
@@ -15,21 +16,23 @@ CLIP = 0.2  # PPO's own clipping would act on ratios beyond 1 ± this
 MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
-def log_ratios(logprobs: Tensor, sampled_logprobs: Tensor, mask: Tensor) -> Tensor:
+def log_ratios(
+    logprobs: Float[Tensor, "B T"], sampled_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, "B T"]:
     """Return log(trained policy / sampling policy) of each token, in nats, (B, T); 0 on padding."""
     differences = logprobs.float() - sampled_logprobs.float()
     return differences.masked_fill(~mask | sampled_logprobs.isnan(), 0)
 
 
 def importance_weights(
-    logprobs: Tensor,
-    sampled_logprobs: Tensor,
-    mask: Tensor,
+    logprobs: Float[Tensor, "B T"],
+    sampled_logprobs: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
     *,
     mode: str,
     clip_min: float | None,
     clip_max: float | None,
-) -> Tensor:
+) -> Float[Tensor, "B T"]:
     """Return the weights of the tokens' policy loss that correct for the sampler, (B, T).
 
     The weight is w = pi(tokens) / mu(tokens), where pi is the trained policy and mu the sampler. The expectation of w * f
@@ -50,7 +53,9 @@ def importance_weights(
     return ratios.masked_fill((ratios < low) | (ratios > high), 0)
 
 
-def disagreement(logprobs: Tensor, sampled_logprobs: Tensor, mask: Tensor) -> dict[str, Tensor]:
+def disagreement(
+    logprobs: Float[Tensor, "B T"], sampled_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> dict[str, Float[Tensor, ""]]:
     """Return how far the sampled and the rescored logprobs of the real tokens differ.
 
     Returns:

@@ -1,10 +1,17 @@
 """The KL of the policy from its reference, and the controller of the KL coefficient."""
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def kl_per_token(logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, estimator: str = "k1") -> Tensor:
+def kl_per_token(
+    logprobs: Float[Tensor, "B T"],
+    ref_logprobs: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    estimator: str = "k1",
+) -> Float[Tensor, "B T"]:
     """Return the sampled KL of the policy from the reference at each token, in nats, (B, T); 0 on padding.
 
     With x = logprobs - ref_logprobs: k1 = x is unbiased and can be negative. k3 = exp(-x) - 1 + x is unbiased, is never

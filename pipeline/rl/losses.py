@@ -1,20 +1,21 @@
 """PPO's two clipped losses, its KL estimate, and the loss of PTX. All arguments are (B, T); `mask` is True on real tokens."""
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pipeline.rl.masking import masked_mean
 
 
 def policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    mask: Tensor,
+    logprobs: Float[Tensor, "B T"],
+    old_logprobs: Float[Tensor, "B T"],
+    advantages: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
     *,
     clip: float,
-    weights: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    weights: Float[Tensor, "B T"] | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Return the clipped surrogate loss, and the share of tokens on which the clipped branch was the larger.
 
     L = mean_t w_t max(-A_t * rho_t, -A_t * clamp(rho_t, 1 - clip, 1 + clip)),  rho_t = exp(logprobs - old_logprobs)
@@ -30,8 +31,13 @@ def policy_loss(
 
 
 def value_loss(
-    values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float
-) -> tuple[Tensor, Tensor]:
+    values: Float[Tensor, "B T"],
+    old_values: Float[Tensor, "B T"],
+    returns: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    clip: float,
+) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Return the clipped value loss, and the share of tokens on which the clipped branch was the larger.
 
     L = 1/2 mean_t max((V_t - R_t)^2, (clamp(V_t, V_old - clip, V_old + clip) - R_t)^2)
@@ -45,7 +51,9 @@ def value_loss(
     return 0.5 * masked_mean(torch.max(plain, clipped), mask), masked_mean((clipped > plain).float(), mask)
 
 
-def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+def approx_kl(
+    logprobs: Float[Tensor, "B T"], old_logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> Float[Tensor, ""]:
     """Estimate the KL of the policy from the policy that sampled, in nats a token: the mean of (log rho)^2 / 2.
 
     This is Schulman's k2: http://joschu.net/blog/kl-approx.html
@@ -53,7 +61,7 @@ def approx_kl(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
     return 0.5 * masked_mean((logprobs - old_logprobs).masked_fill(~mask, 0).square(), mask)
 
 
-def text_loss(logprobs: Tensor, mask: Tensor) -> Tensor:
+def text_loss(logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
     """Return the loss of PTX: the negative log-likelihood of texts, in nats a token.
 
     The mean is taken within each text and then over texts. Added to PPO's loss with a coefficient, it keeps the policy a

@@ -1,21 +1,24 @@
 """Statistics over real tokens. `mask` is True on real tokens; other values never enter a result."""
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+def masked_mean(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:
     """Return the mean of `values` where `mask` is True, both (B, T) -> (); 0 if no token is real."""
     return values.masked_fill(~mask, 0).sum() / mask.sum().clamp(min=1)
 
 
-def masked_sums(values: Tensor, mask: Tensor) -> Tensor:
+def masked_sums(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, "3"]:
     """Return count, sum and sum of squares of the real `values`, (B, T) -> (3,) in float64, which add up over processes."""
     real = values.masked_fill(~mask, 0).double()
     return torch.stack([mask.sum().double(), real.sum(), real.square().sum()])
 
 
-def whiten(values: Tensor, mask: Tensor, sums: Tensor, *, shift_mean: bool = True) -> Tensor:
+def whiten(
+    values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], sums: Float[Tensor, "3"], *, shift_mean: bool = True
+) -> Float[Tensor, "B T"]:
     """Return (values - mean) / std over real tokens, (B, T) -> (B, T); 0 on padding.
 
     `sums` are the `masked_sums` of the whole batch (all processes). Without `shift_mean` the mean is kept. The variance is

@@ -83,7 +83,7 @@ def ppo_run(make_trainer, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, EVERYTHING], ids=["defaults", "everything"])
 def test_ppo_resumes_to_the_bit_from_any_step(ppo_run, options, tmp_path):
-    """At the end of an update (4, 8), of a pass over the prompts (8), of an epoch (6), and within one; an early stop skips 7."""
+    """At the end of an update (4, 8), of a pass over the prompts (8), of an epoch (6), and within one; 7 is skipped."""
     expected = ppo_run("at once", **options)
     folder, resume = tmp_path / "in pieces", None
     for step in (1, 3, 4, 6, 7, 8, 11):
