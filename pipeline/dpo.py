@@ -35,7 +35,7 @@ class PairArguments(PolicyArguments):
 
 
 class DPO(Checkpointed, DPOTrainer):
-    """TRL's DPOTrainer, with Spine's checkpoints."""
+    """DPO as TRL trains it, with Spine's checkpoints."""
 
 
 def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DPOConfig) -> None:

@@ -28,7 +28,7 @@ logger = get_logger(__name__)
 
 
 class SFT(Checkpointed, SFTTrainer):
-    """TRL's SFTTrainer, with Spine's checkpoints."""
+    """SFT as TRL trains it, with Spine's checkpoints."""
 
 
 def main(data: DataArguments, lora: LoraArguments, model: ModelConfig, args: SFTConfig) -> None:

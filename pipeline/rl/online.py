@@ -1,4 +1,4 @@
-"""TRL's online trainers on a `Backbone`: all sample completions, call rewards and check rewards in the same way.
+"""Run the online trainers of TRL on a `Backbone`: all sample completions, call rewards and check rewards in the same way.
 
 PPO builds on `Online` (`pipeline.rl.trainer`). RLOO and GRPO are TRL's trainers with `Online` before them.
 """
@@ -73,7 +73,7 @@ class Online(Checkpointed):
 
 
 class RLOO(Online, RLOOTrainer):
-    """TRL's RLOO trainer, with Spine's checkpoints, sampling and rewards."""
+    """RLOO as TRL trains it, with Spine's checkpoints, sampling and rewards."""
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], images, multimodal_fields) -> list[list[int]]:
         """Override `_generate_single_turn`: sample with `sample`, and leave only vLLM to TRL."""
@@ -83,7 +83,7 @@ class RLOO(Online, RLOOTrainer):
 
 
 class GRPO(Online, GRPOTrainer):
-    """TRL's GRPO trainer, with Spine's checkpoints, sampling and rewards."""
+    """GRPO as TRL trains it, with Spine's checkpoints, sampling and rewards."""
 
     def _generate_single_turn(
         self,
