@@ -297,7 +297,7 @@ def test_scores_that_are_lengths_are_a_warning(check):
 
     found = by_name(check(by_length))["scores are not lengths"]
     assert found.result == "warning" and found.measured > 0.5
-    assert "(-" in found.why and "will write shorter before it writes better" in found.why
+    assert "(-" in found.why and "will write shorter texts before it writes better texts" in found.why
 
 
 @pytest.mark.parametrize("option", [{"top_k": 50}, {"top_p": 0.9}, {"generation_kwargs": {"typical_p": 0.9}}], ids=str)
