@@ -127,7 +127,11 @@ def test_a_model_that_is_only_pickled_is_refused(name, world, marker, refuses):
     (folder / "model.safetensors").unlink()
     for each in {name, "pytorch_model.bin"}:
         plant(folder / each, marker)
-    refuses("sft", r"has no model\.safetensors \(only pytorch_model\.bin, a pickle", model_name_or_path=str(folder))
+    refuses(
+        "sft",
+        r"has no model\.safetensors \(only pytorch_model\.bin, which is a pickle and is not read",
+        model_name_or_path=str(folder),
+    )
     with pytest.raises(FileNotFoundError, match=r"no model\.safetensors"):
         load_pretrained(ModelConfig(str(folder)))
     assert not marker.exists()

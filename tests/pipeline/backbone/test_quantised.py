@@ -81,6 +81,7 @@ def batch():
     return ids, mask
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # peft corrects it, and says so
 def test_a_policy_is_what_plain_peft_has_on_the_same_base(folder, batch, tmp_path):
     backbone, (ids, mask) = make(folder), batch
     backbone.save_role("policy", tmp_path)
