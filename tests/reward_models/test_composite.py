@@ -510,7 +510,7 @@ def on_each_process(function, message):
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (fails_on_one, "'fails_on_one' raised KeyError: 'solution'\. .* for prompt 'of 1', completion 'c'"),
+        (fails_on_one, r"'fails_on_one' raised KeyError: 'solution'\. .* for prompt 'of 1', completion 'c'"),
         (misses_on_one, "no finite score .* for prompt 'of 1', completion 'c'"),
     ],
 )
