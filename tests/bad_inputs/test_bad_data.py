@@ -167,7 +167,7 @@ TO_THE_MODEL = {
     "texts that are mostly cut": (
         "sft",
         [{"prompt": "A", "completion": " fine" * 200}, {"prompt": "fine " * 200, "completion": " A"}],
-        "max_length=128 leaves 0 of 2 rows kept, 1 cut, 1 dropped; the longest has .* tokens\. Only 0% are whole",
+        r"max_length=128 leaves 0 of 2 rows kept, 1 cut, 1 dropped; the longest has .* tokens\. Only 0% are whole",
     ),
 }
 
