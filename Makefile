@@ -129,7 +129,7 @@ soak: .venv/installed
 # hidden, since the comparisons to the bit hold on CPUs; `make gpu` is for GPUs.
 test: .venv/tests
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile \
-		--no-loadscope-reorder
+		--no-loadscope-reorder --cov --cov-report=term
 
 # Run the tests that train nothing, while you edit.
 test-fast: .venv/tests

@@ -679,7 +679,7 @@ def test_a_reward_function_that_exits_in_mid_training_leaves_a_checkpoint(make_t
             raise SystemExit(0)
         return list(map(float, range(len(completions))))
 
-    with pytest.raises(RewardError, match=r"'leaves' raised SystemExit: 0; .* resume from .*checkpoint-4 with"):
+    with pytest.raises(RewardError, match=r"'leaves' raised SystemExit: 0\. .* resume from .*checkpoint-4 with"):
         make_trainer([leaves]).train()
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
     trainer = make_trainer([leaves])

@@ -341,7 +341,9 @@ def test_how_far_an_adapter_reaches(name, tmp_path):
 
 def test_an_adapter_cannot_reach_further_than_the_model():
     base = GPT2ForSequenceClassification(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=9))
-    with pytest.raises(ValueError, match=r"^lora_top_layers=4: the model has 3 layers\.$"):
+    with pytest.raises(
+        ValueError, match=r"^lora_top_layers=4: the model has 3 layers\. Set it to a number from 1 to 3\.$"
+    ):
         lora_config(ModelConfig(), task_type="SEQ_CLS", lora=LoraArguments(lora_top_layers=4), base=base)
 
 
