@@ -57,7 +57,8 @@ def lora_config(
             _, pattern, decoder = decoder_layers(base)
             if not 0 < lora.lora_top_layers <= len(decoder):
                 raise ValueError(
-                    f"lora_top_layers={lora.lora_top_layers}: the model has {len(decoder)} layers. Set it to a number from 1 to {len(decoder)}."
+                    f"lora_top_layers={lora.lora_top_layers}: the model has {len(decoder)} layers. Set it to a number from 1 "
+                    f"to {len(decoder)}."
                 )
             top = list(range(len(decoder)))[-lora.lora_top_layers :]
             layers = {"layers_to_transform": top, "layers_pattern": pattern}
