@@ -10,6 +10,9 @@ import pytest
 from reward_models import rules
 
 
+pytestmark = pytest.mark.slow
+
+
 NAMES = {
     "none at all": ({"reward_adapter": ""}, r"Name a reward: set reward_adapter, reward_funcs or both"),
     "a misspelt function": (

@@ -17,6 +17,9 @@ from pipeline.backbone.loading import load_pretrained
 from pipeline.runs.divergence import learns_from
 
 
+pytestmark = pytest.mark.slow
+
+
 STAGES = ("sft", "reward", "dpo", "ppo", "rloo", "grpo")
 ONLINE = {"per_device_train_batch_size": 4, "reward_adapter": "", "reward_funcs": "reward_models.rules.sentiment"}
 SMALL = {

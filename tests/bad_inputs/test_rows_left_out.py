@@ -8,6 +8,9 @@ from transformers import Trainer
 from data.prompts import load_prompts
 
 
+pytestmark = pytest.mark.slow
+
+
 LONG, LONGER = " fine" * 20, " poor" * 40
 ROWS = {
     "sft": (

@@ -17,6 +17,9 @@ from pipeline.runs.command_line import parse
 from reward_models.functions import RewardArguments
 
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "pipeline" / "recipes"
 LINEAR = ["c_attn", "c_proj", "c_fc"]

@@ -15,6 +15,9 @@ from reward_models.composite import RewardError
 from reward_models.rules import get_length
 
 
+pytestmark = pytest.mark.slow
+
+
 KINDS = {"rloo": (RLOO, RLOOConfig, RLOOTrainer), "grpo": (GRPO, GRPOConfig, GRPOTrainer)}
 # Fields with which chat models are shipped, or that change what is drawn.
 FIELDS = {

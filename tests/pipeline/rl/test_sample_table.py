@@ -13,6 +13,9 @@ from datasets import Dataset
 from pipeline.rl.sample_table import SampleTable
 
 
+pytestmark = pytest.mark.slow
+
+
 ASKED = ["The film", "It's a", "One of the best"]
 
 

@@ -19,6 +19,9 @@ from reward_models.functions import PROTOCOL
 from reward_models.learned import KNOWN_SCORES, LearnedReward
 
 
+pytestmark = pytest.mark.slow
+
+
 def words(completions, **kwargs):
     return [float(len(completion.split())) for completion in completions]
 

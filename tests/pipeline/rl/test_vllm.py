@@ -25,6 +25,9 @@ from pipeline.runs.command_line import parse
 from reward_models.functions import RewardArguments
 
 
+pytestmark = pytest.mark.slow
+
+
 # ------------------------------------------------------------------------------------------ the policy as a plain model
 SPECIAL = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1, "initializer_range": 0.2}
 LLAMA = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}

@@ -29,6 +29,9 @@ from pipeline.runs.outputs import finish_stage
 from tests.pipeline import test_stages
 
 
+pytestmark = pytest.mark.slow
+
+
 run_stage = test_stages.run
 TEXTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13], [14, 15, 16, 17, 18], [19, 20, 21]]
 CLOCK = ("time", "runtime", "per_second", "seconds")
