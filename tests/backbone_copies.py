@@ -12,7 +12,7 @@ def is_ours(name: str) -> bool:
 
 
 def backbone_copies(backbone: Backbone) -> float:
-    """How many backbones this process holds: all live parameters that are neither LoRA nor heads, over one backbone's.
+    """Count the backbones in this process: all live parameters that are neither LoRA nor heads, over those of one.
 
     Every `nn.Parameter` the interpreter can reach is counted, in this model or not, each storage once; those on the meta
     device have none.
