@@ -1,6 +1,6 @@
 """Save PPO's policy and value, and the state of PPO in a checkpoint."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 from accelerate.utils import send_to_device
@@ -9,6 +9,10 @@ from pipeline.backbone.adapters import read_adapter
 from pipeline.rl.health import Health
 from pipeline.rl.rollout import Rollout
 from pipeline.runs.outputs import completions_sampled
+
+
+# Names in older checkpoints, and what they are called now. There `health` is called `watch`, and has more fields.
+FORMER = {"_far": "_kl_exceeded", "_skip": "_skipping"}
 
 
 class SavesRoles:
@@ -45,8 +49,9 @@ class SavesRoles:
     def load_training_state(self, state: dict) -> None:
         super().load_training_state(state)
         for name, value in state["ppo"].items():
-            setattr(self, name, value)
-        self.health = Health(**state["health"])
+            setattr(self, FORMER.get(name, name), value)
+        health = state["health"] if "health" in state else state["watch"]
+        self.health = Health(**{field.name: health[field.name] for field in fields(Health)})
         self.health.said = set(self.health.said)
         if "rollout" in state:
             self._rollout = Rollout(**send_to_device(state["rollout"], self.args.device))

@@ -53,7 +53,7 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
         " ".join([str(error), *notes]) + "\n" if expected else "".join(traceback.format_exception(kind, error, trace))
     )
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    if several and not _tell_launcher(text, str(error) if expected else f"{kind.__name__}: {error}"):
+    if several and not _tell_launcher(str(error) if expected else f"{kind.__name__}: {error}"):
         return
     sys.stderr.write(f"[rank {os.environ.get('RANK', 0)}] {text}" if several else text)
     launcher = None if several or not expected else launch_command()
@@ -61,7 +61,7 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
         sys.stderr.write("(accelerate adds its own traceback. `accelerate launch --quiet` leaves it out.)\n")
 
 
-def _tell_launcher(text: str, message: str) -> bool:
+def _tell_launcher(message: str) -> bool:
     """Write this process's error to the file that torch's launcher reads.
 
     Return whether this is the first process of this machine with this error.
@@ -72,7 +72,7 @@ def _tell_launcher(text: str, message: str) -> bool:
     first = True
     try:
         # The launcher gives each process a folder, all in one parent folder.
-        told = Path(path).parents[1] / f"told-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+        told = Path(path).parents[1] / f"told-{hashlib.sha256(message.encode()).hexdigest()[:16]}"
         told.touch(exist_ok=False)
     except FileExistsError:
         first, message = False, "the same error as another process"

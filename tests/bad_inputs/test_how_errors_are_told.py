@@ -137,6 +137,21 @@ def test_of_processes_with_one_error_one_tells_it(tmp_path, capsys, monkeypatch)
     assert left == [first, "the same error as another process", third]
 
 
+def test_an_error_that_one_process_knows_more_of_is_told_once(tmp_path, capsys, monkeypatch):
+    """The process in which a reward function failed has a note with its line; the others have the message alone."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / str(rank) / "error.json"))
+        kind, error, trace = caught(options("--min_kept", "2"))
+        if rank == 0:
+            error.add_note("It was raised in mine.py, line 3.")
+        report(kind, error, trace)
+    said = capsys.readouterr().err
+    assert said == "[rank 0] min_kept=2.0 must be from 0 to 1. It was raised in mine.py, line 3.\n"
+
+
 def test_without_a_launcher_every_process_tells_its_error(capsys, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)

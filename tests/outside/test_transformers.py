@@ -84,7 +84,7 @@ def test_one_end_or_several(ends):
 
 
 def test_each_row_ends_by_itself():
-    """Of three rows two end at once: what comes after them is padding, and the third goes on."""
+    """Two of three rows end at once: padding follows them, and the third goes on."""
     table = rising(12)
     batch = complete(chain(table, ends=5), [[4], [9, 4], [2]], 8, end=5, pad=0)
     assert batch.rows() == [[5], [5], [3, 4, 5]]

@@ -26,7 +26,7 @@ from tests.outside.pieces import minibatches
 
 # ------------------------------------------------------------------------------------------------ statistics
 def test_masked_mean_variance_and_whitening():
-    """Of 2 and 3: theirs is the unbiased variance 1/2, ours the biased 1/4; they whiten to ∓sqrt(1/2), we to ∓1."""
+    """Theirs is the unbiased variance of 2 and 3, 1/2; ours is the biased 1/4. They whiten to ∓sqrt(1/2), we to ∓1."""
     values, mask = torch.tensor([[1.0, 2.0, 3.0, 4.0]]), torch.tensor([[False, True, True, False]])
     count, total, squares = masked_sums(values, mask).tolist()
     assert masked_mean(values, mask).item() == total / count == 2.5

@@ -204,7 +204,7 @@ def test_a_tower_with_as_many_layers_is_not_the_decoder(family):
     ],
 )
 def test_layers_that_reuse_keys_start_from_a_trunk_below_those_alone(family, depth, fault):
-    """Of six layers, sliding and full in turn, the upper two reuse keys and values of layers 2 and 3."""
+    """The upper two of six layers, sliding and full in turn, reuse keys and values of layers 2 and 3."""
     kinds = ["sliding_attention", "full_attention"] * 3
     base = tiny_model(family, num_hidden_layers=6, layer_types=kinds, num_kv_shared_layers=2)
     check_model(base, family)

@@ -26,6 +26,7 @@ from pipeline.rl.sample_table import SampleTable
 from pipeline.runs.manifest import MANIFEST, check_checkpoint, file_digest, find_checkpoint, manifest_digest
 from pipeline.runs.optimizer_shards import check_zero
 from pipeline.runs.outputs import finish_stage
+from pipeline.runs.state_files import load_state
 from tests.pipeline import test_stages
 
 
@@ -192,6 +193,19 @@ def killed_run(ppo_run, tmp_path) -> Path:
 
 def arguments(make_trainer, folder, asked, **options):
     return make_trainer(output_dir=str(folder), resume_from_checkpoint=asked and str(asked), **options).args
+
+
+def test_a_state_of_an_older_release_is_taken_up(make_trainer, ppo_run, tmp_path):
+    ppo_run("run", kill=6, save_steps=2)
+    state = load_state(tmp_path / "run" / "checkpoint-6" / "state_0")
+    assert "rollout" in state  # it is within an update
+    older = {**state, "ppo": {"beta": 0.07, "_far": True, "_skip": True}}
+    older["watch"] = {**older.pop("health"), "said": ["nan", "flat reward"], "flat_rollouts": 3, "no_more": 1}
+    trainer = make_trainer(prompts=PROMPTS + [text.lower() for text in PROMPTS], output_dir=str(tmp_path / "next"))
+    trainer.load_training_state(older)
+    assert (trainer.beta, trainer._kl_exceeded, trainer._skipping) == (0.07, True, True)
+    assert trainer.health.said == {"nan", "flat reward"} and trainer.health.flat_rollouts == 3
+    assert torch.equal(trainer._rollout.completion_ids, state["rollout"]["completion_ids"])
 
 
 def test_a_damaged_file_is_named_and_the_one_before_is_taken_only_by_name(make_trainer, killed_run, tmp_path, capsys):
