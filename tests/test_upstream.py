@@ -576,7 +576,7 @@ DOCUMENTED = re.compile(
     r"torch\.(autograd|distributed|nn|utils\.data)\b.*"
 )
 # Names that are Python's, not a package's (of named tuples, of argparse), and ends of keys in reports.
-NO_PACKAGES = {"_replace", "_actions", "_score", "_judge"}
+NO_PACKAGES = {"_replace", "_actions", "_score", "_judge", "_far", "_skip"}
 
 
 @cache
