@@ -40,7 +40,13 @@ def token_rewards(
 
 
 def gae(
-    rewards: Float[Tensor, "B T"], values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], *, gamma: float, lam: float
+    rewards: Float[Tensor, "B T"],
+    values: Float[Tensor, "B T"],
+    mask: Bool[Tensor, "B T"],
+    *,
+    gamma: float,
+    lam: float,
+    value_lam: float | None = None,
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Return advantages and returns by generalised advantage estimation.
 
@@ -53,6 +59,7 @@ def gae(
 
     Args:
         rewards, values: (B, T); values[:, t] is the value of the state before token t.
+        value_lam: lambda of the returns alone, where it differs: Yuan et al. 2025 (arXiv 2503.01491), decoupled GAE.
 
     Returns:
         advantages and returns, each (B, T), 0 on padding.
@@ -64,4 +71,6 @@ def gae(
         delta = rewards[:, t] + gamma * following_value - values[:, t]
         advantages[:, t] = delta + gamma * lam * following_advantage
         following_value, following_advantage = values[:, t], advantages[:, t]
-    return advantages, advantages + values
+    if value_lam is None or value_lam == lam:
+        return advantages, advantages + values
+    return advantages, gae(rewards, values, mask, gamma=gamma, lam=value_lam)[1]

@@ -16,7 +16,6 @@ UNSUPPORTED = (
     "use_transformers_continuous_batching",  # with bf16 TRL rounds the adapters to bfloat16 permanently
     "mask_truncated_completions",
     "sync_ref_model",
-    "epsilon_high",
     "router_aux_loss_coef",
     "chat_template_kwargs",
 )
@@ -26,9 +25,10 @@ UNSUPPORTED = (
 class PPOConfig(RLOOConfig):
     """PPO's options: those of TRL's RLOOConfig, with the same meaning, and more for the value function.
 
-    The most important inherited options are `beta` (KL coefficient), `epsilon` (policy clip range), `num_iterations` (PPO
-    epochs an update), `steps_per_generation` (minibatches an epoch times gradient accumulation), `temperature`,
-    `max_completion_length`, `reward_weights`, `reward_clip_range` (bounds of the score).
+    The most important inherited options are `beta` (KL coefficient), `epsilon` (policy clip range) and `epsilon_high` (the
+    range above 1, where it differs), `num_iterations` (PPO epochs an update), `steps_per_generation` (minibatches an epoch
+    times gradient accumulation), `temperature`, `max_completion_length`, `reward_weights`, `reward_clip_range` (bounds of
+    the score).
     """
 
     # options of TRL's class, with PPO's defaults
@@ -83,6 +83,9 @@ class PPOConfig(RLOOConfig):
     # the advantage and the value
     gamma: float = field(default=1.0, metadata={"help": "Discount factor."})
     lam: float = field(default=0.95, metadata={"help": "Lambda of generalised advantage estimation."})
+    value_lam: float | None = field(
+        default=None, metadata={"help": "Lambda of the returns that the value learns. Unset: that of lam."}
+    )
     critic: str = field(
         default="adapter",
         metadata={"help": "adapter: a separate value adapter with a head. head: only a head, on the policy's trunk."},
@@ -96,10 +99,19 @@ class PPOConfig(RLOOConfig):
     critic_warmup_updates: int = field(
         default=0, metadata={"help": "Number of first updates in which only the value trains."}
     )
+    value_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the value. Unset: that of the policy, learning_rate."}
+    )
     vf_coef: float = field(default=0.1, metadata={"help": "Weight of the value loss."})
     value_clip: float = field(default=0.2, metadata={"help": "Clip range of the value loss."})
 
     # the update
+    dual_clip: float | None = field(
+        default=None,
+        metadata={
+            "help": "Highest ratio that counts where the advantage is negative; above 1 + epsilon_high, often 3."
+        },
+    )
     max_approx_kl: float | None = field(
         default=None, metadata={"help": "Skip the rest of an update when a minibatch's approxkl (nats) exceeds this."}
     )
@@ -160,6 +172,12 @@ class PPOConfig(RLOOConfig):
             raise ValueError(
                 f"kl_horizon={self.kl_horizon:g} is shorter than one rollout of {self.generation_batch_size} sequences over "
                 f"all processes. In one rollout beta may change by at most a fifth. Set kl_horizon to several rollouts."
+            )
+        high = self.epsilon if self.epsilon_high is None else self.epsilon_high
+        if self.dual_clip is not None and self.dual_clip <= 1 + high:
+            raise ValueError(
+                f"dual_clip={self.dual_clip:g} must be above 1 + {high:g}, the highest ratio that the clip range allows. 3 is "
+                f"usual."
             )
         minibatches = self.steps_per_generation / self.gradient_accumulation_steps
         if minibatches != int(minibatches):

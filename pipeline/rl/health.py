@@ -4,6 +4,9 @@ import math
 from dataclasses import dataclass, field
 
 
+STILL = 10  # updates after which a policy should have moved
+
+
 @dataclass
 class Health:
     """The state of a run's warnings: each warning is given once.
@@ -14,6 +17,7 @@ class Health:
     said: set[str] = field(default_factory=set)
     first_entropy: float | None = None
     flat_rollouts: int = 0
+    rollouts: int = 0  # of a policy that trains
 
     def observe(
         self,
@@ -22,6 +26,7 @@ class Health:
         scores: list[float] | None = None,
         length: float | None = None,
         entropy: float | None = None,
+        warming_up: bool = False,
     ) -> list[str]:
         """Return the new warnings about measured figures.
 
@@ -30,6 +35,7 @@ class Health:
             scores: score of each completion.
             length: mean number of tokens of a completion.
             entropy: mean entropy of the policy, in nats a token.
+            warming_up: whether only the value trains yet.
         """
         found = {}
         if kl:
@@ -46,6 +52,15 @@ class Health:
                     f"The KL to the reference is {mean:.1f} nats a sequence, more than 1 a token. The policy now writes "
                     f"texts that the reference would not write and that the reward model was not trained on. Raise beta, "
                     f"set kl_target, or lower learning_rate or num_iterations."
+                )
+            self.rollouts += not warming_up
+            # Half the mean square of the log-ratio is the KL of two policies that are close, and is never negative.
+            moved = sum(x * x for x in kl) / len(kl) / 2
+            if self.rollouts > STILL and moved < 1e-3:
+                found["still policy"] = (
+                    f"After {STILL} updates the KL to the reference is {moved:.1g} nats a sequence: the policy has hardly "
+                    f"moved. Raise learning_rate (LoRA usually wants 10 to 100 times the rate for all weights) or "
+                    f"num_iterations, or lower beta."
                 )
         if scores:
             self.flat_rollouts = self.flat_rollouts + 1 if max(scores) == min(scores) else 0

@@ -14,20 +14,31 @@ def policy_loss(
     mask: Bool[Tensor, "B T"],
     *,
     clip: float,
+    clip_high: float | None = None,
+    dual_clip: float | None = None,
     weights: Float[Tensor, "B T"] | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Return the clipped surrogate loss, and the share of tokens on which the clipped branch was the larger.
+    """Return the clipped surrogate loss, and the share of tokens on which a clipped branch is taken.
 
     L = mean_t w_t max(-A_t * rho_t, -A_t * clamp(rho_t, 1 - clip, 1 + clip)),  rho_t = exp(logprobs - old_logprobs)
 
     Schulman et al. 2017 (arXiv 1707.06347), eq. 7, negated to be minimised. Where another program sampled
     the completions, `weights` w come from `pipeline.rl.importance.importance_weights`. Without `weights` each w_t is 1.
+
+    Args:
+        clip: the clip range of the ratio.
+        clip_high: the range above 1 alone, where it differs: Yu et al. 2025 (arXiv 2503.14476), section 3.1.
+        dual_clip: bound of the ratio where the advantage is negative: the loss of such a token is at most -A_t * dual_clip.
+            A token at that bound has no gradient. Ye et al. 2020 (arXiv 1912.09729), the dual clip.
     """
     ratio = torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0))
     plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
-    loss = torch.max(plain, clipped)
-    return masked_mean(loss if weights is None else loss * weights, mask), masked_mean((clipped > plain).float(), mask)
+    clipped = -advantages * ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
+    loss, is_clipped = torch.max(plain, clipped), clipped > plain
+    if dual_clip is not None:
+        most = torch.where(advantages < 0, -advantages * dual_clip, torch.inf)
+        loss, is_clipped = torch.min(loss, most), is_clipped | (loss > most)
+    return masked_mean(loss if weights is None else loss * weights, mask), masked_mean(is_clipped.float(), mask)
 
 
 def value_loss(

@@ -16,6 +16,19 @@ def masked_sums(values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Floa
     return torch.stack([mask.sum().double(), real.sum(), real.square().sum()])
 
 
+def explained_variance(return_sums: Float[Tensor, "3"], error_sums: Float[Tensor, "3"]) -> Float[Tensor, ""]:
+    """Return the share of the variance of the returns that the values explain: 1 - Var(R - V) / Var(R).
+
+    1 is a perfect value function. 0 is one that knows no more than a constant. Below 0 it is worse than a constant.
+
+    Args:
+        return_sums, error_sums: the `masked_sums` of the returns R and of the errors R - V, over all processes.
+    """
+    count, total, squares = torch.stack([return_sums, error_sums], dim=1).unbind()
+    variance, unexplained = (squares / count - (total / count).square()).clamp(min=1e-12).unbind()
+    return torch.sub(1, unexplained / variance)
+
+
 def whiten(
     values: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"], sums: Float[Tensor, "3"], *, shift_mean: bool = True
 ) -> Float[Tensor, "B T"]:

@@ -5,7 +5,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from pipeline.rl.masking import masked_mean
+from pipeline.rl.masking import explained_variance, masked_mean, masked_sums
 
 
 logger = get_logger(__name__)
@@ -61,6 +61,16 @@ class Recording:
         self._pending_extra_logs.clear()
         self._pending_metrics.clear()
 
+    def _record_value(self, values: Tensor, returns: Tensor, mask: Tensor) -> None:
+        """Keep the mean value of a rollout's tokens, and how much of the variance of the returns the values explain.
+
+        `values`, `returns` and `mask` are (B, T).
+        """
+        self._record(tokens=mask.sum(), value=masked_mean(values, mask))
+        sums = torch.stack([masked_sums(returns, mask), masked_sums(returns - values, mask)])
+        explained = explained_variance(*self.accelerator.reduce(sums, reduction="sum"))
+        self._metrics[self._mode]["explained_variance"].append(explained.item())
+
     def _record_rollout(
         self,
         prompts: list,
@@ -69,19 +79,19 @@ class Recording:
         scores: Tensor,
         kl: Tensor,
         rewards: Tensor,
-        values: Tensor,
         advantages: Tensor,
     ) -> None:
         """Keep the figures of a rollout; in training, also check its health and adapt the KL coefficient.
 
-        `mask`, `rewards`, `values` and `advantages` are (B, T), `scores` and `kl` (nats a sequence) are (B,).
+        `mask`, `rewards` and `advantages` are (B, T), `scores` and `kl` (nats a sequence) are (B,).
         """
         self._record(score=scores, kl=kl, reward=rewards.sum(dim=1))
-        self._record(tokens=mask.sum(), value=masked_mean(values, mask))
         self._metrics[self._mode]["beta"].append(self.beta)
         if self.model.training:
             kl, scores, lengths = self.accelerator.gather(torch.stack([kl, scores.to(kl), mask.sum(dim=1)], dim=1)).T
-            self._warn(kl=kl.tolist(), scores=scores.tolist(), length=lengths.mean().item())
+            self._warn(
+                kl=kl.tolist(), scores=scores.tolist(), length=lengths.mean().item(), warming_up=self.warming_up
+            )
             self._adapt_beta(kl)
         self._logs["prompt"].extend(gather_object(prompts))
         self._logs["completion"].extend(gather_object(completions))

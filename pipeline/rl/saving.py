@@ -51,7 +51,7 @@ class SavesRoles:
         for name, value in state["ppo"].items():
             setattr(self, FORMER.get(name, name), value)
         health = state["health"] if "health" in state else state["watch"]
-        self.health = Health(**{field.name: health[field.name] for field in fields(Health)})
+        self.health = Health(**{field.name: health[field.name] for field in fields(Health) if field.name in health})
         self.health.said = set(self.health.said)
         if "rollout" in state:
             self._rollout = Rollout(**send_to_device(state["rollout"], self.args.device))

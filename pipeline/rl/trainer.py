@@ -28,6 +28,7 @@ from pipeline.rl.kl import adapted_kl_coef, kl_per_token
 from pipeline.rl.losses import approx_kl, policy_loss, text_loss, value_loss
 from pipeline.rl.masking import masked_mean, masked_sums, whiten
 from pipeline.rl.measuring import measure
+from pipeline.rl.optimizing import Optimizing
 from pipeline.rl.policy_sampler import PolicySampler
 from pipeline.rl.ptx import drawn_texts
 from pipeline.rl.recording import Recording
@@ -39,7 +40,7 @@ from reward_models.learned import LearnedReward, with_known_scores
 logger = get_logger(__name__)
 
 
-class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
+class PPOTrainer(Recording, Optimizing, SavesRoles, PolicySampler, RLOOTrainer):
     """Proximal policy optimisation (Schulman et al. 2017) of the policy role of a `Backbone`.
 
     The steps of an update in order, with the function of each step:
@@ -115,16 +116,6 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         self._skipping = False  # whether the rest of this update is skipped
         self._approx_kl = 0.0  # mean so far in the current optimizer step
 
-    def _check_deepspeed(self) -> None:
-        """Raise a ValueError for an option that DeepSpeed cannot serve."""
-        for name in ("max_approx_kl", "critic_warmup_updates"):
-            if self.is_deepspeed_enabled and getattr(self.args, name):
-                raise ValueError(
-                    f"{name}={getattr(self.args, name)} is not supported by DeepSpeed: it leaves gradients out of optimizer "
-                    f"steps, and DeepSpeed takes each step together with the backward pass. Leave {name} unset, or launch "
-                    f"with accelerate_configs/ddp.yaml or fsdp2.yaml."
-                )
-
     def _prepare_sharding(self) -> None:
         """Have FSDP and DeepSpeed leave precision and gathering to this trainer."""
         if self._dist.is_fsdp:
@@ -189,11 +180,13 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
         if self.args.whiten_rewards:
             rewards = self._whiten(rewards, mask, shift_mean=False)
         # 5. Estimate advantages and returns.
-        advantages, returns = gae(rewards, found.values, mask, gamma=self.args.gamma, lam=self.args.lam)
+        lambdas = {"lam": self.args.lam, "value_lam": self.args.value_lam}
+        advantages, returns = gae(rewards, found.values, mask, gamma=self.args.gamma, **lambdas)
         if self.args.normalize_advantages:
             advantages = self._whiten(advantages, mask)
         kl = kl_per_token(found.logprobs, found.ref_logprobs, mask).sum(dim=1)
-        self._record_rollout(prompts, completions, mask, scores, kl, rewards, found.values, advantages)
+        self._record_value(found.values, returns, mask)
+        self._record_rollout(prompts, completions, mask, scores, kl, rewards, advantages)
         tokens = (prompt_ids, prompt_mask, completion_ids, mask, found.logprobs, found.values)
         return Rollout(*tokens, advantages, returns, weights, found.trunk, found.value_trunk)
 
@@ -246,11 +239,6 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
     def steps_per_update(self) -> int:
         """Count the forward and backward passes of one update: all epochs, all minibatches, all their pieces."""
         return self.args.steps_per_generation * self.num_iterations
-
-    @property
-    def warming_up(self) -> bool:
-        """Return whether only the value trains, as in the first updates (`critic_warmup_updates`)."""
-        return self._step < self.args.critic_warmup_updates * self.steps_per_update
 
     def _prepare_inputs(self, generation_batch: list[dict]) -> Rollout:
         """Override `_prepare_inputs` (step 6): return the next minibatch; the first call of an update rolls out."""
@@ -326,7 +314,12 @@ class PPOTrainer(Recording, SavesRoles, PolicySampler, RLOOTrainer):
                 value_trunk=rollout.value_trunk,
             )
         policy, policy_clipped = policy_loss(
-            logprobs, rollout.logprobs, rollout.advantages, mask, clip=args.epsilon, weights=rollout.weights
+            logprobs,
+            rollout.logprobs,
+            rollout.advantages,
+            mask,
+            **{"clip": args.epsilon, "clip_high": args.epsilon_high, "dual_clip": args.dual_clip},
+            weights=rollout.weights,
         )
         value, value_clipped = value_loss(values, rollout.values, rollout.returns, mask, clip=args.value_clip)
         entropy = masked_mean(entropy, mask)

@@ -16,11 +16,11 @@ import yaml
 
 
 ABOVE_0 = """
-    temperature num_train_epochs epsilon value_clip kl_target kl_horizon max_approx_kl adam_epsilon repetition_penalty top_p
-    logging_steps eval_steps save_steps lora_alpha vllm_importance_sampling_clip_max
+    temperature num_train_epochs epsilon epsilon_high value_clip kl_target kl_horizon max_approx_kl adam_epsilon
+    repetition_penalty top_p logging_steps eval_steps save_steps lora_alpha vllm_importance_sampling_clip_max
 """
 FROM_0 = """
-    learning_rate weight_decay max_grad_norm beta vf_coef entropy_coef ptx_coef missing_eos_penalty
+    learning_rate value_learning_rate weight_decay max_grad_norm beta vf_coef entropy_coef ptx_coef missing_eos_penalty
     critic_warmup_updates sample_updates warmup_steps top_k vllm_importance_sampling_clip_min
 """
 FROM_1 = """
@@ -28,7 +28,7 @@ FROM_1 = """
     generation_batch_size num_generations num_iterations max_completion_length max_length sft_completions
     sample_prompts eval_prompts max_prompts max_pairs batch_size lora_r lora_top_layers
 """
-SHARE = "gamma lam min_reward_accuracy min_p lora_dropout adam_beta1 adam_beta2"
+SHARE = "gamma lam value_lam min_reward_accuracy min_p lora_dropout adam_beta1 adam_beta2"
 # Ranges of the options that are numbers; unset (None) is always allowed.
 RANGES = (
     (ABOVE_0.split(), "above 0", lambda x: x > 0),

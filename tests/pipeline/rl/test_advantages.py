@@ -82,6 +82,16 @@ def test_gae_by_hand():
     assert returns.tolist() == [[3.125, 4.5, 4.0], [3.75, 1.0, 0.0]]
 
 
+def test_returns_with_a_lambda_of_their_own():
+    rewards, values, mask = random_batch()
+    advantages, returns = gae(rewards, values, mask, gamma=0.9, lam=0.5, value_lam=1.0)
+    assert torch.equal(advantages, gae(rewards, values, mask, gamma=0.9, lam=0.5)[0])
+    assert torch.equal(returns, gae(rewards, values, mask, gamma=0.9, lam=1.0)[1])
+    # With lambda 1 the returns are the discounted rewards to go, whatever the values.
+    expected = sum(0.9**t * rewards[3, t].item() for t in range(5))
+    assert returns[3, 0].item() == pytest.approx(expected)
+
+
 def test_lambda_one_is_return_to_go_minus_value():
     rewards, values, mask = random_batch()
     advantages, returns = gae(rewards, values, mask, gamma=1.0, lam=1.0)

@@ -14,6 +14,10 @@ SYMPTOMS = {
         r"is -1\.00 nats a sequence\. Sampling noise \(0\.04\) does not",
     ),
     "exploding KL": ([{"kl": [30.0, 32.0], "length": 24.0}], r"is 31\.0 nats a sequence, more than 1 a token"),
+    "still policy": (
+        [{"kl": [0.01, -0.02]}] * 11,
+        r"After 10 updates the KL to the reference is 0\.0001 nats a sequence",
+    ),
     "flat reward": (
         [{"scores": [2.0, 2.0]}] * 5,
         r"of the last 5 rollouts has the score 2: there is nothing to learn",

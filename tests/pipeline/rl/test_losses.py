@@ -62,6 +62,41 @@ def test_clipping_stops_only_what_goes_further(advantage, ratio, loss, gradient,
     assert share.item() == clipped
 
 
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "loss", "gradient", "clipped"),
+    [
+        (1.0, 1.5, -1.4, 0.0, 1.0),  # good: up to 1 + 0.4
+        (1.0, 1.3, -1.3, -1.3, 0.0),  # beyond 1 + 0.2, which is not the bound here
+        (1.0, 0.5, -0.5, -0.5, 0.0),
+        (-1.0, 0.5, 0.8, 0.0, 1.0),  # bad: down to 1 - 0.2
+        (-1.0, 2.0, 2.0, 2.0, 0.0),
+        (-2.0, 9.0, 6.0, 0.0, 1.0),  # bad, and far likelier: as at a ratio of 3
+        (1.0, 9.0, -1.4, 0.0, 1.0),  # the bound of 3 is for negative advantages alone
+    ],
+)
+def test_clip_ranges_of_their_own_by_hand(advantage, ratio, loss, gradient, clipped):
+    logprobs = tensor([[math.log(ratio)]], requires_grad=True)
+    found, share = policy_loss(
+        logprobs, tensor([[0.0]]), tensor([[advantage]]), MASK[:1, :1], clip=0.2, clip_high=0.4, dual_clip=3.0
+    )
+    found.backward()
+    assert found.item() == pytest.approx(loss)
+    assert logprobs.grad.item() == pytest.approx(gradient)
+    assert share.item() == clipped
+
+
+def test_a_dual_clip_bounds_what_the_first_clip_leaves():
+    """A token at both bounds counts once, and padding never."""
+    logprobs = logprobs_at([[9.0, 9.0, 1.0], [0.1, 9.0, 9.0]])
+    advantages = tensor([[-1.0, 1.0, 1.0], [-1.0, NAN, -INF]])
+    loss, share = policy_loss(logprobs, OLD, advantages, MASK, clip=0.2, dual_clip=2.0)
+    # 2.0; -1.2; -1.0; 0.8. Sum 0.6, over four tokens, of which three are clipped.
+    assert loss.item() == pytest.approx(0.15)
+    assert share.item() == 0.75
+    loss.backward()
+    torch.testing.assert_close(logprobs.grad, tensor([[0.0, 0.0, -0.25], [0.0, 0.0, 0.0]]))
+
+
 def test_first_epoch_is_the_plain_policy_gradient():
     old, advantages, _, mask = random_batch()
     logprobs = old.clone().requires_grad_()

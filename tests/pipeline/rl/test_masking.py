@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pipeline.rl.masking import masked_mean, masked_sums, whiten
+from pipeline.rl.masking import explained_variance, masked_mean, masked_sums, whiten
 
 
 NAN, INF = math.nan, math.inf
@@ -50,6 +50,24 @@ def test_sums_are_taken_in_double_precision():
     # 2^24 + 1 and 2^48 + 1 are no float32.
     sums = masked_sums(torch.tensor([[2.0**24, 1.0]]), torch.ones(1, 2, dtype=torch.bool))
     assert sums.tolist() == [2, 2**24 + 1, 2**48 + 1]
+
+
+def test_explained_variance_by_hand():
+    returns = VALUES  # real: 1, 2, 4, of variance 42/9 - 1 * 7/9 = 14/9
+    for values, explained in (
+        ([[1.0, 2.0, NAN], [4.0, NAN, INF]], 1.0),
+        ([[6.0, 7.0, NAN], [9.0, NAN, INF]], 1.0),  # a constant error
+        ([[3.0, 3.0, NAN], [3.0, NAN, INF]], 0.0),
+        ([[-1.0, -2.0, NAN], [-4.0, NAN, INF]], -3.0),  # errors 2, 4, 8: four times the variance
+        ([[1.0, 2.0, NAN], [3.0, NAN, INF]], 6 / 7),  # errors 0, 0, 1, of variance 2/9
+    ):
+        errors = masked_sums(returns - torch.tensor(values), MASK)
+        assert explained_variance(masked_sums(returns, MASK), errors).item() == pytest.approx(explained)
+
+
+def test_explained_variance_of_a_constant_is_a_number():
+    constant = masked_sums(torch.full((2, 3), 5.0), MASK)
+    assert explained_variance(constant, constant).isfinite()
 
 
 def test_sums_add_up_over_splits():

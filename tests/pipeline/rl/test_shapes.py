@@ -13,12 +13,13 @@ from pipeline.rl import advantages, importance, kl, losses, masking
 BATCH, TOKENS = 3, 5
 OPTIONS = {
     "token_rewards": {"kl_coef": 0.1},
-    "gae": {"gamma": 1.0, "lam": 0.95},
-    "policy_loss": {"clip": 0.2},
+    "gae": {"gamma": 1.0, "lam": 0.95, "value_lam": 1.0},
+    "policy_loss": {"clip": 0.2, "clip_high": 0.28, "dual_clip": 3.0},
     "value_loss": {"clip": 0.2},
     "importance_weights": {"mode": "sequence_truncate", "clip_min": None, "clip_max": 2.0},
 }
-SHAPES = {"scores": (BATCH,), "sums": (3,)}  # of arguments that are not (B, T)
+# Shapes of arguments that are not (B, T).
+SHAPES = {"scores": (BATCH,), "sums": (3,), "return_sums": (3,), "error_sums": (3,)}
 MODULES = (advantages, importance, kl, losses, masking)
 FUNCTIONS = {
     name: function
@@ -52,7 +53,7 @@ TENSORS = [
 def test_every_function_of_the_maths_is_here():
     assert set(FUNCTIONS) == {
         *("token_rewards", "gae", "log_ratios", "importance_weights", "disagreement", "kl_per_token", "policy_loss"),
-        *("value_loss", "approx_kl", "text_loss", "masked_mean", "masked_sums", "whiten"),
+        *("value_loss", "approx_kl", "text_loss", "masked_mean", "masked_sums", "whiten", "explained_variance"),
     }
     assert ("policy_loss", "weights") in TENSORS
 

@@ -482,6 +482,28 @@ def test_in_the_warm_up_the_value_alone_trains(make_trainer, critic):
     assert [row["kl"] for row in firsts] == [0, 0]
 
 
+@pytest.mark.parametrize("critic", ["adapter", "head"])
+def test_the_value_has_its_own_learning_rate(make_trainer, critic):
+    recorder = Recorder(make_trainer(critic=critic, value_learning_rate=0.0, weight_decay=0.1))
+    recorder.trainer.train()
+    of_value = {name for name in recorder.weights[0] if "value" in name}
+    assert of_value and recorder.changed(0, 8) == set(recorder.weights[0]) - of_value
+    groups = recorder.trainer.optimizer.param_groups
+    assert sum(len(group["params"]) for group in groups) == len(recorder.weights[0])
+    assert all(group["weight_decay"] == 0.1 for group in groups if group["params"])
+
+
+def test_the_same_learning_rate_by_another_name_changes_nothing(make_trainer):
+    """Each group of the optimizer is stepped by itself, and a linear schedule scales each group's own rate."""
+    weights = []
+    for rate in (None, 1e-2):
+        trainer = make_trainer(learning_rate=1e-2, value_learning_rate=rate)
+        trainer.train()
+        weights.append({name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad})
+    for name, weight in weights[0].items():
+        assert torch.equal(weight, weights[1][name]), name
+
+
 def test_beta_moves_towards_the_target(make_trainer):
     # 8 completions, horizon 8: a factor of 1 - 0.2 at the KL of 0 of the first rollout, and 1 + 0.2 at most after it.
     for target, factor in ((1e9, 0.8), (1e-9, 1.2)):

@@ -233,7 +233,6 @@ def test_no_completion_a_prompt(number):
         ("vllm_structured_outputs_regex", "[a-z]+"),
         ("mask_truncated_completions", True),
         ("sync_ref_model", True),
-        ("epsilon_high", 0.3),
         ("router_aux_loss_coef", 0.1),
         ("chat_template_kwargs", {"a": 1}),
         ("use_transformers_continuous_batching", True),
@@ -243,6 +242,12 @@ def test_what_ppo_does_not_support(name, value):
     with pytest.raises(ValueError) as caught:
         PPOConfig(**CPU, **{name: value})
     assert str(caught.value).startswith(f"{name}={value!r} is not supported by PPO; ")
+
+
+def test_a_dual_clip_is_above_the_clip_range():
+    assert PPOConfig(**CPU, dual_clip=1.3, epsilon=0.2).dual_clip == 1.3
+    with pytest.raises(ValueError, match=r"^dual_clip=1.3 must be above 1 \+ 0.3, the highest ratio"):
+        PPOConfig(**CPU, dual_clip=1.3, epsilon=0.2, epsilon_high=0.3)
 
 
 @pytest.mark.parametrize(("steps", "accumulation"), [(3, 2), (1, 2), (4, 3)])
