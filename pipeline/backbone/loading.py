@@ -3,8 +3,6 @@
 import json
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
@@ -22,7 +20,6 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.activations import ACT2FN, NewGELUActivation
-from transformers.integrations import deepspeed
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
@@ -33,6 +30,7 @@ from pipeline.backbone.architecture import check_finite, check_model
 from pipeline.backbone.gguf import SMOLLM2, is_gguf, model_source
 from pipeline.backbone.padding import choose_pad_token, set_pad_token
 from pipeline.backbone.sharding import kind_of
+from reward_models.pretrained import loaded_whole
 
 
 def check_model_folder(name: str | None) -> None:
@@ -135,7 +133,7 @@ def load_pretrained(
     if bits:  # by default transformers uses the first GPU, even with `use_cpu`
         options |= {"quantization_config": bits, "device_map": {"": PartialState().device}}
     try:
-        with _unsharded(), suppress_seqcls_warning():  # the warning is about the fresh score head, which we want
+        with loaded_whole(), suppress_seqcls_warning():  # the warning is about the fresh score head, which we want
             if head:
                 base, found = AutoModelForSequenceClassification.from_pretrained(
                     name, num_labels=1, **source, **options
@@ -286,22 +284,6 @@ def fuse_gelu(model: PreTrainedModel) -> PreTrainedModel:
             if type(child) is NewGELUActivation:
                 setattr(module, name, ACT2FN["gelu_pytorch_tanh"])
     return model
-
-
-@contextmanager
-def _unsharded() -> Iterator[None]:
-    """Load a model whole in every process, also under ZeRO-3, while the code inside runs.
-
-    Under ZeRO-3 transformers would shard the model as it loads. Then its fingerprint could not be read, and no adapters and
-    heads could be made on it. accelerate shards everything when training begins. The `zero3_init_flag: false` of accelerate
-    does not reach transformers.
-    """
-    reference = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed.unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 # Config fields for the longest text of a model: of most families, MPT, BLOOM, Whisper.
