@@ -65,13 +65,7 @@ def get_remote(
         raise ValueError(f"url={url!r} must begin with http:// or https://.")
     if batch_size < 1 or tries < 1 or timeout <= 0:
         raise ValueError(f"batch_size={batch_size}, tries={tries} and timeout={timeout} must be above 0.")
-    headers = {"Content-Type": "application/json"}
-    if key_variable:
-        if not os.environ.get(key_variable):
-            raise ValueError(
-                f"key_variable={key_variable!r}: there is no such environment variable. Set it to the key."
-            )
-        headers["Authorization"] = f"Bearer {os.environ[key_variable]}"
+    headers = {"Content-Type": "application/json", **authorization(key_variable)}
     writer = AutoTokenizer.from_pretrained(tokenizer, trust_remote_code=False) if tokenizer else None
 
     def ask(prompts: list[str], completions: list[str]) -> list[float]:
@@ -79,7 +73,7 @@ def get_remote(
         body: dict[str, Any] = {"query": texts, "prompts": prompts, "labels": []}
         if style == "openai":
             body = {"input": texts} | ({"model": model} if model else {})
-        answer = _post(url, body, headers, timeout, tries)
+        answer = post(url, body, headers, timeout, tries)
         return read_rewards(answer, style, len(texts), url)
 
     def remote(prompts: list, completions: list, **kwargs) -> list[float]:
@@ -93,6 +87,19 @@ def get_remote(
 
     ask(["Hello,"], [" world!"])
     return remote
+
+
+def authorization(key_variable: str | None) -> dict[str, str]:
+    """Return the header that sends the key in an environment variable, or none.
+
+    Raises:
+        ValueError: there is no such environment variable.
+    """
+    if key_variable is None:
+        return {}
+    if not os.environ.get(key_variable):
+        raise ValueError(f"key_variable={key_variable!r}: there is no such environment variable. Set it to the key.")
+    return {"Authorization": f"Bearer {os.environ[key_variable]}"}
 
 
 def _as_texts(prompt: str | list, completion: str | list, writer: Any) -> tuple[str, str]:
@@ -109,7 +116,7 @@ def _as_texts(prompt: str | list, completion: str | list, writer: Any) -> tuple[
     return (opening, whole[len(opening) :]) if whole.startswith(opening) else ("", whole)
 
 
-def _post(url: str, body: dict, headers: dict[str, str], timeout: float, tries: int) -> Any:
+def post(url: str, body: dict, headers: dict[str, str], timeout: float, tries: int) -> Any:
     """Send a request until the server answers, and return the JSON of its answer."""
     request, opener = Request(url, json.dumps(body).encode(), headers), build_opener(_NoRedirects)  # noqa: S310
     for number in range(1, tries + 1):
