@@ -15,8 +15,10 @@ import numpy as np
 from datasets import Dataset, ReadInstruction
 from datasets.exceptions import DatasetsError
 
+from data.listing import LISTING
 from data.reading import dataset_of, format_of, read_file
 from data.rows import Rows
+from data.saving import complete
 
 
 logger = logging.getLogger(__name__)
@@ -34,6 +36,7 @@ BESIDE = (
     "dataset_infos.json",
     "dataset_info.json",
     "config.json",
+    LISTING,
     "license",
     "license.txt",
     "license.md",
@@ -54,6 +57,7 @@ def load_rows(name: str, split: str, *, data_dir: str | None = None) -> Rows:
         ValueError: the data cannot be read, has no such split, or has no rows.
     """
     path = Path(name).expanduser()
+    complete(path if path.is_dir() else path.parent)  # data of a conversion that was cut short
     if path.is_dir():
         rows = _load_folder(name, path, split)
     elif path.is_file():

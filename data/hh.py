@@ -9,7 +9,6 @@ rule tells it from a heading.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Iterable
 from itertools import pairwise
@@ -19,6 +18,7 @@ from typing import NamedTuple
 from datasets import Dataset
 
 from data.files import load_rows
+from data.saving import save
 
 
 ROLES = {"Human": "user", "Assistant": "assistant"}
@@ -164,13 +164,15 @@ def read_rows(name: str, data_dir: str | None = None) -> Dataset:
     return rows
 
 
-def write_stages(pairs: list[dict], folder: Path, share: float) -> dict[str, int]:
-    """Write `<stage>_train.jsonl` and `<stage>_test.jsonl` of every stage, each file whole or not at all.
+def write_stages(pairs: list[dict], folder: Path, share: float, former: Iterable[str] = ()) -> dict[str, int]:
+    """Write `<stage>_train.jsonl` and `<stage>_test.jsonl` of every stage, all of them or none.
+
+    `former` are the files that an earlier release wrote and did not list.
 
     Returns:
         The number of pairs in `train` and in `test`.
 
-    Raises:
+    Raises the errors of `save`, and:
         ValueError: one of the two splits would be empty.
     """
     sides: dict[str, list[dict]] = {"train": [], "test": []}
@@ -182,13 +184,12 @@ def write_stages(pairs: list[dict], folder: Path, share: float) -> dict[str, int
             f"held_out={share} of {len(pairs)} pairs leaves {counts['train']} to train on and {counts['test']} held out. Both "
             f"need at least one. Give more rows or another share."
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    for split, rows in sides.items():
-        for stage, of_stage in stage_rows(rows).items():
-            path = folder / f"{stage}_{split}.jsonl"
-            staged = path.with_suffix(".tmp")
-            staged.write_text(
-                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in of_stage), encoding="utf-8"
-            )
-            os.replace(staged, path)
+
+    def write(staged: Path) -> None:
+        for split, rows in sides.items():
+            for stage, of_stage in stage_rows(rows).items():
+                text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in of_stage)
+                (staged / f"{stage}_{split}.jsonl").write_text(text, encoding="utf-8")
+
+    save(folder, "data", write, former=former)
     return counts

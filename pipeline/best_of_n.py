@@ -23,6 +23,7 @@ from trl import ModelConfig
 
 from data.json_files import write_json
 from data.prompts import tokenize_prompts
+from data.saving import save
 from pipeline.backbone.loading import context_length
 from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import load_backbone
@@ -35,6 +36,7 @@ from pipeline.runs.command_line import parse
 from pipeline.runs.folders import check_folders
 from pipeline.runs.launch import check_launch
 from pipeline.runs.outputs import rows_table, seconds_running
+from pipeline.runs.ownership import FILES, former_files
 from reward_models.composite import Composite, call_rewards
 from reward_models.functions import RewardArguments, load_functions
 from reward_models.rules import distinct_n, sentiment
@@ -63,7 +65,12 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
     state = check_launch()
     compared = read_report(args.report) if args.report else None
     check_folders(
-        args.output_dir, model.model_name_or_path, policies=(start.sft_adapter,), rewards=rewards.reward_adapter
+        args.output_dir,
+        model.model_name_or_path,
+        policies=(start.sft_adapter,),
+        rewards=rewards.reward_adapter,
+        data=(args.dataset_name, args.report),
+        writes=FILES["best_of_n"],
     )
     rewards.check_weights(args.reward_weights)
     prompts = args.prompts()
@@ -130,16 +137,18 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
                 "mean_length": float(best_of_n(scores, lengths, n).mean()),
             }
         )
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     result = {"seed": args.seed, "prompts": len(prompts), "read": read, "rows": rows}
     result["seconds"] = round(seconds_running(), 1)
-    write_json(folder / "best_of_n.json", result)
     table = best_of_n_table(rows)
     if any(found["dropped"] for found in read.values()):
         table += f"\n\n## Data\n{rows_table(read)}"
-    (folder / "best_of_n.md").write_text(table + "\n", encoding="utf-8")
-    draw_best_of_n(rows, folder / "best_of_n.png", compared)
+
+    def write(folder: Path) -> None:
+        write_json(folder / "best_of_n.json", result)
+        (folder / "best_of_n.md").write_text(table + "\n", encoding="utf-8")
+        draw_best_of_n(rows, folder / "best_of_n.png", compared)
+
+    save(args.output_dir, "best_of_n", write, former=former_files(args.output_dir, "best_of_n"))
     print(best_of_n_table(rows))
 
 

@@ -17,6 +17,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from data.hh import LONG, convert, read_rows, write_stages
 from pipeline.backbone.gguf import model_source
 from pipeline.runs.errors import report_errors
+from pipeline.runs.folders import check_ours, check_output_dir, check_path
+from pipeline.runs.ownership import FILES, former_files
 
 
 def arguments(args: list[str]) -> argparse.Namespace:
@@ -59,6 +61,9 @@ def load_chat_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 def main(args: list[str]) -> None:
     given = arguments(args)
+    check_path(str(given.folder))
+    check_output_dir(str(given.folder))
+    check_ours(str(given.folder), FILES["data"], (given.source,))
     rows = read_rows(given.source, given.data_dir)
     tokenizer = load_chat_tokenizer(given.tokenizer) if given.tokenizer else None
 
@@ -71,7 +76,7 @@ def main(args: list[str]) -> None:
     for kind, numbers in sorted(dropped.items(), key=lambda item: -len(item[1])):
         longer = f" (over {given.max_tokens} tokens)" if kind == LONG else ""
         print(f"  left out {len(numbers):,}: {kind}{longer}; the first is row {numbers[0]:,}")
-    counts = write_stages(pairs[: given.max_pairs], given.folder, given.held_out)
+    counts = write_stages(pairs[: given.max_pairs], given.folder, given.held_out, former_files(given.folder, "data"))
     print(f"{given.folder}: {counts['train']:,} pairs to train on, {counts['test']:,} held out.")
 
 

@@ -39,7 +39,7 @@ class DPO(Checkpointed, DPOTrainer):
 
 
 def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DPOConfig) -> None:
-    checkpoint = open_run(args, model, policies=(start.sft_adapter,), leaves_reward=False)
+    checkpoint = open_run(args, model, policies=(start.sft_adapter,), leaves_reward=False, data=data.sources)
     pairs = load_preferences(data.dataset_name, data.dataset_train_split, drop=data.drop_bad_rows)
     pairs = explicit_prompts(pairs, data.dataset_name, drop=data.drop_bad_rows)
     if start.max_pairs:  # pairs of one ranking follow each other

@@ -21,6 +21,7 @@ from trl import ModelConfig
 
 from data.json_files import write_json
 from data.prompts import tokenize_prompts
+from data.saving import save
 from pipeline.backbone.adapters import read_adapter, read_metrics
 from pipeline.backbone.loading import context_length
 from pipeline.backbone.rewards import learned_rewards
@@ -34,6 +35,7 @@ from pipeline.runs.command_line import parse
 from pipeline.runs.folders import check_folders
 from pipeline.runs.launch import check_launch
 from pipeline.runs.outputs import seconds_running
+from pipeline.runs.ownership import FILES, former_files
 from reward_models.composite import Composite, call_rewards
 from reward_models.functions import RewardArguments, load_functions
 from reward_models.rules import distinct_n, sentiment
@@ -154,6 +156,8 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         model.model_name_or_path,
         policies=(args.policy_adapter, args.sft_adapter),
         rewards=rewards.reward_adapter,
+        data=(args.dataset_name,),
+        writes=FILES["report"],
     )
     rewards.check_weights(args.reward_weights)
     prompts = args.prompts()
@@ -198,17 +202,8 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         "completions": metrics["policy"].get("completions"),
         "seconds": {stage: found["seconds"] for stage, found in metrics.items() if found},
     }
-    folder = Path(args.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
     history = metrics["policy"].get("history", [])
     curves = any("score" in row for row in history)  # only PPO logs these; other trainers log other figures
-    if curves:
-        draw_ppo_curves(history, folder / "ppo_curves.png")
-    draw_score_histograms(sft.scores, policy.scores, folder / "score_histograms.png", args.policy_name)
-    if measured:
-        draw_calibration(measured["reliability"], measured["ece"], folder / "reward_calibration.png")
-    if "by_gap" in measured:
-        draw_accuracy_by_gap(measured["by_gap"], folder / "accuracy_by_gap.png")
     samples = [
         {
             "prompt": as_text(prompts["prompt"][i]),
@@ -219,10 +214,21 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         for i in range(min(12, len(prompts)))
     ]
     report["seconds"]["evaluation"] = round(seconds_running(), 1)
-    write_json(folder / "report.json", report)
-    (folder / "report.md").write_text(markdown_report(report, samples, curves), encoding="utf-8")
+
+    def write(folder: Path) -> None:
+        if curves:
+            draw_ppo_curves(history, folder / "ppo_curves.png")
+        draw_score_histograms(sft.scores, policy.scores, folder / "score_histograms.png", args.policy_name)
+        if measured:
+            draw_calibration(measured["reliability"], measured["ece"], folder / "reward_calibration.png")
+        if "by_gap" in measured:
+            draw_accuracy_by_gap(measured["by_gap"], folder / "accuracy_by_gap.png")
+        write_json(folder / "report.json", report)
+        (folder / "report.md").write_text(markdown_report(report, samples, curves), encoding="utf-8")
+
+    save(args.output_dir, "report", write, former=former_files(args.output_dir, "report"))
     print(
-        f"{folder / 'report.md'}: judge {report['sft']['judge']:+.3f} -> {report['policy']['judge']:+.3f}, "
+        f"{Path(args.output_dir) / 'report.md'}: judge {report['sft']['judge']:+.3f} -> {report['policy']['judge']:+.3f}, "
         f"win rate {report['win_rate']['mean']:.3f}, KL {report['policy']['kl']:.1f} nats"
     )
 

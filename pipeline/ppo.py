@@ -68,7 +68,13 @@ def main(
             "cannot be merged into 4-bit weights. Leave one of the two unset."
         )
     checkpoint = open_run(
-        args, model, policies=(start.sft_adapter,), rewards=rewards, leaves_reward=False, shards=not args.use_vllm
+        args,
+        model,
+        policies=(start.sft_adapter,),
+        rewards=rewards,
+        leaves_reward=False,
+        data=(*data.sources, texts.ptx_dataset_name),
+        shards=not args.use_vllm,
     )
     prompts = load_prompts(data.dataset_name, data.dataset_train_split, drop=data.drop_bad_rows)
     held_out = load_held_out(data, args)

@@ -6,7 +6,6 @@ It reads the training split of the embedded ratings (texts only), and writes con
 `backbone_dir`. The weights are stored in float16. They load as float32, as config.json states.
 """
 
-import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +25,12 @@ from transformers import (
 )
 
 from data.human_ratings import load_split
+from data.listing import file_digest
+from data.saving import save
 from pipeline.runs.command_line import parse
+from pipeline.runs.folders import check_ours, check_output_dir, check_path
 from pipeline.runs.launch import check_launch, check_wrapper
+from pipeline.runs.ownership import FILES, former_files
 
 
 EOS, PAD = "<|endoftext|>", "<|pad|>"
@@ -128,6 +131,10 @@ The snippets are opinions of 2013 and earlier, rude ones among them; the model r
 
 def main(shape: BackboneConfig, args: TrainingArguments) -> None:
     check_launch(args)
+    for folder, names in ((args.output_dir, ()), (shape.backbone_dir, FILES["model"])):
+        check_path(folder)
+        check_output_dir(folder)
+        check_ours(folder, names)
     set_seed(args.seed)
     texts = {split: [s.text for s in load_split(split)] for split in ("train", "validation", "test")}
     tokenizer = train_tokenizer(texts["train"], shape.vocab_size, shape.n_positions)
@@ -159,26 +166,30 @@ def main(shape: BackboneConfig, args: TrainingArguments) -> None:
 
     if not trainer.is_world_process_zero():
         return
-    folder = Path(shape.backbone_dir)
-    tokenizer.save_pretrained(folder)
-    model.half().save_pretrained(folder)
-    config.dtype, config.use_cache = torch.float32, True  # Trainer switches the cache off for training
-    config.save_pretrained(folder)
-    # The card states the loss of the stored weights, so it is measured on the weights after loading them.
-    stored = GPT2LMHeadModel.from_pretrained(folder)
-    losses = {
-        split: held_out_loss(stored, datasets[split], tokenizer, args.per_device_eval_batch_size)
-        for split in ("validation", "test")
-    }
-    facts = {
-        "parameters": stored.num_parameters(),
-        "vocab_size": len(tokenizer),
-        "texts": len(texts["train"]),
-        "tokens": sum(datasets["train"]["length"]),
-        "steps": trainer.state.max_steps,
-        "sha256": hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest(),
-    }
-    (folder / "README.md").write_text(model_card(shape, args, losses, facts), encoding="utf-8")
+    model.half()
+
+    def write(folder: Path) -> None:
+        tokenizer.save_pretrained(folder)
+        model.save_pretrained(folder)
+        config.dtype, config.use_cache = torch.float32, True  # Trainer switches the cache off for training
+        config.save_pretrained(folder)
+        # The card states the loss of the stored weights, so it is measured on the weights after loading them.
+        stored = GPT2LMHeadModel.from_pretrained(folder)
+        losses = {
+            split: held_out_loss(stored, datasets[split], tokenizer, args.per_device_eval_batch_size)
+            for split in ("validation", "test")
+        }
+        facts = {
+            "parameters": stored.num_parameters(),
+            "vocab_size": len(tokenizer),
+            "texts": len(texts["train"]),
+            "tokens": sum(datasets["train"]["length"]),
+            "steps": trainer.state.max_steps,
+            "sha256": file_digest(folder / "model.safetensors"),
+        }
+        (folder / "README.md").write_text(model_card(shape, args, losses, facts), encoding="utf-8")
+
+    save(shape.backbone_dir, "model", write, former=former_files(shape.backbone_dir, "model"))
 
 
 if __name__ == "__main__":

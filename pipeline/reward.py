@@ -9,13 +9,13 @@ reach, accuracy for each rating gap, and calibration.
 
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from trl import ModelConfig, RewardConfig
 
 from data.preferences import explicit_prompts, load_preferences
 from data.prompts import check_prompt_lengths
+from data.saving import save
 from data.tokens import check_max_length
 from pipeline.backbone.adapters import read_adapter
 from pipeline.backbone.identity import fingerprint
@@ -32,7 +32,7 @@ from pipeline.runs.outputs import finish_stage, push
 from pipeline.runs.rows import prepare_rows
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows
-from reward_models.normalization import FILE, Normalization
+from reward_models.normalization import Normalization
 from reward_models.ranking import RankingTrainer
 
 
@@ -110,7 +110,7 @@ def main(
             f"train_sampling_strategy={args.train_sampling_strategy!r} is not supported: pairs of a ranking are batched "
             f"together. Set random or group_by_length."
         )
-    checkpoint = open_run(args, model, policies=(pairs.sft_adapter,), leaves_reward=True)
+    checkpoint = open_run(args, model, policies=(pairs.sft_adapter,), leaves_reward=True, data=data.sources)
     parts = data.load(load_preferences)
     source, train = parts["train"]
     if pairs.sft_adapter:  # completions of the prompts will be scored
@@ -146,7 +146,6 @@ def main(
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)
     metrics = held_out_report(trainer) if "held_out" in rows else {}
-    (Path(args.output_dir) / FILE).unlink(missing_ok=True)  # an earlier run's scale does not fit these scores
     metrics |= {"rows": report, "history": trainer.state.log_history}
     finish_stage(trainer, identity, metrics, complete=not pairs.sft_adapter)
     accelerator, repository = trainer.accelerator, trainer.hub_model_id
@@ -155,7 +154,7 @@ def main(
         del trainer, base  # the backbone is loaded again, as a language model
         scale = normalization_of(pairs, model, args, completed["prompt"][:])
         if accelerator.is_main_process:
-            scale.save(args.output_dir)
+            save(args.output_dir, "adapter", scale.save, adds=True)
             push(args, repository)
     accelerator.end_training()  # as `Trainer.end`
 

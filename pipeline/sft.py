@@ -32,7 +32,7 @@ class SFT(Checkpointed, SFTTrainer):
 
 
 def main(data: DataArguments, lora: LoraArguments, model: ModelConfig, args: SFTConfig) -> None:
-    checkpoint = open_run(args, model, leaves_reward=False)
+    checkpoint = open_run(args, model, leaves_reward=False, data=data.sources)
     parts = data.load(load_texts)
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token)
     check_max_length(args.max_length, context_length(base))

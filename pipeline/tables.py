@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.json_files import write_json
+from data.saving import save
 from pipeline.backbone.adapters import read_metrics
 from pipeline.reports.markdown import markdown_table, number, with_interval
 from pipeline.reports.report import read_report
 from pipeline.runs.errors import report_errors
+from pipeline.runs.folders import check_ours, check_output_dir
+from pipeline.runs.ownership import FILES, former_files
 
 
 METHODS = {"rloo": "RLOO", "grpo": "GRPO", "dpo": "DPO"}
@@ -43,9 +46,18 @@ def read_result(path: Path, remedy: str) -> dict:
 
 
 def write(folder: Path, rows: list[dict], table: str, note: str) -> None:
-    """Write the rows to table.json and the table with its note to table.md, and print the table."""
-    write_json(folder / "table.json", rows)
-    (folder / "table.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
+    """Write the rows to table.json and the table with its note to table.md, and print the table.
+
+    Raises the errors of `check_output_dir`, `check_ours` and `save`.
+    """
+    check_output_dir(str(folder))
+    check_ours(str(folder), FILES["table"])
+
+    def write_files(staged: Path) -> None:
+        write_json(staged / "table.json", rows)
+        (staged / "table.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
+
+    save(folder, "table", write_files, former=former_files(folder, "table"))
     print(table)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.json_files import read_json
+from data.saving import check_saved
 from pipeline.backbone.identity import IDENTITY, fingerprint, precision_of
 from pipeline.backbone.padding import check_pad_token
 
@@ -36,10 +37,11 @@ def adapter_folder(name: str) -> Path:
     JSON and safetensors are fetched.
 
     Raises:
-        FileNotFoundError: there is no such folder, and no such adapter on the hub.
+        FileNotFoundError: there is no such folder, and no such adapter on the hub; or an error of `check_saved`.
     """
     path = Path(name).expanduser()
     if path.is_dir():
+        check_saved(path, "adapter")
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
         raise FileNotFoundError(

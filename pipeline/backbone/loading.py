@@ -25,6 +25,7 @@ from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from data.json_files import read_json
+from data.saving import check_saved
 from pipeline.backbone.adapters import ADAPTER_CONFIG, damaged
 from pipeline.backbone.architecture import check_finite, check_model
 from pipeline.backbone.gguf import SMOLLM2, is_gguf, model_source
@@ -60,6 +61,7 @@ def check_model_folder(name: str | None) -> None:
         if name.startswith((".", "/", "~")):
             raise FileNotFoundError(f"model_name_or_path={name!r}: there is no such folder. Correct the path.")
         return
+    check_saved(folder, "model")
     if (folder / ADAPTER_CONFIG).is_file():  # transformers would load the base and the adapter on it
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise ValueError(

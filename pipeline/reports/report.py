@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 
 from data.json_files import read_json
+from data.saving import check_saved
 from pipeline.reports.markdown import interval_in_words, markdown_cell, markdown_table, number, with_interval
 from pipeline.runs.outputs import rows_table
 
@@ -32,7 +33,10 @@ def read_report(path: str | Path) -> dict:
     """Read the evaluation stage's report.json.
 
     Older reports have the policy under `ppo`, and its name under `policy`. They are returned with the keys of today.
+
+    Raises the errors of `check_saved` and `read_json`.
     """
+    check_saved(Path(path).parent, Path(path).stem)
     report = read_json(path)
     if "ppo" in report:
         report |= {"policy": report.pop("ppo"), "policy_name": report.get("policy", "PPO")}

@@ -121,7 +121,13 @@ def train(
             "and with bf16 TRL rounds the adapters to bfloat16 permanently. Leave it unset."
         )
     checkpoint = open_run(
-        args, model, policies=(start.sft_adapter,), rewards=rewards, leaves_reward=False, shards=False
+        args,
+        model,
+        policies=(start.sft_adapter,),
+        rewards=rewards,
+        leaves_reward=False,
+        data=data.sources,
+        shards=False,
     )
     prompts = load_prompts(data.dataset_name, data.dataset_train_split, drop=data.drop_bad_rows)
     functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)

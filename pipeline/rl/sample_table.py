@@ -16,6 +16,8 @@ from transformers.integrations import TensorBoardCallback
 from data.prompts import tokenize_prompts
 from pipeline.backbone.sampling import as_answers, sample
 from pipeline.rl.kl import kl_per_token
+from pipeline.runs.manifest import STAGING
+from pipeline.runs.ownership import SAMPLES
 from reward_models.composite import call_rewards
 from reward_models.rules import sentiment
 
@@ -39,7 +41,7 @@ class SampleTable(TrainerCallback):
 
     def __init__(self, trainer, prompts: Dataset):
         self.trainer, self.prompts = trainer, prompts
-        self.path = Path(trainer.args.output_dir) / "samples.jsonl"
+        self.path = Path(trainer.args.output_dir) / SAMPLES
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -57,9 +59,11 @@ class SampleTable(TrainerCallback):
         """Keep only the rows up to `step`, from which the run resumes: rows of later steps are written again."""
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if step and self.path.is_file() else []
         whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-        fresh = self.path.with_suffix(".new")
+        fresh = self.path.parent / STAGING / SAMPLES
+        fresh.parent.mkdir(exist_ok=True)
         fresh.write_text("".join(whole), encoding="utf-8")
         fresh.replace(self.path)
+        fresh.parent.rmdir()
 
     def _add(self, step: int) -> None:
         with self.trainer.gathered_weights():  # on all processes, since they may share the model

@@ -40,6 +40,11 @@ class DataArguments:
     )
 
     @property
+    def sources(self) -> tuple[str | None, ...]:
+        """Return the datasets that the run reads."""
+        return self.dataset_name, self.eval_dataset_name
+
+    @property
     def eval_source(self) -> str | None:
         """Return the dataset of the evaluation rows, or None if there is none.
 

@@ -24,12 +24,12 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from data.json_files import write_json
+from data.saving import open_to_umask, sync
 from pipeline.backbone.adapters import WEIGHTS
 from pipeline.backbone.identity import digest
 from pipeline.backbone.sharding import kind_of
 from pipeline.runs.divergence import EndsAtDivergence
 from pipeline.runs.epochs import LOOP, ResumesEpochs
-from pipeline.runs.folders import open_to_umask
 from pipeline.runs.manifest import (
     MANIFEST,
     ORDER,
@@ -40,11 +40,11 @@ from pipeline.runs.manifest import (
     files_in,
     manifest_digest,
     name_in,
-    read_manifest,
 )
 from pipeline.runs.optimizer_shards import OptimizerShards
-from pipeline.runs.outputs import complete_card, seconds_running
-from pipeline.runs.state_files import load_state, save_state, sync
+from pipeline.runs.outputs import check_space, complete_card, seconds_running
+from pipeline.runs.ownership import holds_only_ours, make_way
+from pipeline.runs.state_files import load_state, save_state
 from pipeline.runs.stopping import StopsOnSignals
 from reward_models.composite import RewardError
 
@@ -134,8 +134,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
         for path in staged.rglob("*"):
             sync(path)
         sync(staged)
-        if folder.exists():  # of an earlier run
-            os.rename(folder, staged.parent / "replaced")
+        make_way(folder, staged.parent / "replaced")
         os.rename(staged, folder)
         sync(folder.parent)
         # If training has diverged, only the older checkpoints may be good.
@@ -152,7 +151,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
         never has its name.
         """
         staging, best = Path(self.args.output_dir) / STAGING, self._best()
-        ours = [path for path in checkpoints_in(self.args.output_dir) if read_manifest(path)]
+        ours = [path for path in checkpoints_in(self.args.output_dir) if holds_only_ours(path)]
         spare = [path for path in ours if path.name not in (*kept, best and best.name)]
         staging.mkdir(exist_ok=True)
         for path in spare[: max(len(ours) - (limit or len(ours)), 0)]:
@@ -189,6 +188,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
         """
         if resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.args)
+        check_space(self.args, self.model)
         if self.args.should_save:
             shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)  # of a killed run
         self._frozen = digest((n, p) for n, p in sorted(self.model.named_parameters()) if not p.requires_grad)
@@ -312,7 +312,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
             return
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            complete_card(Path(self.args.output_dir) / "README.md", self.model.config._name_or_path)
+            complete_card(self.args.output_dir, self.model.config._name_or_path, kwargs["model_name"])
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         """Override `log`: leave values that are not finite, such as a mean over no completions, out of the history (JSON)."""

@@ -3,7 +3,6 @@
 `manifest.json` lists a checkpoint's files with their SHA-256, and the options that its position among the batches depends on.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from data.listing import file_digest, json_digest
 from pipeline.backbone.sharding import kind_of
 
 
@@ -145,12 +145,7 @@ def read_manifest(folder: Path) -> dict | None:
 def manifest_digest(manifest: dict) -> str:
     """Return the SHA-256 of the manifest without its own `sha256` field."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return json_digest(rest)
 
 
 def files_in(folder: Path) -> Iterator[Path]:

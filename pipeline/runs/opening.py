@@ -3,10 +3,12 @@
 from transformers import TrainingArguments
 from trl import ModelConfig
 
-from pipeline.runs.folders import check_folders
+from pipeline.runs.folders import check_checkpoints, check_folders
 from pipeline.runs.launch import check_launch
 from pipeline.runs.manifest import find_checkpoint
+from pipeline.runs.ownership import FILES, SAMPLES, VALUE
 from reward_models.functions import RewardArguments
+from reward_models.normalization import FILE as SCALE
 
 
 def open_run(
@@ -16,6 +18,7 @@ def open_run(
     leaves_reward: bool,
     policies: tuple[str | None, ...] = (),
     rewards: RewardArguments | None = None,
+    data: tuple[str | None, ...] = (),
     shards: bool = True,
 ) -> str | None:
     """Check launch, folders and reward weights, and return the checkpoint to resume from, if any.
@@ -24,15 +27,29 @@ def open_run(
         leaves_reward: whether the run saves a reward adapter (True) or a policy (False) in `output_dir`.
         policies: policy adapters that the run reads; None is an option that is not set.
         rewards: the rewards that the run trains against.
+        data: datasets that the run reads.
         shards: whether the run supports a model that is sharded over processes (FSDP, ZeRO-3).
 
-    Raises the errors of `check_launch`, `check_folders`, `RewardArguments.check_weights` and `find_checkpoint`.
+    Raises the errors of `check_launch`, `check_folders`, `RewardArguments.check_weights`, `find_checkpoint` and
+    `check_checkpoints`.
     """
     check_launch(args, shards=shards)
     adapters = rewards.reward_adapter if rewards else ()
+    writes = (*FILES["adapter"], *((SCALE,) if leaves_reward else ()))
+    if hasattr(args, "sample_updates"):  # PPO
+        writes += (*VALUE, *((SAMPLES,) if args.sample_updates else ()))
     check_folders(
-        args.output_dir, model.model_name_or_path, policies=policies, rewards=adapters, leaves_reward=leaves_reward
+        args.output_dir,
+        model.model_name_or_path,
+        policies=policies,
+        rewards=adapters,
+        leaves_reward=leaves_reward,
+        data=data,
+        writes=writes,
     )
     if rewards:
         rewards.check_weights(args.reward_weights)
-    return find_checkpoint(args)
+    checkpoint = find_checkpoint(args)
+    if checkpoint is None:
+        check_checkpoints(args.output_dir)
+    return checkpoint

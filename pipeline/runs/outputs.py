@@ -1,17 +1,21 @@
 """Write the files that every stage saves with its adapter: a model card, a metrics file, the backbone's identity."""
 
+import shutil
 import time
 from pathlib import Path
 
 import psutil
 from accelerate import PartialState
 from huggingface_hub import upload_folder
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from data.json_files import write_json
+from data.saving import SAVING, save
 from data.tokens import Counts
 from pipeline.backbone.identity import write_identity
-from pipeline.runs.folders import open_to_umask
+from pipeline.backbone.sharding import kind_of
+from pipeline.runs.ownership import former_files
 
 
 FIGURES = ("rows", "kept", "cut", "dropped", "longest")  # the reported fields of `Counts`
@@ -29,34 +33,69 @@ def completions_sampled(trainer: Trainer) -> int:
     return -(-passes // (args.steps_per_generation * args.num_iterations)) * args.generation_batch_size
 
 
-def complete_card(card: Path, base: str) -> None:
-    """Name the base model and the trained model in a model card: TRL writes "None" for a model in a folder.
+def complete_card(folder: str | Path, base: str, name: str) -> None:
+    """Name the base model and the trained model, `name`, in the model card: TRL writes "None" for a model in a folder.
 
     Only the last part of the base's path is given, since the rest belongs to this machine.
     """
+    card = Path(folder) / "README.md"
     text = card.read_text(encoding="utf-8")
     text = text.replace("[None](https://huggingface.co/None)", f"`{Path(base).name}`")
-    card.write_text(text.replace('model="None"', f'model="{card.parent.name}"'), encoding="utf-8")
+    card.write_text(text.replace('model="None"', f'model="{name}"'), encoding="utf-8")
+
+
+def check_space(args: TrainingArguments, model: nn.Module) -> None:
+    """Check, before training, that the disk has room for what the run will save at least.
+
+    Raises:
+        OSError: it has not.
+    """
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    state = 0 if args.save_strategy == "no" or args.save_only_model else 2 * weights  # Adam's two averages
+    needed = weights + (weights + state if args.save_strategy != "no" else 0)
+    folder = Path(args.output_dir).absolute()
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    disk = shutil.disk_usage(there)
+    if disk.total and disk.free < needed:
+        raise OSError(
+            f"output_dir={args.output_dir!r}: its disk has {disk.free / 2**20:,.0f} MiB left, and the run saves at least "
+            f"{needed / 2**20:,.0f} MiB there. Free some space, or name a folder on another disk."
+        )
 
 
 def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict, *, complete: bool = True) -> None:
-    """Save the trained adapter with model card, backbone identity and `metrics.json`.
+    """Save the trained adapter with model card, backbone identity and `metrics.json`, all at once.
 
     With `push_to_hub` they are pushed to the hub, unless the folder is not `complete` yet. The stage calls `trainer.end` when
     it no longer needs the other processes.
+
+    Raises the errors of `save`.
     """
-    folder = Path(trainer.args.output_dir)
-    trainer.save_model(_internal_call=True)  # without this Trainer would push before the rest is written
-    if trainer.is_world_process_zero():
-        trainer.create_model_card(model_name=folder.name)
-        add_rows_to_card(folder, metrics.get("rows", {}))
-        write_identity(folder, trainer.model.config, fingerprint)
-        metrics = {**metrics, "seconds": round(trainer.seconds_before + seconds_running(), 1)}
-        write_json(folder / "metrics.json", metrics)
-        for adapter in (folder, folder / "value"):
-            open_to_umask(adapter)
-        if complete:
-            push(trainer.args, trainer.hub_model_id)
+    args, output_dir = trainer.args, trainer.args.output_dir
+    folder = Path(output_dir)
+    metrics = {**metrics, "seconds": round(trainer.seconds_before + seconds_running(), 1)}
+
+    def write(staged: Path) -> None:
+        trainer.save_model(str(staged), _internal_call=True)  # else Trainer would push before the rest is written
+        if not trainer.is_world_process_zero():
+            return
+        args.output_dir = str(staged)  # where TRL writes the card
+        try:
+            trainer.create_model_card(model_name=folder.name)
+        finally:
+            args.output_dir = output_dir
+        add_rows_to_card(staged, metrics.get("rows", {}))
+        write_identity(staged, trainer.model.config, fingerprint)
+        write_json(staged / "metrics.json", metrics)
+
+    if args.should_save:
+        # Other processes take part in gathering sharded weights, and would not do so twice.
+        sharded = kind_of(args.distributed_state) in ("FSDP", "ZeRO-3")
+        save(folder, "adapter", write, former=former_files(folder, "adapter"), retry=not sharded)
+    else:
+        write(folder / SAVING)
+    if complete and trainer.is_world_process_zero():
+        push(args, trainer.hub_model_id)
     trainer.accelerator.wait_for_everyone()  # any process may read the files next
 
 
@@ -106,5 +145,5 @@ def push(args: TrainingArguments, repository: str | None) -> None:
             commit_message="End of training",
             token=args.hub_token,
             revision=args.hub_revision,
-            ignore_patterns=["_*", "checkpoint-*", "*.bin", "*.pt"],
+            ignore_patterns=["_*", "checkpoint-*", ".sav*", "*.kept-*", "*.bin", "*.pt"],
         )

@@ -124,7 +124,7 @@ def refuses(world, monkeypatch):
         if not out.exists():  # an earlier run of the same stage
             shutil.copytree(world.reward if stage == "reward" else world.sft, out)
             write(out / "metrics.json", '{"accuracy": 0.75}')
-            write(out / "report.json", "{}")
+            write(out / "report.json", '{"sft": {}, "seconds": {}}')
         before = state(out, Path(world.sft), Path(world.reward), Path(world.tiny))
         with pytest.raises((ValueError, OSError, ImportError)) as caught:
             world.run(stage, **options)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from data.files import load_rows
 from data.json_files import write_json
 from data.pip_files import Release, fetch
-from pipeline.runs.folders import open_to_umask
+from data.saving import open_to_umask
 from pipeline.runs.outputs import complete_card
 from pipeline.runs.state_files import load_state, save_state
 
@@ -58,8 +58,8 @@ def test_weights_have_the_mode_of_any_new_file(umask, mode, tmp_path):
 def test_a_card_names_the_base_and_the_adapter(tmp_path):
     card = tmp_path / "README.md"
     card.write_text('of [None](https://huggingface.co/None). `model="None"`', encoding="utf-8")
-    complete_card(card, "/home/someone/models/backbone")
-    assert card.read_text(encoding="utf-8") == f'of `backbone`. `model="{tmp_path.name}"`'
+    complete_card(tmp_path, "/home/someone/models/backbone", "sft")
+    assert card.read_text(encoding="utf-8") == 'of `backbone`. `model="sft"`'
 
 
 @pytest.mark.parametrize("package", ["pipeline", "reward_models", "data"])
