@@ -102,7 +102,6 @@ def _stage(folder: Path, kind: str, write: Callable[[Path], None], former: Itera
     for path in (*staged.rglob("*"), staged):
         sync(path)
     os.rename(staged, folder / SAVED)
-    sync(folder)
 
 
 def _remove_staged(folder: Path) -> None:
@@ -167,6 +166,7 @@ def complete(folder: str | Path) -> None:
         return
     try:
         with _locked(saved):
+            sync(folder)  # the rename is on the disk before a file is moved
             files = read_listing(saved)
             if files is not None:
                 replaced = read_listing(saved, REPLACED) or {}  # missing: everything was moved
