@@ -15,6 +15,7 @@ Saves best_of_n.json, best_of_n.md and best_of_n.png in `output_dir`.
 import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,9 +38,9 @@ from pipeline.runs.folders import check_folders
 from pipeline.runs.launch import check_launch
 from pipeline.runs.outputs import rows_table, seconds_running
 from pipeline.runs.ownership import FILES, former_files
-from reward_models.composite import Composite, call_rewards
+from reward_models.composite import Composite, call_rewards, load_judge
 from reward_models.functions import RewardArguments, load_functions
-from reward_models.rules import distinct_n, sentiment
+from reward_models.rules import distinct_n
 
 
 @dataclass
@@ -75,6 +76,7 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
     rewards.check_weights(args.reward_weights)
     prompts = args.prompts()
     functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)
+    judge = load_judge(args.judge, prompts, args.dataset_name)
     backbone, tokenizer = load_backbone(
         model, start.sft_adapter, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
     )
@@ -112,32 +114,44 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
             texts.append(tokenizer.batch_decode(ids, skip_special_tokens=True))
             answers = as_answers(texts[-1], asked)
             tokens.append([len(row) for row in ids])
-            judged.append(sentiment(asked, answers))
-            total = composite.total(torch.tensor(columns, dtype=torch.float64), asked, answers)
-            scored.append(total.tolist())
+            scored.append(composite.total(torch.tensor(columns, dtype=torch.float64), asked, answers).tolist())
+            if judge:
+                found = call_rewards(judge.functions, prompts, answers, ids, runner)
+                judged.append(judge.total(found, asked, answers).tolist())
     if not state.is_main_process:
         return
 
-    judge, scores, lengths = (np.transpose(columns[:-1]) for columns in (judged, scored, tokens))
-    opponent = np.array(judged[-1])
-    won = wins(judge, np.broadcast_to(opponent[:, None], judge.shape))
+    scores, lengths = (np.transpose(columns[:-1]) for columns in (scored, tokens))
+    verdicts, opponent = np.transpose(judged[:-1]), np.transpose(judged[-1:])
+    won = wins(verdicts, np.broadcast_to(opponent, verdicts.shape))
     rows = []
     for n in args.n:
         best = scores[:, :n].argmax(axis=1)
-        gain = best_of_n(scores, judge, n) - best_of_n(scores, judge, 1)
+        of_judge = {}
+        if judge:
+            gain = best_of_n(scores, verdicts, n) - best_of_n(scores, verdicts, 1)
+            of_judge = {
+                "judge": float(best_of_n(scores, verdicts, n).mean()),
+                "judge_gain": bootstrap_interval(gain),
+                "win_rate": bootstrap_interval(best_of_n(scores, won, n)),
+            }
         rows.append(
             {
                 "n": n,
                 "score": float(best_of_n(scores, scores, n).mean()),
-                "judge": float(best_of_n(scores, judge, n).mean()),
-                "judge_gain": bootstrap_interval(gain),
-                "win_rate": bootstrap_interval(best_of_n(scores, won, n)),
+                **of_judge,
                 "kl": best_of_n_kl(n),
                 "distinct_2": distinct_n([texts[draw][prompt] for prompt, draw in enumerate(best)], 2),
                 "mean_length": float(best_of_n(scores, lengths, n).mean()),
             }
         )
-    result = {"seed": args.seed, "prompts": len(prompts), "read": read, "rows": rows}
+    result: dict[str, Any] = {
+        "seed": args.seed,
+        "judge": args.judge,
+        "prompts": len(prompts),
+        "read": read,
+        "rows": rows,
+    }
     result["seconds"] = round(seconds_running(), 1)
     table = best_of_n_table(rows)
     if any(found["dropped"] for found in read.values()):

@@ -1,13 +1,15 @@
-r"""Evaluation of SFT and PPO on held-out prompts, by a judge that neither was trained on.
+r"""Evaluation of SFT and PPO on held-out prompts, by their rewards and by a judge that neither was trained on.
 
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.evaluation \
         --config pipeline/recipes/demo/evaluation.yaml
 
-The independent judge is VADER's rule-based compound (-1 to 1) of prompt and completion. Saves report.json, report.md and plots
-in `output_dir`. Any policy adapter can be evaluated in the place of PPO's, such as that of a baseline.
+The judge is any reward function or reward model (`judge`), or one that compares two completions (`pairwise_judge`). Without a
+judge the report shows score, KL, diversity, length and samples. Saves report.json, report.md and plots in `output_dir`. Any
+policy adapter can be evaluated in the place of PPO's, such as that of a baseline.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,9 +38,10 @@ from pipeline.runs.folders import check_folders
 from pipeline.runs.launch import check_launch
 from pipeline.runs.outputs import seconds_running
 from pipeline.runs.ownership import FILES, former_files
-from reward_models.composite import Composite, call_rewards
-from reward_models.functions import RewardArguments, load_functions
-from reward_models.rules import distinct_n, sentiment
+from reward_models.composite import Composite, call_rewards, load_judge
+from reward_models.functions import RewardArguments, extra_columns, load_function, load_functions
+from reward_models.judges import prefer
+from reward_models.rules import distinct_n
 
 
 @dataclass
@@ -52,6 +55,12 @@ class EvaluationArguments(CompletionArguments):
         default=None, metadata={"help": "Adapter that the policy started from. Unset: the bare backbone."}
     )
     policy_name: str = field(default="PPO", metadata={"help": "Name of the policy in report.md."})
+    pairwise_judge: str | None = field(
+        default=None,
+        metadata={
+            "help": "Function that compares two completions, such as reward_models.judges.get_llm(url=..., model=...)."
+        },
+    )
 
 
 class Completions:
@@ -62,7 +71,8 @@ class Completions:
         self.ids: list[list[int]] = []
         self.kl: list[float] = []  # nats a sequence, to the SFT policy
         self.nll: list[float] = []  # nats a sequence, under the bare backbone
-        self.scores = self.judge = np.zeros(0)
+        self.scores = np.zeros(0)
+        self.judged: np.ndarray | None = None
         self.rewards: dict[str, float] = {}  # mean of each reward, before its weight
 
     @property
@@ -73,7 +83,7 @@ class Completions:
         lengths = np.array([len(row) for row in self.ids])
         return {
             "score": float(self.scores.mean()),
-            "judge": float(self.judge.mean()),
+            **({} if self.judged is None else {"judge": float(self.judged.mean())}),
             "kl": float(np.mean(self.kl)),
             "distinct_1": distinct_n(self.texts, 1),
             "distinct_2": distinct_n(self.texts, 2),
@@ -90,15 +100,17 @@ def complete(
     prompts: Dataset,
     tokenizer: PreTrainedTokenizerBase,
     composite: Composite,
+    judge: Composite | None,
     runner: asyncio.Runner,
     args: EvaluationArguments,
 ) -> Completions:
     """Sample one completion of each prompt as `role`, and measure it.
 
-    The figures are its KL to the reference, its likelihood under the backbone, its rewards and the judge. Processes share
-    the batches, and every process gets all results.
+    The figures are its KL to the reference, its likelihood under the backbone, its rewards and what the judge says, if there
+    is one. Processes share the batches, and every process gets all results.
     """
     asked, parts = prompts["prompt"][:], []
+    judges = {"rewards": composite} | ({"judge": judge} if judge else {})
     prompt_ids = tokenize_prompts(asked, tokenizer)
     batches = sample(
         backbone,
@@ -130,18 +142,48 @@ def complete(
         rows = batch.rows()
         of_batch = prompts.select(range(batch.first, batch.first + len(rows)))
         answers = as_answers(tokenizer.batch_decode(rows, skip_special_tokens=True), asked)
-        rewards = call_rewards(composite.functions, of_batch, answers, rows, runner).tolist()
-        if number < together:
-            composite.check_batch(rewards, of_batch["prompt"][:], answers)
+        found = {}
+        for name, rewarding in judges.items():
+            found[name] = call_rewards(rewarding.functions, of_batch, answers, rows, runner).tolist()
+            if number < together:
+                rewarding.check_batch(found[name], of_batch["prompt"][:], answers)
         kl = (nats[role] - nats["reference"]).tolist()
-        parts.append((batch.first, rows, kl, (-nats[None]).tolist(), rewards))
+        parts.append((batch.first, rows, kl, (-nats[None]).tolist(), *found.values()))
     result = Completions(tokenizer)
-    result.ids, result.kl, result.nll, rewards = gathered(parts)
-    answers, columns = as_answers(result.texts, asked), torch.tensor(rewards, dtype=torch.float64)
-    result.judge = np.array(sentiment(asked, answers))
-    result.scores = composite.total(columns, asked, answers).numpy()
-    result.rewards = dict(zip(composite.names, columns.nanmean(dim=0).tolist(), strict=True))
+    result.ids, result.kl, result.nll, *columns = gathered(parts)
+    answers = as_answers(result.texts, asked)
+    rewards, *judged = (torch.tensor(column, dtype=torch.float64) for column in columns)
+    result.scores = composite.total(rewards, asked, answers).numpy()
+    result.rewards = dict(zip(composite.names, rewards.nanmean(dim=0).tolist(), strict=True))
+    if judge is not None:
+        result.judged = judge.total(judged[0], asked, answers).numpy()
     return result
+
+
+def judgement(args: EvaluationArguments, sft: Completions, policy: Completions) -> dict:
+    """Return what the judge says in report.json: its name, its gain and its wins; nothing without a judge."""
+    if sft.judged is None or policy.judged is None:
+        return {}
+    return {
+        "judge": args.judge,
+        "judge_gain": bootstrap_interval(policy.judged - sft.judged),
+        "win_rate": bootstrap_interval(wins(policy.judged, sft.judged)),
+    }
+
+
+def pairwise_judgement(
+    args: EvaluationArguments, judge: Callable, prompts: Dataset, sft: Completions, policy: Completions
+) -> dict:
+    """Return what the pairwise judge says in report.json: wins of the policy, and how far it can be believed."""
+    asked = prompts["prompt"][:]
+    ours, theirs = (as_answers(done.texts, asked) for done in (policy, sft))
+    found = prefer(judge, asked, ours, theirs, {column: prompts[column][:] for column in extra_columns(prompts)})
+    return {
+        "judge": args.pairwise_judge,
+        "win_rate": bootstrap_interval(found.wins),
+        "consistent": float(found.consistent.mean()),
+        "undecided": found.undecided,
+    }
 
 
 def as_text(prompt: str | list[dict]) -> str:
@@ -162,6 +204,8 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     rewards.check_weights(args.reward_weights)
     prompts = args.prompts()
     functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)
+    judge = load_judge(args.judge, prompts, args.dataset_name)
+    pairwise = load_function(args.pairwise_judge, "pairwise_judge") if args.pairwise_judge else None
     backbone, tokenizer = load_backbone(
         model, args.policy_adapter, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
     )
@@ -177,7 +221,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
 
     with asyncio.Runner() as runner:
         results = {
-            name: complete(role, backbone, prompts, tokenizer, composite, runner, args)
+            name: complete(role, backbone, prompts, tokenizer, composite, judge, runner, args)
             for name, role in (("sft", "reference"), ("policy", "policy"))
         }
     if not state.is_main_process:
@@ -194,8 +238,8 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         "rows": rows,
         "sft": sft.metrics(),
         "policy": policy.metrics(),
-        "judge_gain": bootstrap_interval(policy.judge - sft.judge),
-        "win_rate": bootstrap_interval(wins(policy.judge, sft.judge)),
+        **judgement(args, sft, policy),
+        **({"pairwise": pairwise_judgement(args, pairwise, prompts, sft, policy)} if pairwise else {}),
         "score_win_rate": bootstrap_interval(wins(policy.scores, sft.scores)),
         **({"reward_model": measured} if measured else {}),
         "preflight": metrics["policy"].get("preflight", []),
@@ -209,7 +253,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
             "prompt": as_text(prompts["prompt"][i]),
             **{key: done.texts[i] for key, done in results.items()},
             **{f"{key}_score": float(done.scores[i]) for key, done in results.items()},
-            **{f"{key}_judge": float(done.judge[i]) for key, done in results.items()},
+            **{f"{key}_judge": float(done.judged[i]) for key, done in results.items() if done.judged is not None},
         }
         for i in range(min(12, len(prompts)))
     ]
@@ -227,9 +271,10 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         (folder / "report.md").write_text(markdown_report(report, samples, curves), encoding="utf-8")
 
     save(args.output_dir, "report", write, former=former_files(args.output_dir, "report"))
+    key, won = ("judge", "win_rate") if judge else ("score", "score_win_rate")
     print(
-        f"{Path(args.output_dir) / 'report.md'}: judge {report['sft']['judge']:+.3f} -> {report['policy']['judge']:+.3f}, "
-        f"win rate {report['win_rate']['mean']:.3f}, KL {report['policy']['kl']:.1f} nats"
+        f"{Path(args.output_dir) / 'report.md'}: {key} {report['sft'][key]:+.3f} -> {report['policy'][key]:+.3f}, "
+        f"win rate {report[won]['mean']:.3f}, KL {report['policy']['kl']:.1f} nats"
     )
 
 

@@ -30,6 +30,7 @@ from pipeline.runs.launch import check_wrapper
 from pipeline.runs.opening import open_run
 from pipeline.runs.outputs import finish_stage, rows_report
 from pipeline.runs.rows import prepare_rows
+from reward_models.composite import load_judge
 from reward_models.functions import RewardArguments, load_functions
 
 
@@ -79,6 +80,7 @@ def main(
     prompts = load_prompts(data.dataset_name, data.dataset_train_split, drop=data.drop_bad_rows)
     held_out = load_held_out(data, args)
     functions = load_functions(rewards.reward_funcs, prompts, data.dataset_name)
+    judge = load_judge(args.judge, prompts, data.dataset_name)
     torch.manual_seed(args.seed)  # a fresh adapter is drawn here
     backbone, tokenizer = load_backbone(
         model, start.sft_adapter, lora=lora, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
@@ -122,7 +124,8 @@ def main(
         if check.result == "warning":
             logger.warning(str(check))
     if args.sample_updates:
-        trainer.add_callback(SampleTable(trainer, prompts.select(range(min(args.sample_prompts, len(prompts))))))
+        fixed = prompts.select(range(min(args.sample_prompts, len(prompts))))
+        trainer.add_callback(SampleTable(trainer, fixed, judge))
     set_seed(args.seed, device_specific=True)  # processes draw different completions
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint)

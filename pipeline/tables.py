@@ -155,8 +155,8 @@ def comparison_table(rows: list[dict]) -> str:
 
 def baselines_row(method: str, report: dict) -> dict:
     """Return a row of the table from a report of the evaluation stage."""
-    policy = {key: report["policy"][key] for key in ("judge", "kl", "distinct_2", "score")}
-    gains = {key: report[key] for key in ("judge_gain", "win_rate")}
+    policy = {key: report["policy"][key] for key in ("kl", "distinct_2", "score")}
+    gains = {key: report.get(key) for key in ("judge_gain", "win_rate")}
     seconds = report["seconds"].get("policy")
     return {"method": method, "completions": report.get("completions"), **gains, **policy, "seconds": seconds}
 
@@ -164,7 +164,7 @@ def baselines_row(method: str, report: dict) -> dict:
 def baselines(folder: Path, demo: Path) -> None:
     """Compare the baselines in `folder` with the PPO run in `demo`."""
     report = read_result(demo / "report.json", "Run `make demo` first.")
-    start = {key: report["sft"][key] for key in ("judge", "kl", "distinct_2", "score")}
+    start = {key: report["sft"][key] for key in ("kl", "distinct_2", "score")}
     rows = [{"method": "SFT", **start}, baselines_row("PPO", report)]
     for name, method in METHODS.items():
         found = read_result(folder / name / "evaluation" / "report.json", "Run `make baselines`.")

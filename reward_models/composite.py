@@ -18,7 +18,7 @@ from transformers import TrainerState
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from data.cells import shorten
-from reward_models.functions import HIDDEN, RAISED, check_weights_count, extra_columns
+from reward_models.functions import HIDDEN, RAISED, check_weights_count, extra_columns, load_functions
 from reward_models.learned import KNOWN_SCORES, LearnedReward
 
 
@@ -133,6 +133,18 @@ class Composite:
         All processes call it together. So an error comes with the first batch, not after all sampling.
         """
         self.total(torch.tensor(gather_object(rewards), dtype=torch.float64), prompts, completions)
+
+
+def load_judge(text: str | None, rows: Dataset, name: str) -> Composite | None:
+    """Load the reward function that judges completions in a report, if a recipe names one; nothing is trained on it.
+
+    Args:
+        rows: the prompts, with the columns that the function may read.
+        name: name of the dataset `rows`, for errors.
+
+    Raises the errors of `load_functions`.
+    """
+    return Composite(load_functions([text], rows, name, "judge")) if text else None
 
 
 def _problem(values: list, prompts: list, completions: list) -> str | None:

@@ -68,8 +68,8 @@ class RewardArguments:
         check_weights_count(weights, [*self.reward_adapter, *self.reward_funcs])
 
 
-def load_function(text: str) -> Callable:
-    """Return the reward function that a recipe names.
+def load_function(text: str, option: str = "reward_funcs") -> Callable:
+    """Return the reward function that an `option` of a recipe names.
 
     A dotted path names the function itself. A path with brackets calls a function that makes the reward function:
     `reward_models.rules.get_length(target=12)`.
@@ -78,36 +78,36 @@ def load_function(text: str) -> Callable:
         ValueError: there is no such module or function, or it does not take the options.
     """
     if not isinstance(text, str):  # YAML reads `: ` as a mapping
-        raise ValueError(f"reward_funcs: {text!r} is not text. Put the entry in quotes.")
+        raise ValueError(f"{option}: {text!r} is not text. Put the entry in quotes.")
     path, bracket, options = text.partition("(")
     if FILE_NAME.search(path):
         raise ValueError(
-            f"reward_funcs: cannot import {path!r}, because it names a file. {_dotted(path, bracket + options)}"
+            f"{option}: cannot import {path!r}, because it names a file. {_dotted(path, bracket + options)}"
         )
     module, _, name = path.rpartition(".")
     try:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        failure = ValueError(f"reward_funcs: cannot import {path!r} ({error}). Write it as package.module.function.")
+        failure = ValueError(f"{option}: cannot import {path!r} ({error}). Write it as package.module.function.")
         if isinstance(error, ModuleNotFoundError):
             failure.add_note(f"Python looks in the current folder ({Path.cwd()}) and in those of PYTHONPATH.")
         raise failure from error
     except RAISED as error:
         raise ValueError(
-            f"reward_funcs: cannot import {path!r}: importing the module {module} raises {type(error).__name__}: {error}. "
+            f"{option}: cannot import {path!r}: importing the module {module} raises {type(error).__name__}: {error}. "
             f"Correct the module. Code of a script belongs under `if __name__ == '__main__'`."
         ) from error
     if bracket:
-        given = _options(text, options)
+        given = _options(text, options, option)
         try:
             function = function(**given)
         except RAISED as error:
             raise ValueError(
-                f"reward_funcs: {text!r} makes no reward function ({type(error).__name__}: {error}). Use brackets only "
+                f"{option}: {text!r} makes no reward function ({type(error).__name__}: {error}). Use brackets only "
                 f"for a function that makes a reward function from these options."
             ) from error
     if not callable(function):
-        raise ValueError(f"reward_funcs: {text!r} is not a function. Name a reward function.")
+        raise ValueError(f"{option}: {text!r} is not a function. Name a reward function.")
     return function
 
 
@@ -127,7 +127,7 @@ def _dotted(path: str, options: str) -> str:
     )
 
 
-def _options(text: str, options: str) -> dict:
+def _options(text: str, options: str, option: str) -> dict:
     """Return the options in brackets as a dict: `{"a": 1, "b": "x"}` for `a=1, b='x')`."""
     try:
         call = ast.parse(f"f({options}", mode="eval").body
@@ -136,16 +136,17 @@ def _options(text: str, options: str) -> dict:
         return {option.arg: ast.literal_eval(option.value) for option in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise ValueError(
-            f"reward_funcs: cannot read the options of {text!r}. Name each one and give it a plain Python value, "
+            f"{option}: cannot read the options of {text!r}. Name each one and give it a plain Python value, "
             f"as in package.module.get_function(size=3, words=['a', 'b'])."
         ) from error
 
 
-def load_functions(texts: list[str], rows: Dataset, name: str) -> list[Callable]:
+def load_functions(texts: list[str], rows: Dataset, name: str, option: str = "reward_funcs") -> list[Callable]:
     """Load each function with `load_function`, and check that it can be called with the columns of `rows`.
 
     Args:
         name: name of the dataset `rows`, for errors.
+        option: the option that names the functions, for errors.
 
     Raises the errors of `load_function`, and:
         ValueError: a column has the name of an argument that every function gets; or a function cannot be called, for
@@ -157,13 +158,13 @@ def load_functions(texts: list[str], rows: Dataset, name: str) -> list[Callable]
                 f"{name}: the column {column!r} has the name of an argument that every reward function gets from the "
                 f"trainer ({', '.join(PROTOCOL)}). Rename or remove the column."
             )
-    functions = [load_function(text) for text in texts]
+    functions = [load_function(text, option) for text in texts]
     for text, function in zip(texts, functions, strict=True):
         try:
             inspect.signature(function, follow_wrapped=False).bind(**dict.fromkeys([*PROTOCOL, *extra_columns(rows)]))
         except TypeError as error:
             raise ValueError(
-                f"reward_funcs: {text!r} cannot be called ({error}). It gets {', '.join(PROTOCOL)} and the columns of "
+                f"{option}: {text!r} cannot be called ({error}). It gets {', '.join(PROTOCOL)} and the columns of "
                 f"{name} ({', '.join(extra_columns(rows)) or 'none but prompt'}) by name. Add the column it needs. Or, if "
                 f"it makes a reward function, write its options in brackets."
             ) from error

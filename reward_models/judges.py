@@ -33,7 +33,7 @@ VERDICTS = {"a": 1.0, "b": 0.0, "tie": 0.5}
 
 
 class Preferences(NamedTuple):
-    """What a pairwise judge says of `ours` against `theirs`, one entry a prompt."""
+    """The verdict of a pairwise judge on `ours` against `theirs`, one entry a prompt."""
 
     wins: np.ndarray  # (prompts,) in 0..1, the mean of both orders; 0.5 is a tie
     consistent: np.ndarray  # (prompts,) bool, whether the judge prefers the same completion in both orders

@@ -123,8 +123,8 @@ def _vader() -> SentimentIntensityAnalyzer:
 def sentiment(prompts: list, completions: list, **kwargs) -> list[float]:
     """Return VADER's compound sentiment (Hutto & Gilbert 2014) of prompt and completion together, in -1..1.
 
-    In a conversation it is the sentiment of the reply alone. Evaluation judges by the same sentiment, so a policy that is
-    rewarded by it has no independent judge.
+    In a conversation it is the sentiment of the reply alone. The demo's reports are judged by it, so a policy that is
+    rewarded by it needs another judge.
     """
     texts = zip(prompts, _texts(completions), strict=True)
     return [

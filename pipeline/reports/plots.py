@@ -188,15 +188,16 @@ def draw_accuracy_by_gap(by_gap: list[dict], path: str | PathLike) -> None:
 
 
 def draw_best_of_n(rows: list[dict], path: str | PathLike, compared: dict | None = None) -> None:
-    """Draw judge and score of best-of-n against the square root of its KL, as a PNG at `path`.
+    """Draw score and judge, if there is one, of best-of-n against the square root of its KL, as a PNG at `path`.
 
     Gao et al. 2022 (arXiv 2210.10760) use the same axes: at first, reward is about linear in sqrt(KL).
 
     Args:
-        rows: rows of best_of_n.json, each with `n`, `kl` (nats a sequence), `judge` and `score`.
+        rows: rows of best_of_n.json, each with `n`, `kl` (nats a sequence), `score` and, with a judge, `judge`.
         compared: a report of the evaluation stage on the same reward; its policy is marked in the plot.
     """
-    panels = (("judge", "Judge score (-1 to 1)"), ("score", "Reward model score"))
+    panels = [("judge", "Judge score")] if all("judge" in row for row in rows) else []
+    panels.append(("score", "Reward model score"))
     with matplotlib.rc_context(STYLE):
         figure, axes = _figure(7.5, 3.4, len(panels))
         for axis, (key, title) in zip(axes, panels, strict=True):
@@ -204,7 +205,7 @@ def draw_best_of_n(rows: list[dict], path: str | PathLike, compared: dict | None
             axis.plot(places, values, color=SFT, marker="o", label="best of n, SFT")
             for row, place, value in zip(rows, places, values, strict=True):
                 axis.annotate(str(row["n"]), (place, value), xytext=(-5, 4), textcoords="offset points", ha="right")
-            if compared:
+            if compared and key in compared["policy"]:
                 trained = compared["policy"]
                 place = math.sqrt(max(trained["kl"], 0))
                 axis.plot(

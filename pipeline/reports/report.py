@@ -55,18 +55,26 @@ def _headline(report: dict) -> str:
     clauses = [f"The {name} mean score goes from {before} (SFT) to {after} ({policy})"]
     if judged and report.get("judge_gain"):
         clauses[0] += f", a gain of {interval_in_words(report['judge_gain'], '+.3f')}"
-    if report.get("win_rate"):
-        wins = interval_in_words(report["win_rate"], ".1%")
-        clauses.append(f"{policy} beats SFT on {wins} of the prompts, ties counting half")
+    won = report.get("win_rate" if judged else "score_win_rate")
+    if won:
+        clauses.append(f"{policy} beats SFT on {interval_in_words(won, '.1%')} of the prompts, ties counting half")
+    if report.get("pairwise"):
+        found = report["pairwise"]
+        clauses.append(
+            f"the pairwise judge prefers {policy} on {interval_in_words(found['win_rate'], '.1%')} of the prompts, and says "
+            f"the same in both orders on {found['consistent']:.0%} of them"
+        )
     if trained.get("kl") is not None:
         clauses.append(f"the KL to the reference is {number(trained['kl'], '.2f')} nats a sequence")
     return "; ".join(clauses) + "."
 
 
 def _facts(report: dict) -> str:
-    """Return the number of prompts and the seed, if the report has them."""
+    """Return the number of prompts, the seed and the judges, if the report has them."""
     facts = [f"{report['prompts']:,} prompts"] if "prompts" in report else []
     facts += [f"seed {report['seed']}"] if "seed" in report else []
+    facts += [f"judge `{report['judge']}`"] if "judge" in report else []
+    facts += [f"pairwise judge `{report['pairwise']['judge']}`"] if "pairwise" in report else []
     text = ", ".join(facts)
     return text[:1].upper() + text[1:] + "." if facts else ""
 
@@ -140,7 +148,8 @@ def markdown_report(report: dict, samples: list[dict], curves: bool = True) -> s
 
     Args:
         report: `sft` and `policy` (dicts with the keys of `METRICS`), and optionally `judge_gain` and `win_rate` (see
-            `pipeline.reports.metrics.bootstrap_interval`, at its level of 95%), `reward_model` (see
+            `pipeline.reports.metrics.bootstrap_interval`, at its level of 95%), `score_win_rate`, `judge` (name of the
+            judge), `pairwise` (see `pipeline.evaluation.pairwise_judgement`), `reward_model` (see
             `reward_models.calibration.reward_model_report`), `seconds` (stage -> seconds), `prompts`, `seed`,
             `preflight` (see `pipeline.rl.preflight.Check`), `policy_name` (if not PPO).
             Missing parts are left out. A metric that only one model has shows a dash for the other.
@@ -175,14 +184,22 @@ def markdown_report(report: dict, samples: list[dict], curves: bool = True) -> s
 
 def best_of_n_table(rows: list[dict]) -> str:
     """Return the rows of best_of_n.json as a markdown table, with 95% intervals."""
-    header = ["n", "score", "judge", "gain, 95% interval", "beats one sample", "KL, nats", "distinct-2", "mean length"]
+    judged = all("judge" in row for row in rows)
+    of_judge = ["judge", "gain, 95% interval", "beats one sample"] if judged else []
+    header = ["n", "score", *of_judge, "KL, nats", "distinct-2", "mean length"]
     cells = [
         [
             str(row["n"]),
             f"{row['score']:+.2f}",
-            f"{row['judge']:+.3f}",
-            with_interval(row["judge_gain"], "+.3f"),
-            with_interval(row["win_rate"], ".1%"),
+            *(
+                [
+                    f"{row['judge']:+.3f}",
+                    with_interval(row["judge_gain"], "+.3f"),
+                    with_interval(row["win_rate"], ".1%"),
+                ]
+                if judged
+                else []
+            ),
             f"{row['kl']:.2f}",
             f"{row['distinct_2']:.3f}",
             f"{row['mean_length']:.1f}",

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from trl import RLOOConfig
 
 from pipeline.rl.importance import MODES
-from pipeline.runs.arguments import PAD_TOKEN
+from pipeline.runs.arguments import JUDGE, PAD_TOKEN
 from pipeline.runs.recipe import check_ranges
 
 
@@ -127,6 +127,7 @@ class PPOConfig(RLOOConfig):
     sample_updates: int = field(
         default=0, metadata={"help": "Write completions of fixed prompts to samples.jsonl every this many updates."}
     )
+    judge: str | None = field(default=None, metadata=JUDGE)  # of samples.jsonl
     sample_prompts: int = field(default=8, metadata={"help": "Number of fixed prompts."})
     eval_prompts: int = field(
         default=256, metadata={"help": "Number of held-out prompts, the first ones (eval_strategy)."}
@@ -172,6 +173,11 @@ class PPOConfig(RLOOConfig):
             raise ValueError(
                 f"kl_horizon={self.kl_horizon:g} is shorter than one rollout of {self.generation_batch_size} sequences over "
                 f"all processes. In one rollout beta may change by at most a fifth. Set kl_horizon to several rollouts."
+            )
+        if self.judge and not self.sample_updates:
+            raise ValueError(
+                f"judge={self.judge!r} judges the completions of samples.jsonl, and sample_updates is 0. Set sample_updates, "
+                f"or leave judge unset."
             )
         high = self.epsilon if self.epsilon_high is None else self.epsilon_high
         if self.dual_clip is not None and self.dual_clip <= 1 + high:

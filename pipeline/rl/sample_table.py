@@ -18,8 +18,7 @@ from pipeline.backbone.sampling import as_answers, sample
 from pipeline.rl.kl import kl_per_token
 from pipeline.runs.manifest import STAGING
 from pipeline.runs.ownership import SAMPLES
-from reward_models.composite import call_rewards
-from reward_models.rules import sentiment
+from reward_models.composite import Composite, call_rewards
 
 
 class TrainerLoop(NamedTuple):
@@ -34,13 +33,13 @@ class TrainerLoop(NamedTuple):
 class SampleTable(TrainerCallback):
     """Sample the same prompts with the same seed, before training and every `sample_updates` updates.
 
-    Each row holds step, prompt, completion, score, KL (nats) and the judge's compound (-1 to 1). Rows are appended to
+    Each row holds step, prompt, completion, score, KL (nats) and what the judge says, if there is one. Rows are appended to
     `samples.jsonl` in the run's folder. They also go to the trackers that `report_to` names: as a table to trackio and
     wandb, as text to tensorboard. The state of the random generators is restored, so that training does not change.
     """
 
-    def __init__(self, trainer, prompts: Dataset):
-        self.trainer, self.prompts = trainer, prompts
+    def __init__(self, trainer, prompts: Dataset, judge: Composite | None = None):
+        self.trainer, self.prompts, self.judge = trainer, prompts, judge
         self.path = Path(trainer.args.output_dir) / SAMPLES
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -104,11 +103,11 @@ class SampleTable(TrainerCallback):
         kl = kl_per_token(policy, reference, batch.mask).sum(dim=1)
         texts = trainer.processing_class.batch_decode(batch.rows(), skip_special_tokens=True)
         completions = as_answers(texts, asked)
-        columns = call_rewards(
-            trainer.composite.functions, self.prompts, completions, batch.rows(), TrainerLoop(trainer)
-        )
-        scores = trainer.composite.total(columns, asked, completions)
+        figures = {"prompt": asked, "completion": texts, "score": None, "kl": kl.tolist()}
+        for name, rewarding in (("score", trainer.composite), ("judge", self.judge)):
+            if rewarding is not None:
+                given = (self.prompts, completions, batch.rows(), TrainerLoop(trainer))
+                figures[name] = rewarding.total(call_rewards(rewarding.functions, *given), asked, completions).tolist()
         model.train(was_training)
-        figures = zip(asked, texts, scores.tolist(), kl.tolist(), sentiment(asked, completions), strict=True)
-        names = ("prompt", "completion", "score", "kl", "judge")
-        return [{"step": step, **dict(zip(names, row, strict=True))} for row in figures]
+        rows = zip(*figures.values(), strict=True)
+        return [{"step": step, **dict(zip(figures, row, strict=True))} for row in rows]

@@ -71,6 +71,11 @@ PAD_TOKEN = {
     "help": "Padding token, the same in all stages. Unset: the tokenizer's own, unless that token also ends texts."
 }
 
+# The option `judge` of PPO, evaluation and best-of-n.
+JUDGE = {
+    "help": "Reward function that judges completions, and trains nothing; written as in reward_funcs. Unset: none."
+}
+
 
 @dataclass
 class PolicyArguments:
@@ -117,6 +122,7 @@ class CompletionArguments:
     reward_weights: list[float] | None = field(
         default=None, metadata={"help": "Weights of the rewards, as in PPO. Unset: 1 each."}
     )
+    judge: str | None = field(default=None, metadata=JUDGE)
     seed: int = 0
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
     pad_token: str | None = field(default=None, metadata=PAD_TOKEN)

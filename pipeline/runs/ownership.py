@@ -49,7 +49,7 @@ FORMER = {
     "report": (("report.json", "sft"), ("report.json", "seconds")),
     "best_of_n": (("best_of_n.json", "rows"), ("best_of_n.json", "seconds")),
 }
-ROW = {"step", "prompt", "completion", "score", "kl", "judge"}  # keys of a row of the table of samples
+ROW = {"step", "prompt", "completion", "score", "kl"}  # keys of a row of the table of samples
 IN_STAGING = re.compile(NAME.pattern + "|replaced|removed-.*|" + re.escape(SAMPLES))
 
 
@@ -92,7 +92,7 @@ def is_table_of_samples(path: Path) -> bool:
         row = json.loads(first)
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(row, dict) and row.keys() == ROW
+    return isinstance(row, dict) and row.keys() - {"judge"} == ROW
 
 
 def not_ours(folder: Path, names: Iterable[str]) -> list[str]:

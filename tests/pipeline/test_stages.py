@@ -151,7 +151,15 @@ def test_conversations_are_evaluated(run, tiny, sft_adapter, tokenizer, tmp_path
     tokenizer.save_pretrained(chatty)
     asked = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "How was *it*?"}]
     rows = write(tmp_path / "rows.jsonl", [{"prompt": asked}] * 2)
-    run("evaluation", model_name_or_path=chatty, policy_adapter=sft_adapter, dataset_name=rows)
+    run(
+        "evaluation",
+        model_name_or_path=chatty,
+        policy_adapter=sft_adapter,
+        dataset_name=rows,
+        pairwise_judge=f"{__name__}.prefers_longer",
+    )
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["pairwise"].keys() == {"judge", "win_rate", "consistent", "undecided"}
     assert "| system: Be kind.<br>user: How was \\*it\\*? |" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -247,6 +255,28 @@ def test_trl_scores_the_tokens_at_the_positions_they_were_sampled_at(trainer_cla
     monkeypatch.setattr(getattr(trl, trainer_class), "_generate_and_score_completions", compare)
     run(trainer_class[:4].lower())
     assert max(differences) < 1e-4
+
+
+def prefers_longer(prompts, first, second):
+    """A pairwise judge of replies: it asks that each is a message."""
+    contents = [[text[0]["content"] for text in texts] for texts in (first, second)]
+    return [0.5 if len(a) == len(b) else float(len(a) > len(b)) for a, b in zip(*contents, strict=True)]
+
+
+@pytest.mark.slow
+def test_without_a_judge_reports_show_the_rest(run, sft_adapter, tmp_path):
+    options = {"policy_adapter": sft_adapter, "max_prompts": 8}
+    run("evaluation", judge="reward_models.rules.sentiment", output_dir=str(tmp_path / "judged"), **options)
+    run("evaluation", judge="", output_dir=str(tmp_path / "plain"), **options)
+    judged, plain = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("judged", "plain"))
+    assert judged.keys() - plain.keys() == {"judge", "judge_gain", "win_rate"}
+    assert judged["sft"].keys() - plain["sft"].keys() == {"judge"}
+    assert judged["policy"]["score"] == plain["policy"]["score"] and -1 <= judged["policy"]["judge"] <= 1
+    text = (tmp_path / "plain" / "report.md").read_text()
+    assert "judge" not in text and "KL to the reference" in text and "distinct-2" in text and "## Samples" in text
+    run("best_of_n", n=[1, 2], max_prompts=8, judge="", output_dir=str(tmp_path / "best"))
+    rows = json.loads((tmp_path / "best" / "best_of_n.json").read_text())["rows"]
+    assert all("judge" not in row and "score" in row for row in rows)
 
 
 @pytest.mark.slow

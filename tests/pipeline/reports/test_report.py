@@ -242,12 +242,14 @@ def test_report_without_reward_model_and_seconds():
 
 
 def test_report_without_judge():
-    report = without(REPORT, "judge_gain")
+    report = without(REPORT, "judge_gain", "win_rate") | {"score_win_rate": {"mean": 0.75, "low": 0.7, "high": 0.8}}
     for model in ("sft", "policy"):
         del report[model]["judge"]
     text = markdown_report(report, [without(SAMPLES[0], "sft_judge", "policy_judge")])
     assert "judge" not in text
-    assert text.splitlines()[2].startswith("The reward model's mean score goes from 0.100 (SFT) to 1.700 (PPO); PPO")
+    assert text.splitlines()[2].startswith(
+        "The reward model's mean score goes from 0.100 (SFT) to 1.700 (PPO); PPO beats SFT on **75"
+    )
     assert "| prompt | SFT | score | PPO | score |" in text
     assert "| -0.50 |" in text
 
@@ -271,6 +273,17 @@ def test_a_report_on_another_policy_names_it():
     assert "| prompt | SFT | score, judge | RLOO | score, judge |" in text
 
 
+def test_a_pairwise_judge_is_named_with_its_wins_and_how_far_to_believe_it():
+    interval = {"mean": 0.7, "low": 0.65, "high": 0.75}
+    pairwise = {"judge": "my.judge", "win_rate": interval, "consistent": 0.875, "undecided": 1}
+    text = markdown_report({**REPORT, "judge": "a.judge", "pairwise": pairwise}, SAMPLES)
+    assert (
+        "; the pairwise judge prefers PPO on **70.0%** (95% interval 65.0% to 75.0%) of the prompts, and says the same in "
+        "both orders on 88% of them;"
+    ) in text.splitlines()[2]
+    assert "1,024 prompts, seed 0, judge `a.judge`, pairwise judge `my.judge`." in text
+
+
 BEST_OF_N = [
     {
         "n": n,
@@ -292,6 +305,15 @@ def test_best_of_n_plot(tmp_path):
     assert ink(tmp_path / "alone.png", SFT) > 100
     assert ink(tmp_path / "alone.png", PPO) == 0
     assert ink(tmp_path / "both.png", PPO) > 40
+
+
+def test_best_of_n_without_judge(tmp_path):
+    rows = [without(row, "judge", "judge_gain", "win_rate") for row in BEST_OF_N]
+    first, _, _, last = best_of_n_table(rows).splitlines()
+    assert first == "| n | score | KL, nats | distinct-2 | mean length |"
+    assert last == "| 4 | +0.40 | 0.64 | 0.875 | 18.2 |"
+    draw_best_of_n(rows, tmp_path / "alone.png", {"policy": {"score": 1.0, "kl": 2.0}})
+    assert ink(tmp_path / "alone.png", SFT) > 50 and ink(tmp_path / "alone.png", PPO) > 20
 
 
 def test_best_of_n_table():

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 
 from pipeline.rl.sample_table import SampleTable
+from reward_models.composite import Composite
 
 
 pytestmark = pytest.mark.slow
@@ -19,8 +20,8 @@ pytestmark = pytest.mark.slow
 ASKED = ["The film", "It's a", "One of the best"]
 
 
-def with_table(trainer, prompts=ASKED):
-    table = SampleTable(trainer, Dataset.from_dict({"prompt": prompts}))
+def with_table(trainer, prompts=ASKED, judge=None):
+    table = SampleTable(trainer, Dataset.from_dict({"prompt": prompts}), judge)
     trainer.add_callback(table)
     return table
 
@@ -50,7 +51,7 @@ def words(completions, **kwargs):
 
 def test_rows(make_trainer, tmp_path):
     trainer = make_trainer(reward_funcs=[words], reward_weights=[2.0], sample_updates=1, learning_rate=0.1)
-    with_table(trainer)
+    with_table(trainer, judge=Composite([words, words]))
     (tmp_path / "samples.jsonl").write_text("an older run\n")
     trainer.train()
     rows = read(tmp_path)
@@ -59,7 +60,7 @@ def test_rows(make_trainer, tmp_path):
     for row in rows:
         assert row.keys() == {"step", "prompt", "completion", "score", "kl", "judge"}
         assert row["score"] == 2 * len(row["completion"].split())
-        assert -1 <= row["judge"] <= 1
+        assert row["judge"] == row["score"] == 2 * len(row["completion"].split())
         assert (row["kl"] == 0) == (row["step"] == 0)
 
 

@@ -250,6 +250,14 @@ def test_a_dual_clip_is_above_the_clip_range():
         PPOConfig(**CPU, dual_clip=1.3, epsilon=0.2, epsilon_high=0.3)
 
 
+def test_a_judge_without_samples_would_judge_nothing():
+    assert PPOConfig(**CPU, judge="a.b", sample_updates=2).judge == "a.b"
+    with pytest.raises(
+        ValueError, match=r"^judge='a.b' judges the completions of samples.jsonl, and sample_updates is 0"
+    ):
+        PPOConfig(**CPU, judge="a.b")
+
+
 @pytest.mark.parametrize(("steps", "accumulation"), [(3, 2), (1, 2), (4, 3)])
 def test_minibatches_are_whole(steps, accumulation):
     message = f"gradient_accumulation_steps={accumulation} does not divide steps_per_generation={steps}"
