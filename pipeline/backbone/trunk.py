@@ -8,6 +8,7 @@ its own, in any architecture.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -53,20 +54,54 @@ def first_adapted_layer(model: PreTrainedModel, adapter: str) -> int:
 
 
 @contextmanager
-def _cut(model: PreTrainedModel, part: slice) -> Iterator[nn.ModuleList]:
+def _cut(model: PreTrainedModel, part: slice, states: Tensor | None = None) -> Iterator[nn.ModuleList]:
+    """Give the model only a part of its layers while the code inside runs, the first of them on `states` if given.
+
+    Yields the list of these layers.
+    """
     owner, name, layers = decoder_layers(model)
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)  # the kind of mask of each layer, read by the layer's index
     if kinds is not None:
         # Before the layers are cut, because a config that computes its `layer_types` raises an error here.
         config.layer_types = kinds[part]
-    setattr(owner, name, layers[part])
+    kept = layers[part]
+    if states is not None:
+        kept[0] = _StartingFrom(states, kept[0])
+    setattr(owner, name, kept)
     try:
-        yield layers
+        yield kept
     finally:
         setattr(owner, name, layers)
         if kinds is not None:
             config.layer_types = kinds
+
+
+class _StartingFrom(nn.Module):
+    """A decoder layer that runs on given states instead of its input; attributes are those of the layer.
+
+    A hook on the layer would do for a plain pass. But in older transformers (5.10) a layer whose activations are checkpointed
+    runs its hooks a second time in the backward pass, when the hook is gone: it would be recomputed on its own input.
+    """
+
+    def __init__(self, states: Tensor, layer: nn.Module):
+        super().__init__()
+        self.states, self.layer = states, layer
+        self.training = layer.training
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.layer, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the layer on the states, which it takes as its first argument or as `hidden_states`."""
+        return (
+            self.layer(self.states, *args[1:], **kwargs)
+            if args
+            else self.layer(**kwargs | {"hidden_states": self.states})
+        )
 
 
 @torch.no_grad()
@@ -78,7 +113,7 @@ def lower(model: PreTrainedModel, depth: int, **inputs: Tensor) -> Tensor:
         kept.append(output[0] if isinstance(output, tuple) else output)
 
     with _cut(model, slice(depth)) as layers:
-        hook = layers[depth - 1].register_forward_hook(keep)
+        hook = layers[-1].register_forward_hook(keep)
         try:
             model.base_model(**inputs, use_cache=False)
         finally:
@@ -91,19 +126,11 @@ def upper(model: PreTrainedModel, depth: int, states: Tensor, **inputs: Tensor) 
 
     `states` is the output of `lower`. The inputs are those of the model's forward, without `input_ids`.
     """
-
-    def replace(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        return ((states, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": states})
-
-    with _cut(model, slice(depth, None)) as layers:
-        hook = layers[depth].register_forward_pre_hook(replace, with_kwargs=True)
-        try:
-            # The embeddings are not used, only their shape. Those of OPT can be narrower than the states.
-            width = model.get_input_embeddings().weight.shape[1]
-            given = states if width == states.shape[-1] else states.new_zeros(*states.shape[:2], width)
-            return model.base_model(inputs_embeds=given, **inputs, use_cache=False).last_hidden_state
-        finally:
-            hook.remove()
+    # The embeddings are not used, only their shape. Those of OPT can be narrower than the states.
+    width = model.get_input_embeddings().weight.shape[1]
+    given = states if width == states.shape[-1] else states.new_zeros(*states.shape[:2], width)
+    with _cut(model, slice(depth, None), states):
+        return model.base_model(inputs_embeds=given, **inputs, use_cache=False).last_hidden_state
 
 
 @torch.no_grad()

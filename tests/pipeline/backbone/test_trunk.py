@@ -1,10 +1,13 @@
 import asyncio
+from functools import partial
 
 import pytest
 import torch
 from conftest import PROMPTS
 from datasets import Dataset
 from peft import LoraConfig
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -13,6 +16,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from trl import ModelConfig
 from trl.trainer.utils import disable_dropout_in_model
 
@@ -177,6 +181,30 @@ def test_checkpointed_layers_are_computed_again_as_the_role_they_ran_as(name, to
         gradients.append({n: p.grad.clone() for n, p in backbone.named_parameters() if p.grad is not None})
         backbone.zero_grad()
     assert ran == [0, 0, 1, 1, 1, 1]
+    assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 2
+    assert all(torch.equal(gradients[1][parameter], gradient) for parameter, gradient in gradients[0].items())
+
+
+def test_a_layer_recomputed_by_its_call_starts_from_the_trunk_again(monkeypatch):
+    """As in transformers 5.10, which checkpoints the call of a layer, hooks included, and not its forward alone."""
+    backbone = make("gpt2", 2)
+    backbone.share_trunk()
+    ids, mask, completion, real = batch()
+    trunk, gradients = backbone.trunk(ids, mask), []
+    for recomputes in (False, True):
+        if recomputes:
+            monkeypatch.setattr(
+                GPT2Block,
+                "__call__",
+                lambda layer, *args, **kwargs: checkpoint(
+                    partial(nn.Module.__call__, layer, **kwargs), *args, use_reentrant=False
+                ),
+            )
+        logprobs = backbone.logprobs("policy", ids, mask, completion, trunk=trunk)
+        with backbone.role("policy"):
+            (logprobs * real).sum().backward()
+        gradients.append({n: p.grad.clone() for n, p in backbone.named_parameters() if p.grad is not None})
+        backbone.zero_grad()
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 2
     assert all(torch.equal(gradients[1][parameter], gradient) for parameter, gradient in gradients[0].items())
 
