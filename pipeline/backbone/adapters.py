@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import LoraConfig, PeftConfig
 from safetensors import SafetensorError, safe_open
@@ -49,12 +49,16 @@ def adapter_folder(name: str) -> Path:
             f"and {WEIGHTS}). An adapter on the hub is named `owner/name` or `owner/name@revision`."
         )
     repository, _, revision = name.partition("@")
+    offline = is_offline_mode()  # huggingface_hub 1 would ask the hub about a commit that the cache has
+    only = ["*.json", "*.safetensors"]
     try:
         return Path(
-            snapshot_download(repository, revision=revision or None, allow_patterns=["*.json", "*.safetensors"])
+            snapshot_download(repository, revision=revision or None, allow_patterns=only, local_files_only=offline)
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(". ")
+        if offline:
+            reason = "HF_HUB_OFFLINE is set, and the cache does not have it"
         raise FileNotFoundError(
             f"{name}: no such folder (looked for {path.absolute()}), and no such adapter on the hub ({reason}). Train the "
             f"adapter first, or correct the path. A private adapter needs `hf auth login`."
