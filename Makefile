@@ -1,6 +1,7 @@
 # Two commands set up everything: `make demo` runs the pipeline, and `make test` runs the tests.
 PYTHON ?= python3.11
 SEED ?= 0
+OLDEST_TORCH ?= 2.13.0
 MINUTES ?= 30
 OUT ?= runs/demo
 SEEDS ?= 0 1 2 3 4 5 6 7 8 9
@@ -11,6 +12,8 @@ CHAT ?= runs/smollm2-chat
 ABLATIONS ?= value_init=auto value_init=policy critic=head lora_top_layers=4 normalize_advantages=false \
 	whiten_rewards=true reward_clip_range=-1,1 adam_epsilon=1e-8 value_learning_rate=1.5e-4 value_learning_rate=1.5e-2
 
+FAST_TESTS = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -m 'not slow' --numprocesses logical \
+	--maxprocesses 4 --dist worksteal
 LAUNCH = .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml -m
 RECIPES = pipeline/recipes
 
@@ -22,7 +25,7 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export DS_ACCELERATOR = cpu
 
 .PHONY: demo smollm2 smollm2-chat baselines seeds ablations reward-long backbone bench bench-scaling gpu soak lint types test \
-	test-fast test-vllm
+	test-fast test-oldest test-python test-vllm
 
 # Run SFT, reward model, PPO and evaluation; write $(OUT)/report.md and report.json. `demo` uses the embedded model and data,
 # and takes four minutes. `smollm2` uses a pretrained model of 135M parameters, and takes less than half an hour after its
@@ -133,8 +136,16 @@ test: .venv/tests
 
 # Run the tests that train nothing, while you edit: less than 90 seconds on 2 cores.
 test-fast: .venv/tests
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m 'not slow' --numprocesses logical --maxprocesses 4 \
-		--dist worksteal
+	$(FAST_TESTS)
+
+# Run the same tests on the oldest releases that pyproject.toml allows, in a virtual environment of their own. torch is the
+# release that we test with, whose builds for CPUs are at hand; OLDEST_TORCH=2.9.0 takes the oldest one.
+test-oldest: .venv-oldest/installed
+	$(FAST_TESTS)
+
+# Run the same tests on another Python, in a virtual environment of its own: make test-python PYTHON=python3.13
+test-python: .venv-$(notdir $(PYTHON))/tests
+	$(FAST_TESTS)
 
 lint: .venv/lint
 	.venv/bin/ruff check .
@@ -154,6 +165,18 @@ test-vllm: .venv-vllm/installed
 
 .venv/tests: .venv/installed
 	.venv/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv-oldest/installed: pyproject.toml tests/oldest.py
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet packaging torch==$(OLDEST_TORCH)
+	.venv-oldest/bin/python tests/oldest.py torch==$(OLDEST_TORCH) > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --constraint .venv-oldest/constraints.txt --editable '.[test]'
+	touch $@
+
+.venv-$(notdir $(PYTHON))/tests: pyproject.toml
+	$(PYTHON) -m venv .venv-$(notdir $(PYTHON))
+	.venv-$(notdir $(PYTHON))/bin/python -m pip install --quiet --editable '.[test]'
 	touch $@
 
 .venv/lint: .venv/installed

@@ -577,6 +577,8 @@ DOCUMENTED = re.compile(
 )
 # Names that are Python's, not a package's (of named tuples, of argparse), and ends of keys in reports.
 NO_PACKAGES = {"_replace", "_actions", "_score", "_judge", "_far", "_skip"}
+# Names that the installed release does not have yet. Our code asks for its version, and leaves them out.
+NOT_YET = {"_initial_global_step"} - set(LOOP)
 
 
 @cache
@@ -623,7 +625,7 @@ def test_nothing_private_is_missing():
     listed = {part for path in paths for part in path} | {
         ".".join(path[:end]) for path in paths for end in range(2, len(path) + 1)
     }
-    missing = {name: sorted(files) for name, files in private_uses().items() if name not in listed}
+    missing = {name: sorted(files) for name, files in private_uses().items() if name not in listed | NOT_YET}
     assert not missing, (
         f"no line of tests/test_upstream.py says why these are used, and what to do if they go: {missing}"
     )

@@ -138,7 +138,11 @@ ADAPTERS = {
 DAMAGED = {
     "no weights": ("sft", remove(WEIGHTS), r"adapter_model\.safetensors: no such file"),
     "no config": ("sft", remove("adapter_config.json"), r"adapter_config\.json: no such file"),
-    "empty weights": ("sft", cut(WEIGHTS, 0), r"adapter_model\.safetensors: the file is damaged.*header too small"),
+    "empty weights": (
+        "sft",
+        cut(WEIGHTS, 0),
+        r"adapter_model\.safetensors: the file is damaged.*(header too small|HeaderTooSmall)",
+    ),
     "cut in the header": (
         "sft",
         cut(WEIGHTS, 500),
@@ -147,7 +151,7 @@ DAMAGED = {
     "cut in the tensors": (
         "reward",
         cut(WEIGHTS, -50),
-        r"adapter_model\.safetensors: the file is damaged.*not fully covered",
+        r"adapter_model\.safetensors: the file is damaged.*(not fully covered|MetadataIncompleteBuffer)",
     ),
     "a cut config": (
         "sft",

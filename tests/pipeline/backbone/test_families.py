@@ -3,11 +3,13 @@
 import re
 
 import pytest
+from accelerate.utils import compare_versions
 from families import TABLE, row
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 ROWS = {line.split("|")[1].strip(): line for line in TABLE.read_text().splitlines() if re.match(r"\| [a-z0-9]", line)}
+(WRITTEN_WITH,) = re.findall(r"transformers ([\d.]+),", TABLE.read_text())
 REMEDY = "Run `python -m tests.families`, and look at what it changes in docs/families.md."
 FEW = {
     "llama": "nothing after the head",
@@ -24,7 +26,10 @@ FEW = {
 
 
 def test_every_family_has_a_row():
-    assert list(ROWS) == sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES), REMEDY
+    """A release older than the one that the page was written with lacks families that came after it."""
+    older = compare_versions("transformers", "<", WRITTEN_WITH)
+    families = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    assert families <= set(ROWS) if older else list(ROWS) == sorted(families), REMEDY
 
 
 @pytest.mark.parametrize("family", FEW)
