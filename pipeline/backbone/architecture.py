@@ -15,11 +15,13 @@ from functools import cache
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig, PreTrainedModel
 
 
+Mask = Bool[Tensor, "B S"] | Int[Tensor, "B S"]  # True or 1 on real tokens
 LONG, SHORT = 12, 8  # tokens of the two texts that a model is checked on; the long one begins with the short one
 DRAWN = 3  # tokens that are drawn after each text
 RANDOM = re.compile(r"drop|jitter")  # names of attributes with which modules act at random in training
@@ -62,8 +64,8 @@ class _Decoded:
         return _Given(value, _Hidden((self._hidden,))) if value is self._model.base_model else value
 
 
-def own_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Return the logits (N, V) that the model's own forward computes from last hidden states (N, D).
+def own_logits(model: PreTrainedModel, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+    """Return the logits that the model's own forward computes from last hidden states.
 
     The forward of its class runs with these states in place of the decoder. So all operations before and after the head
     (transforms, soft caps, scales) are the model's own.
@@ -90,8 +92,8 @@ def head_is_all(model: PreTrainedModel) -> bool:
 
 
 # ----------------------------------------------------------------------------------------------- positions
-def attention(model: PreTrainedModel, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Return the inputs that tell the decoder about padding, for a mask (B, S): the mask, and positions if it takes them."""
+def attention(model: PreTrainedModel, attention_mask: Mask) -> dict[str, Tensor]:
+    """Return the inputs that tell the decoder about padding: the mask, and positions if it takes them."""
     inputs = {"attention_mask": attention_mask}
     if takes_positions(type(model.base_model)):  # type: ignore[arg-type]  # mypy holds that classes have no hash
         inputs["position_ids"] = positions(attention_mask)
@@ -104,8 +106,8 @@ def takes_positions(model_class: type[nn.Module]) -> bool:
     return "position_ids" in inspect.signature(model_class.forward).parameters
 
 
-def positions(attention_mask: Tensor) -> Tensor:
-    """Return the position of each token among the real ones of its row, (B, S) -> (B, S)."""
+def positions(attention_mask: Mask) -> Int[Tensor, "B S"]:
+    """Return the position of each token among the real ones of its row."""
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
@@ -193,8 +195,8 @@ def _refusal(model: PreTrainedModel, source: str, fault: str) -> ValueError:
     )
 
 
-def probe(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-    """Return ids and mask (3, S) of a text, and of its beginning padded at the left and at the right.
+def probe(model: PreTrainedModel) -> tuple[Int[Tensor, "3 S"], Int[Tensor, "3 S"]]:
+    """Return ids and mask of a text, and of its beginning padded at the left and at the right.
 
     Its tokens are ordinary ones, because tokens that a config names have a special meaning.
     """

@@ -8,6 +8,7 @@ logits are in memory (as Liger Kernel does for the cross-entropy). Nothing is co
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from trl.trainer.utils import selective_log_softmax_and_entropy
 
@@ -17,19 +18,19 @@ LOGITS = 2**23  # in memory at a time, 34 MB in float32
 
 def token_logprobs(
     head: nn.Module,
-    hidden: Tensor,
-    tokens: Tensor,
+    hidden: Float[Tensor, "B T D"],
+    tokens: Int[Tensor, "B T"],
     temperature: float,
     *,
     entropy: bool = True,
     entropy_requires_grad: bool = False,
     logits: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Return the log-probability of each token and, if asked for, the entropy at its position, in nats, both (B, T).
+) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"] | None]:
+    """Return the log-probability of each token and, if asked for, the entropy at its position, in nats.
 
-    `head` maps hidden states (N, D) to logits (N, V), each row by itself. `hidden` is (B, T, D), `tokens` is (B, T). Logits
-    are divided by `temperature`. If the entropy requires a gradient, or the head is trained, all logits stay in memory. If
-    the model has operations after its head, `logits` maps hidden states to logits instead of `head`.
+    `head` maps hidden states (N, D) to logits (N, V), each row by itself. Logits are divided by `temperature`. If the
+    entropy requires a gradient, or the head is trained, all logits stay in memory. If the model has operations after its
+    head, `logits` maps hidden states to logits instead of `head`.
     """
     logits = logits or head
     rows, flat = hidden.reshape(-1, hidden.shape[-1]), tokens.reshape(-1)

@@ -17,15 +17,17 @@ from typing import cast
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
+from jaxtyping import Float, Int
 from peft import LoraConfig, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import ModelOutput
 from trl import ModelConfig
 
 from pipeline.backbone.adapters import HEAD, WEIGHTS, Adapter, read_adapter
-from pipeline.backbone.architecture import attention, head_is_all, own_logits, positions, probe, takes_positions
+from pipeline.backbone.architecture import Mask, attention, head_is_all, own_logits, positions, probe, takes_positions
 from pipeline.backbone.identity import fingerprint, write_identity
 from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.logprobs import token_logprobs
@@ -267,8 +269,10 @@ class Backbone(PeftModelForCausalLM):
                 if id(parameter) in frozen:
                     parameter.requires_grad_(False)
 
-    def trunk(self, input_ids: Tensor, attention_mask: Tensor, role: str | None = None) -> Tensor:
-        """Return the inputs of the first layer that the policy adapts, (B, S) -> (B, S, D).
+    def trunk(
+        self, input_ids: Int[Tensor, "B S"], attention_mask: Mask, role: str | None = None
+    ) -> Float[Tensor, "B S D"]:
+        """Return the inputs of the first layer that the policy adapts.
 
         They are those of the bare backbone, which any role has whose adapter begins at this layer or above, or those of
         `role`.
@@ -283,9 +287,13 @@ class Backbone(PeftModelForCausalLM):
         return 0 < self.trunk_depth <= first_adapted_layer(self.get_base_model(), self._adapter(role))
 
     def hidden_states(
-        self, role: str | None, input_ids: Tensor, attention_mask: Tensor, trunk: Tensor | None = None
-    ) -> Tensor:
-        """Return the last hidden states of a role, (B, S) -> (B, S, D).
+        self,
+        role: str | None,
+        input_ids: Int[Tensor, "B S"],
+        attention_mask: Mask,
+        trunk: Float[Tensor, "B S D"] | None = None,
+    ) -> Float[Tensor, "B S D"]:
+        """Return the last hidden states of a role.
 
         Positions count real tokens, so padding may be on either side. `trunk` has the states that `trunk()` returned for
         these tokens and this role. The pass then starts from them.
@@ -300,16 +308,16 @@ class Backbone(PeftModelForCausalLM):
     def logprobs(
         self,
         role: str | None,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        completion_ids: Tensor,
+        input_ids: Int[Tensor, "B S"],
+        attention_mask: Mask,
+        completion_ids: Int[Tensor, "B T"],
         temperature: float = 1.0,
-        trunk: Tensor | None = None,
-    ) -> Tensor:
-        """Return the log-probability of each completion token, in nats, (B, T).
+        trunk: Float[Tensor, "B S D"] | None = None,
+    ) -> Float[Tensor, "B T"]:
+        """Return the log-probability of each completion token, in nats.
 
-        `input_ids` (B, P + T) ends with `completion_ids` (B, T). The vocabulary projection runs on the T positions
-        only. Logits are divided by `temperature`, as they are in sampling.
+        `input_ids` ends with `completion_ids`. The vocabulary projection runs on the T positions only. Logits are divided by
+        `temperature`, as they are in sampling.
         """
         hidden = self.hidden_states(role, input_ids, attention_mask, trunk)[:, -completion_ids.shape[1] - 1 : -1]
         return self._token_logprobs(role, hidden, completion_ids, temperature, entropy=False)[0]
@@ -317,34 +325,49 @@ class Backbone(PeftModelForCausalLM):
     def logprobs_and_entropy(
         self,
         role: str | None,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        completion_ids: Tensor,
+        input_ids: Int[Tensor, "B S"],
+        attention_mask: Mask,
+        completion_ids: Int[Tensor, "B T"],
         temperature: float = 1.0,
-        trunk: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Return `logprobs` and the entropy at each position, in nats, both (B, T)."""
+        trunk: Float[Tensor, "B S D"] | None = None,
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
+        """Return `logprobs` and the entropy at each position, in nats."""
         hidden = self.hidden_states(role, input_ids, attention_mask, trunk)[:, -completion_ids.shape[1] - 1 : -1]
         logprobs, entropy = self._token_logprobs(role, hidden, completion_ids, temperature)
         assert entropy is not None  # asked for
         return logprobs, entropy
 
     def _token_logprobs(
-        self, role: str | None, hidden: Tensor, completion_ids: Tensor, temperature: float, **options: bool
-    ) -> tuple[Tensor, Tensor | None]:
+        self,
+        role: str | None,
+        hidden: Float[Tensor, "B T D"],
+        completion_ids: Int[Tensor, "B T"],
+        temperature: float,
+        **options: bool,
+    ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"] | None]:
         head = self.get_base_model().get_output_embeddings()
         with self.role(role):  # an adapter may change the head
             return token_logprobs(head, hidden, completion_ids, temperature, logits=self._logits, **options)
 
-    def values(self, input_ids: Tensor, attention_mask: Tensor, length: int, trunk: Tensor | None = None) -> Tensor:
-        """Return the value of the state before each of the last `length` tokens, (B, P + T) -> (B, T)."""
+    def values(
+        self,
+        input_ids: Int[Tensor, "B S"],
+        attention_mask: Mask,
+        length: int,
+        trunk: Float[Tensor, "B S D"] | None = None,
+    ) -> Float[Tensor, "B {length}"]:
+        """Return the value of the state before each of the last `length` tokens."""
         hidden = self.hidden_states("value", input_ids, attention_mask, trunk)[:, -length - 1 : -1]
         return self._read("value", hidden)
 
     def scores(
-        self, input_ids: Tensor, attention_mask: Tensor, role: str = "reward", trunk: Tensor | None = None
-    ) -> Tensor:
-        """Return the scores of a reward role for sequences padded on either side, (B, S) -> (B,).
+        self,
+        input_ids: Int[Tensor, "B S"],
+        attention_mask: Mask,
+        role: str = "reward",
+        trunk: Float[Tensor, "B S D"] | None = None,
+    ) -> Float[Tensor, " B"]:
+        """Return the scores of a reward role for sequences padded on either side.
 
         A score is read at the last token that is not the pad token, as in the sequence classifiers of transformers.
         """
@@ -354,38 +377,43 @@ class Backbone(PeftModelForCausalLM):
         last = (positions * real).argmax(dim=-1)
         return self._read(role, hidden[torch.arange(len(last), device=last.device), last])
 
-    def _read(self, role: str, hidden: Tensor) -> Tensor:
-        """Apply a role's head to hidden states, (..., D) -> (...), in the head's own precision, also under autocast."""
+    def _read(self, role: str, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N"]:
+        """Apply a role's head to hidden states, in the head's own precision, also under autocast."""
         head = self.role_head(role)
         with torch.autocast(hidden.device.type, enabled=False):
             return head(hidden.to(head.weight.dtype)).squeeze(-1)
 
     def forward(
         self,
-        input_ids=None,
-        attention_mask=None,
-        completion_ids=None,
-        temperature=1.0,
-        entropy_requires_grad=False,
-        texts=None,
-        trunk=None,
-        value_trunk=None,
+        input_ids: Int[Tensor, "B S"] | None = None,
+        attention_mask: Mask | None = None,
+        completion_ids: Int[Tensor, "B T"] | None = None,
+        temperature: float = 1.0,
+        entropy_requires_grad: bool = False,
+        texts: tuple[Int[Tensor, "N L"], Int[Tensor, "N L"]] | None = None,
+        trunk: Float[Tensor, "B S D"] | None = None,
+        value_trunk: Float[Tensor, "B S D"] | None = None,
         **kwargs,
+    ) -> (
+        ModelOutput
+        | tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"]]
+        | tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "N L-1"]]
     ):
-        """Run the policy as a language model, or, with `completion_ids` (B, T), run the training pass of PPO.
+        """Run the policy as a language model, or, with `completion_ids`, run the training pass of PPO.
 
         As a language model it counts positions over real tokens, as `generate` does. GPT-2 by itself would count padding at
         the left too, and its logprobs would differ from those in sampling.
 
-        The training pass returns logprobs, entropy and values, each (B, T). With `texts`, a pair of right-padded ids and
-        mask (N, S), it also returns the policy's logprobs of them, (N, S - 1). All of it runs in this one call, so that
-        DDP, FSDP and DeepSpeed see a single forward of the module that they wrap.
+        The training pass returns logprobs, entropy and values. With `texts`, a pair of right-padded ids and mask, it also
+        returns the policy's logprobs of them. All of it runs in this one call, so that DDP, FSDP and DeepSpeed see a single
+        forward of the module that they wrap.
         """
         if completion_ids is None:
             decoder = type(self.get_base_model().base_model)
             if attention_mask is not None and takes_positions(decoder):  # type: ignore[arg-type]  # as in `attention`
                 kwargs.setdefault("position_ids", positions(attention_mask))
             return super().forward(input_ids=input_ids, attention_mask=attention_mask, **kwargs)
+        assert input_ids is not None and attention_mask is not None
         length = completion_ids.shape[1]
         hidden = self.hidden_states("policy", input_ids, attention_mask, trunk)[:, -length - 1 : -1]
         logprobs, entropy = self._token_logprobs(

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
 from trl import RLOOConfig
@@ -20,11 +21,11 @@ from pipeline.backbone.roles import Backbone
 class Sample(NamedTuple):
     """A batch of B completions of at most T tokens; prompts are padded at the left, completions at the right."""
 
-    input_ids: Tensor  # (B, P + T) prompts and completions
-    attention_mask: Tensor  # (B, P + T)
-    completion_ids: Tensor  # (B, T)
-    mask: Tensor  # (B, T) bool, True up to and including the end-of-text token
-    logprobs: Tensor | None  # (B, T) logprobs of the tokens in sampling, in nats, if they are kept
+    input_ids: Int[Tensor, "B S"]  # prompts and completions
+    attention_mask: Int[Tensor, "B S"]
+    completion_ids: Int[Tensor, "B T"]
+    mask: Bool[Tensor, "B T"]  # True up to and including the end-of-text token
+    logprobs: Float[Tensor, "B T"] | None  # logprobs of the tokens in sampling, in nats, if they are kept
     first: int = 0  # number of the first prompt of the batch
 
     def rows(self) -> list[list[int]]:
@@ -48,7 +49,7 @@ def sampling_options(args: RLOOConfig) -> dict[str, Any]:
 class SampledLogprobs(LogitsProcessor):
     """Keep the logprob of each token that `generate` draws, with the logits of only one step in memory.
 
-    `generate` gives a processor the logits (B, V) before it draws from them. The drawn tokens come with the next logits.
+    `generate` gives a processor the logits before it draws from them. The drawn tokens come with the next logits.
     """
 
     def __init__(self, temperature: float):
@@ -56,7 +57,7 @@ class SampledLogprobs(LogitsProcessor):
         self.logits: Tensor | None = None
         self.kept: list[Tensor] = []
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Int[Tensor, "B S"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
         if self.logits is not None:
             self._keep(self.logits, input_ids[:, -1])
         self.logits = scores
@@ -66,8 +67,8 @@ class SampledLogprobs(LogitsProcessor):
         logits = scores.float() / self.temperature
         self.kept.append(logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - logits.logsumexp(dim=-1))
 
-    def read(self, sequences: Tensor) -> Tensor:
-        """Return the logprobs (B, T) of the last T tokens of `sequences`, once all are drawn."""
+    def read(self, sequences: Int[Tensor, "B S"]) -> Float[Tensor, "B T"]:
+        """Return the logprobs of the last T tokens of `sequences`, once all are drawn."""
         assert self.logits is not None  # `generate` has drawn a token
         self._keep(self.logits, sequences[:, -1])
         self.logits = None
@@ -75,7 +76,7 @@ class SampledLogprobs(LogitsProcessor):
 
 
 class FiniteLogits(LogitsProcessor):
-    """Refuse to draw from logits (B, V) that are not finite.
+    """Refuse to draw from logits that are not finite.
 
     torch would raise "probability tensor contains inf", and on a GPU this would end the process.
     """
@@ -83,7 +84,7 @@ class FiniteLogits(LogitsProcessor):
     def __init__(self, role: str):
         self.role = role
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+    def __call__(self, input_ids: Int[Tensor, "B S"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
         if not scores.amax(dim=-1).isfinite().all():  # NaN, +inf, or only -inf
             raise FloatingPointError(f"The {self.role} gives logits that are not finite, so it cannot be sampled from")
         return scores

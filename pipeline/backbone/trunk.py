@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int, Shaped
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -105,8 +106,8 @@ class _StartingFrom(nn.Module):
 
 
 @torch.no_grad()
-def lower(model: PreTrainedModel, depth: int, **inputs: Tensor) -> Tensor:
-    """Run the first `depth` layers and return their output, (B, S) -> (B, S, D); the inputs are those of the forward."""
+def lower(model: PreTrainedModel, depth: int, **inputs: Shaped[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
+    """Run the first `depth` layers and return their output; the inputs are those of the forward."""
     kept = []
 
     def keep(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
@@ -121,8 +122,10 @@ def lower(model: PreTrainedModel, depth: int, **inputs: Tensor) -> Tensor:
     return kept[0]
 
 
-def upper(model: PreTrainedModel, depth: int, states: Tensor, **inputs: Tensor) -> Tensor:
-    """Run the layers from `depth` on, and return the last hidden states (B, S, D).
+def upper(
+    model: PreTrainedModel, depth: int, states: Float[Tensor, "B S D"], **inputs: Shaped[Tensor, "B S"]
+) -> Float[Tensor, "B S D"]:
+    """Run the layers from `depth` on, and return the last hidden states.
 
     `states` is the output of `lower`. The inputs are those of the model's forward, without `input_ids`.
     """
@@ -134,7 +137,9 @@ def upper(model: PreTrainedModel, depth: int, states: Tensor, **inputs: Tensor) 
 
 
 @torch.no_grad()
-def trunk_fault(model: PreTrainedModel, depth: int, input_ids: Tensor, **inputs: Tensor) -> str | None:
+def trunk_fault(
+    model: PreTrainedModel, depth: int, input_ids: Int[Tensor, "B S"], **inputs: Shaped[Tensor, "B S"]
+) -> str | None:
     """Return the reason why a pass cannot start from the inputs of layer `depth`, or None if it can.
 
     Both kinds of pass are run and compared, on the tokens of `attention_mask` only. They can differ: layers may need more

@@ -4,6 +4,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -20,23 +21,24 @@ class Rollout:
     end-of-text token is real.
     """
 
-    prompt_ids: Tensor  # (B, P) int64
-    prompt_mask: Tensor  # (B, P) bool
-    completion_ids: Tensor  # (B, T) int64
-    completion_mask: Tensor  # (B, T) bool
-    logprobs: Tensor  # (B, T), under the policy that sampled, in nats
-    values: Tensor  # (B, T) value of the state before each token
-    advantages: Tensor  # (B, T)
-    returns: Tensor  # (B, T) targets of the value function
-    weights: Tensor | None = None  # (B, T) of the policy loss, which correct for the sampler; None is 1
-    trunk: Tensor | None = None  # (B, P + T, D) states below the policy's adapter, if it changes only the top layers
-    value_trunk: Tensor | None = None  # (B, P + T, D) the same for the value, if its adapter begins lower
-    share: Tensor | None = None  # () weight of a minibatch in its optimizer step; None is 1
+    prompt_ids: Int[Tensor, "B P"]
+    prompt_mask: Bool[Tensor, "B P"]
+    completion_ids: Int[Tensor, "B T"]
+    completion_mask: Bool[Tensor, "B T"]
+    logprobs: Float[Tensor, "B T"]  # under the policy that sampled, in nats
+    values: Float[Tensor, "B T"]  # value of the state before each token
+    advantages: Float[Tensor, "B T"]
+    returns: Float[Tensor, "B T"]  # targets of the value function
+    weights: Float[Tensor, "B T"] | None = None  # of the policy loss, which correct for the sampler; None is 1
+    # States below the policy's adapter, if it changes only the top layers.
+    trunk: Float[Tensor, "B P+T D"] | None = None
+    value_trunk: Float[Tensor, "B P+T D"] | None = None  # the same for the value, if its adapter begins lower
+    share: Float[Tensor, ""] | None = None  # weight of a minibatch in its optimizer step; None is 1
 
     def __len__(self) -> int:
         return len(self.prompt_ids)
 
-    def rows(self, index: Tensor | slice) -> "Rollout":
+    def rows(self, index: Int[Tensor, " N"] | slice) -> "Rollout":
         """Return the rows of `index`, in its order."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "share"}
         rows: dict[str, Any] = {name: x if x is None else x[index] for name, x in tensors.items()}
@@ -62,13 +64,13 @@ class Rollout:
         )
 
 
-def row_lengths(prompt_mask: Tensor, completion_mask: Tensor) -> Tensor:
-    """Count the real tokens of each row, (B, P) and (B, T) -> (B,)."""
+def row_lengths(prompt_mask: Bool[Tensor, "B P"], completion_mask: Bool[Tensor, "B T"]) -> Int[Tensor, " B"]:
+    """Count the real tokens of each row."""
     return prompt_mask.sum(dim=1) + completion_mask.sum(dim=1)
 
 
-def columns(prompt_mask: Tensor, completion_mask: Tensor) -> tuple[int, int]:
-    """Find the columns that a pass over these rows needs, (B, P) and (B, T) -> two numbers.
+def columns(prompt_mask: Bool[Tensor, "B P"], completion_mask: Bool[Tensor, "B T"]) -> tuple[int, int]:
+    """Find the columns that a pass over these rows needs, as two numbers.
 
     The pass begins at the first number in the prompts and ends before the second number in the completions. All other
     columns are padding in every row. The remaining width is a multiple of `WIDTH`, as P + T is.
@@ -80,16 +82,16 @@ def columns(prompt_mask: Tensor, completion_mask: Tensor) -> tuple[int, int]:
     return min(prompts - prompt, spare - right), completions - right
 
 
-def sorted_steps(order: Tensor, lengths: Tensor, size: int) -> Tensor:
-    """Sort each group of `size` consecutive rows of `order` (N,) by their `lengths` (N,), the shortest first.
+def sorted_steps(order: Int[Tensor, " B"], lengths: Int[Tensor, " B"], size: int) -> Int[Tensor, " B"]:
+    """Sort each group of `size` consecutive rows of `order` by their `lengths`, the shortest first.
 
     If a group is then cut into pieces, each piece has rows of about the same length, and needs little padding.
     """
     return torch.cat([step[lengths[step].argsort(stable=True)] for step in torch.split(order, size)])
 
 
-def minibatches(rollout: Rollout, order: Tensor, *, pieces: int, accumulation: int) -> list[Rollout]:
-    """Cut a rollout, with its rows in `order` (B,), into `pieces` of equal size.
+def minibatches(rollout: Rollout, order: Int[Tensor, " B"], *, pieces: int, accumulation: int) -> list[Rollout]:
+    """Cut a rollout, with its rows in `order`, into `pieces` of equal size.
 
     `accumulation` pieces make an optimizer step. Each piece of a step holds rows of about the same length, and is trimmed
     to the columns that it needs.

@@ -1,9 +1,13 @@
 """`pipeline.rl.rollout`: what a pass over some rows leaves out."""
 
+from dataclasses import fields
+
 import pytest
 import torch
+from jaxtyping import TypeCheckError
+from shapes import checked, wrong
 
-from pipeline.rl.rollout import Rollout, columns, row_lengths, sorted_steps
+from pipeline.rl.rollout import Rollout, columns, minibatches, row_lengths, sorted_steps
 
 
 def masks(prompts: list[int], completions: list[int], width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,3 +57,58 @@ def test_steps_keep_their_rows_and_sort_them():
     # of rows 5 0 3 the lengths are 1 9 2; of 1 4 2 they are 7 8 6
     assert sorted_steps(order, lengths, 3).tolist() == [5, 3, 0, 2, 1, 4]
     assert sorted_steps(order, torch.ones(6), 3).tolist() == order.tolist()
+
+
+# ------------------------------------------------------------------------------------ shapes in signatures
+def record() -> dict:
+    """Tensors of every field of a rollout of 4 rows: P = 24, T = 8, D = 3."""
+    prompt_mask, mask = masks([5, 2, 3, 1], [3, 8, 1, 8], 24)
+    mask = mask[:, :8]
+    tokens = ("logprobs", "values", "advantages", "returns", "weights")
+    return {
+        "prompt_ids": torch.ones(4, 24, dtype=torch.long),
+        "prompt_mask": prompt_mask,
+        "completion_ids": torch.ones(4, 8, dtype=torch.long),
+        "completion_mask": mask,
+        **{name: torch.ones(4, 8) for name in tokens},
+        "trunk": torch.ones(4, 32, 3),
+        "value_trunk": torch.ones(4, 32, 3),
+        "share": torch.tensor(0.5),
+    }
+
+
+def make_checked(tensors: dict) -> None:
+    checked(Rollout.__init__)(object.__new__(Rollout), **tensors)
+
+
+def test_a_rollout_and_its_minibatches_have_the_shapes_of_the_record():
+    """Also without the fields that may be None."""
+    assert record().keys() == {field.name for field in fields(Rollout)}
+    make_checked(record())
+    make_checked({name: x for name, x in record().items() if name not in ("weights", "trunk", "value_trunk", "share")})
+    for piece in checked(minibatches)(Rollout(**record()), torch.tensor([3, 1, 0, 2]), pieces=2, accumulation=2):
+        make_checked(vars(piece))
+
+
+@pytest.mark.parametrize(
+    ("argument", "fault", "value"), [pytest.param(*w, id=f"{w[0]}, {w[1]}") for w in wrong(Rollout.__init__, record())]
+)
+def test_a_wrong_shape_is_refused(argument, fault, value):
+    with pytest.raises(TypeCheckError):
+        make_checked(record() | {argument: value})
+
+
+FUNCTIONS = {
+    row_lengths: {name: record()[name] for name in ("prompt_mask", "completion_mask")},
+    columns: {name: record()[name] for name in ("prompt_mask", "completion_mask")},
+    sorted_steps: {"order": torch.arange(4), "lengths": torch.arange(4), "size": 2},
+}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda function: function.__name__)
+def test_functions_of_a_rollout_refuse_wrong_shapes(function):
+    checked(function)(**FUNCTIONS[function])
+    for argument, fault, value in wrong(function, FUNCTIONS[function]):
+        with pytest.raises(TypeCheckError):
+            checked(function)(**FUNCTIONS[function] | {argument: value})
+            pytest.fail(f"{function.__name__} takes {argument} with {fault}")
