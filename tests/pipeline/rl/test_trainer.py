@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import PROMPTS, make_likely
 from peft import LoraConfig
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from pipeline.backbone.adapters import read_adapter
 from pipeline.rl import rollout
@@ -76,19 +76,25 @@ def test_the_trunk_changes_no_result(make_trainer, options, caplog):
         torch.testing.assert_close(parameter, results[1][name], atol=1e-5, rtol=0)
 
 
+# The oldest transformers that is allowed has the old name alone.
+IS_CHECKPOINTING = (
+    f"is_{'activation' if hasattr(PreTrainedModel, 'is_activation_checkpointing') else 'gradient'}_checkpointing"
+)
+
+
 @pytest.mark.parametrize("policy", [None, TOP_LAYER], ids=["all layers", "top layer"])
 def test_gradient_checkpointing_changes_no_result(make_trainer, policy):
     results, in_rollouts = [], []
 
     def count(completions, **kwargs):
-        in_rollouts.append(trainer.model.is_activation_checkpointing)
+        in_rollouts.append(getattr(trainer.model, IS_CHECKPOINTING))
         return words(completions)
 
     for checkpointing in (False, True):
         torch.manual_seed(0)
         trainer = make_trainer([count], policy=policy, gradient_checkpointing=checkpointing)
         trainer.train()
-        assert trainer.model.is_activation_checkpointing is checkpointing
+        assert getattr(trainer.model, IS_CHECKPOINTING) is checkpointing
         results.append([p.detach().clone() for p in trainer.model.role_parameters("policy", "value")])
     assert in_rollouts == [False] * 4  # where it would do away with the cache
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
