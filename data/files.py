@@ -7,7 +7,6 @@ place. The error comes before any model is loaded. No row is repaired or filled 
 import json
 import logging
 import re
-import tempfile
 from pathlib import Path
 
 import datasets
@@ -15,6 +14,7 @@ import numpy as np
 from datasets import Dataset, ReadInstruction
 from datasets.exceptions import DatasetsError
 
+from data.caches import check_cache
 from data.listing import LISTING
 from data.reading import dataset_of, format_of, read_file
 from data.rows import Rows
@@ -87,24 +87,6 @@ def has_splits(name: str) -> bool:
         of_splits, alone = ((path / file).exists() for file in saved)
         return of_splits or not alone
     return format_of(path) is None
-
-
-def _check_cache() -> None:
-    """Check that `datasets` can write to its cache for data from the hub.
-
-    Raises:
-        OSError: the cache cannot be written.
-    """
-    cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cache):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"{cache}: the cache of `datasets` cannot be written ({error.strerror}). Set HF_DATASETS_CACHE or HF_HOME to a "
-            f"writable folder, or free some space."
-        ) from error
 
 
 def _load_folder(name: str, path: Path, split: str) -> Dataset:
@@ -249,7 +231,7 @@ def _load_saved(name: str, path: Path) -> Dataset:
 
 
 def _load_split(name: str, source: str, split: str, **options) -> Dataset:
-    _check_cache()
+    check_cache(Path(datasets.config.HF_DATASETS_CACHE), "the cache of `datasets`", "HF_DATASETS_CACHE or HF_HOME")
     try:
         return datasets.load_dataset(source, split=split, **options)
     except (FileNotFoundError, ConnectionError) as error:

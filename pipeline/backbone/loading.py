@@ -3,9 +3,12 @@
 import json
 import math
 import re
+from contextlib import suppress
 from pathlib import Path
 
 from accelerate import PartialState
+from huggingface_hub import constants, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
@@ -24,6 +27,8 @@ from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
+from data.caches import check_cache
+from data.embedded import find_embedded
 from data.json_files import read_json
 from data.saving import check_saved
 from pipeline.backbone.adapters import ADAPTER_CONFIG, damaged
@@ -60,6 +65,8 @@ def check_model_folder(name: str | None) -> None:
     if not folder.is_dir():
         if name.startswith((".", "/", "~")):
             raise FileNotFoundError(f"model_name_or_path={name!r}: there is no such folder. Correct the path.")
+        if find_embedded(name) == name:
+            _check_hub_cache(name)
         return
     check_saved(folder, "model")
     if (folder / ADAPTER_CONFIG).is_file():  # transformers would load the base and the adapter on it
@@ -90,6 +97,13 @@ def check_model_folder(name: str | None) -> None:
             f"{folder}: the model folder has no model.safetensors ({found}). Save the model there with "
             f"`model.save_pretrained({str(folder)!r})`."
         )
+
+
+def _check_hub_cache(name: str) -> None:
+    """Check, before a model is fetched from the hub, that it can be kept. Raises the error of `check_cache`."""
+    with suppress(HFValidationError):
+        if not constants.HF_HUB_OFFLINE and try_to_load_from_cache(name, "config.json") is None:
+            check_cache(Path(constants.HF_HUB_CACHE), "the cache of the hub's models", "HF_HUB_CACHE or HF_HOME")
 
 
 def load_pretrained(
