@@ -144,6 +144,8 @@ def _reason(error: Exception) -> str:
 
 def _file_of(error: Exception, folder: Path) -> str | None:
     """Return the name of the file that could not be written, if the error or the newest file tells it."""
+    if isinstance(error, SafetensorError):  # which names no file, and removes it
+        return "*.safetensors"
     staged, named = folder / SAVING, getattr(error, "filename", None)
     if named and Path(os.fsdecode(named)).is_relative_to(staged):
         return Path(os.fsdecode(named)).relative_to(staged).as_posix()
