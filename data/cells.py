@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 from datasets import Dataset
 
+from data.quoting import quoted as shorten
 from data.reading import dataset_of, format_of
 from data.rows import Rows, place, short_place
 
@@ -24,12 +25,6 @@ OTHER_ROLES = {
     **dict.fromkeys(("human", "prompter", "question", "instruction"), "user"),
     **dict.fromkeys(("gpt", "bot", "chatbot", "ai", "model", "answer", "response"), "assistant"),
 }
-
-
-def shorten(value: object) -> str:
-    """Return `repr(value)` in at most 60 characters."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
 
 
 class CellError(ValueError):

@@ -21,9 +21,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
-from data.json_files import write_json
+from data.json_files import check_object, write_json
 from data.prompts import tokenize_prompts
 from data.saving import save
+from data.schemas import MEASURED, REWARD_MODEL
 from pipeline.backbone.adapters import read_adapter, read_metrics
 from pipeline.backbone.loading import context_length
 from pipeline.backbone.rewards import learned_rewards
@@ -201,6 +202,13 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         data=(args.dataset_name,),
         writes=FILES["report"],
     )
+    first = next(iter(rewards.reward_adapter), None)  # the value started from the first of several
+    stages = {"sft": args.sft_adapter, "reward": first, "policy": args.policy_adapter}
+    metrics = {stage: read_metrics(folder) if folder else {} for stage, folder in stages.items()}
+    measured = {key: value for key, value in metrics["reward"].items() if key in REWARD_MODEL}
+    if measured:
+        remedy = "Restore the file, or remove it: the report is then silent about the reward model's training."
+        check_object(measured, f"{first}/metrics.json", MEASURED, remedy=remedy)
     rewards.check_weights(args.reward_weights)
     prompts = args.prompts()
     functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)
@@ -227,10 +235,6 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     if not state.is_main_process:
         return
     sft, policy = results["sft"], results["policy"]
-    first = next(iter(rewards.reward_adapter), None)  # the value started from the first of several
-    stages = {"sft": args.sft_adapter, "reward": first, "policy": args.policy_adapter}
-    metrics = {stage: read_metrics(folder) if folder else {} for stage, folder in stages.items()}
-    measured = {key: value for key, value in metrics["reward"].items() if key not in ("history", "rows", "seconds")}
     report = {
         "policy_name": args.policy_name,
         "seed": args.seed,
@@ -244,7 +248,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         **({"reward_model": measured} if measured else {}),
         "preflight": metrics["policy"].get("preflight", []),
         "completions": metrics["policy"].get("completions"),
-        "seconds": {stage: found["seconds"] for stage, found in metrics.items() if found},
+        "seconds": {stage: found["seconds"] for stage, found in metrics.items() if "seconds" in found},
     }
     history = metrics["policy"].get("history", [])
     curves = any("score" in row for row in history)  # only PPO logs these; other trainers log other figures

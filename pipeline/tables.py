@@ -12,9 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.json_files import write_json
-from data.saving import save
-from pipeline.backbone.adapters import read_metrics
+from data.json_files import read_json, write_json
+from data.saving import check_saved, save
+from data.schemas import BEST_OF_N, JUDGED_REPORT, PPO_METRICS, SEED_REPORT
 from pipeline.reports.markdown import markdown_table, number, with_interval
 from pipeline.reports.report import read_report
 from pipeline.runs.errors import report_errors
@@ -69,8 +69,19 @@ def kl_held(history: Sequence[dict]) -> float:
 
     `history` comes from the metrics file of PPO.
     """
-    kl = [row["kl"] for row in history if "kl" in row]
+    kl = [row["kl"] for row in history if row.get("kl") is not None]
     return statistics.fmean(kl[len(kl) // 2 :])
+
+
+def ppo_history(run: Path) -> list[dict]:
+    """Return PPO's log of a run, from its metrics file.
+
+    Raises the errors of `check_saved`, and:
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds no log.
+    """
+    check_saved(run / "ppo", "adapter")
+    return read_json(run / "ppo" / "metrics.json", PPO_METRICS, remedy="Run PPO again.")["history"]
 
 
 def seeds_table(reports: Sequence[dict]) -> str:
@@ -122,8 +133,7 @@ def seeds(folder: Path) -> None:
     """Print the table of the runs in <folder>/<seed>."""
     reports = []
     for path in folder.glob("*/report.json"):
-        history = read_metrics(path.parent / "ppo")["history"]
-        reports.append({**read_report(path), "kl_held": kl_held(history)})
+        reports.append({**read_report(path, SEED_REPORT), "kl_held": kl_held(ppo_history(path.parent))})
     print(seeds_table(reports))
 
 
@@ -157,7 +167,7 @@ def baselines_row(method: str, report: dict) -> dict:
     """Return a row of the table from a report of the evaluation stage."""
     policy = {key: report["policy"][key] for key in ("kl", "distinct_2", "score")}
     gains = {key: report.get(key) for key in ("judge_gain", "win_rate")}
-    seconds = report["seconds"].get("policy")
+    seconds = report.get("seconds", {}).get("policy")
     return {"method": method, "completions": report.get("completions"), **gains, **policy, "seconds": seconds}
 
 
@@ -169,7 +179,7 @@ def baselines(folder: Path, demo: Path) -> None:
     for name, method in METHODS.items():
         found = read_result(folder / name / "evaluation" / "report.json", "Run `make baselines`.")
         rows.append(baselines_row(method, found))
-    sampled = read_result(folder / "best_of_n" / "best_of_n.json", "Run `make baselines`.")
+    sampled = read_json(folder / "best_of_n" / "best_of_n.json", BEST_OF_N, remedy="Run `make baselines`.")
     rows += [{"method": f"best of {best['n']}", "completions": 0, **best} for best in sampled["rows"] if best["n"] > 1]
     write(folder, rows, comparison_table(rows), BASELINES_NOTE)
 
@@ -227,7 +237,7 @@ def ablations(folder: Path, *settings: str) -> None:
         runs[setting] = [
             {
                 "seed": int(path.parent.name),
-                **ablation_row(read_report(path), read_metrics(path.parent / "ppo")["history"]),
+                **ablation_row(read_report(path, JUDGED_REPORT), ppo_history(path.parent)),
             }
             for path in found
         ]

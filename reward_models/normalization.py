@@ -7,9 +7,8 @@ a KL coefficient. The two numbers are stored beside the adapter, not in its head
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-
 from data.json_files import read_json, write_json
+from data.schemas import NORMALIZATION
 
 
 FILE = "score_normalization.json"
@@ -39,12 +38,5 @@ def read_normalization(folder: str | Path) -> Normalization:
             f"normalize_scores: {folder} has no {FILE}. Train the reward model with --sft_adapter, which measures its "
             f"scores on that policy's completions, or set normalize_scores: false."
         )
-    try:
-        found = Normalization(**read_json(path))
-    except TypeError as error:
-        raise ValueError(f"{path}: it must hold mean, std and completions. Measure them anew.") from error
-    # A null stands for a number that was not finite.
-    known = all(isinstance(number, (int, float)) for number in (found.mean, found.std))
-    if not known or not np.isfinite([found.mean, found.std]).all() or found.std <= 0:
-        raise ValueError(f"{path}: mean {found.mean} and std {found.std} cannot scale scores. Measure them anew.")
-    return found
+    found = read_json(path, NORMALIZATION, remedy="Measure the scores anew, with pipeline.reward.")
+    return Normalization(found["mean"], found["std"], found["completions"])

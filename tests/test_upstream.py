@@ -436,8 +436,12 @@ PEFT = [
            "keep the adapter of zeros.", holds=lambda x: "adapter_name" in inspect.signature(x).parameters),
     Relied("peft.PeftModelForCausalLM.save_pretrained", ROLES, "the policy alone is saved.", "`save_role`.",
            holds=lambda x: {"save_directory", "selected_adapters"} <= set(inspect.signature(x).parameters)),
+    Relied("peft.tuners.tuners_utils.check_target_module_exists", "pipeline/backbone/adapter_tensors.py",
+           "which layers peft adapts is known before it makes tensors for them.", "compare the tensors' names alone.",
+           arguments=("config", "key"), says=("config.exclude_modules", "config.target_modules", "key.endswith(")),
     Relied("peft.get_peft_model_state_dict", ROLES, "the tensors of one adapter.", "pick them by name.",
-           holds=lambda x: {"model", "state_dict", "adapter_name"} <= set(inspect.signature(x).parameters)),
+           holds=lambda x: {"model", "state_dict", "adapter_name", "save_embedding_layers"}
+           <= set(inspect.signature(x).parameters)),
     Relied("peft.set_peft_model_state_dict", ROLES, "an adapter is given the tensors of a file.", "copy them by name.",
            holds=lambda x: {"model", "peft_model_state_dict", "adapter_name"} <= set(inspect.signature(x).parameters)),
 ]  # fmt: skip
@@ -514,6 +518,14 @@ DATASETS = [
     Relied("datasets.Dataset._fingerprint", "data/rows.py", "the cache is told the same rows.", "leave it to be drawn anew."),
     *(Relied(f"datasets.Dataset.{name}", "data/rows.py", "it takes rows by `select`, which keeps their origin.",
              f"override `{name}` too.", says=("self.select(",)) for name in ("shuffle", "sort", "train_test_split")),
+    Relied("datasets.Dataset.load_from_disk", "data/schemas.py", "these fields of state.json are checked first.",
+           "leave a field that it no longer reads out of the schema.",
+           says=('posixpath.join(dest_dataset_path, data_file["filename"])', 'state["_data_files"]', 'state["_split"]',
+                 'state["_fingerprint"]', 'state["_format_type"]', 'state["_format_kwargs"]', 'state["_format_columns"]',
+                 'state["_output_all_columns"]')),
+    *(Relied(f"datasets.Dataset.{name}", "data/schemas.py", "a field of state.json is called so.",
+             "leave it out of the schema.")
+      for name in ("_split", "_format_type", "_format_kwargs", "_format_columns", "_output_all_columns")),
 ]  # fmt: skip
 
 Z = "deepspeed.runtime.zero"

@@ -5,29 +5,20 @@ from pathlib import Path
 
 from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import LoraConfig, PeftConfig
-from safetensors import SafetensorError, safe_open
+from peft import LoraConfig
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from data.json_files import read_json
+from data.quoting import escaped, quoted
 from data.saving import check_saved
-from pipeline.backbone.identity import IDENTITY, fingerprint, precision_of
+from data.schemas import IDENTITY, METRICS
+from pipeline.backbone.adapter_config import ADAPTER_CONFIG, peft_config, read_adapter_config
+from pipeline.backbone.adapter_tensors import HEAD, WEIGHTS, check_fits, is_lora, module_of, read_header
+from pipeline.backbone.identity import IDENTITY as IDENTITY_FILE
+from pipeline.backbone.identity import fingerprint, precision_of
 from pipeline.backbone.padding import check_pad_token
-
-
-ADAPTER_CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-# Name under which peft keeps the head of a sequence-classification adapter (`modules_to_save=["score"]`).
-HEAD = "base_model.model.score.weight"
-# Fields of an adapter's config that can make peft change the base as it loads the adapter, and the values that do not.
-LEAVES_BASE = {
-    "bias": ("none",),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
-    "trainable_token_indices": (None,),
-    "layer_replication": (None,),
-}
 
 
 def adapter_folder(name: str) -> Path:
@@ -71,10 +62,9 @@ def check_adapter(name: str, *, needs_head: bool | None) -> Path:
     Args:
         needs_head: True: it must have a score head; False: it must not have one; None: both are accepted.
 
-    Raises:
+    Raises the errors of `read_header`, `read_adapter_config` and, for an adapter that must have a head, `read_metrics`, and:
         FileNotFoundError: the folder, its config or its safetensors file is missing.
-        ValueError: a file is damaged; it is not a LoRA adapter, or one that changes its base too; or the head is missing,
-            of another size, or not allowed here.
+        ValueError: the head is missing, of another size, or not allowed here.
     """
     folder = adapter_folder(name)
     for file in (ADAPTER_CONFIG, WEIGHTS):
@@ -89,43 +79,56 @@ def check_adapter(name: str, *, needs_head: bool | None) -> Path:
                 f"{folder / file}: no such file. Name the folder that `trainer.save_model` wrote ({ADAPTER_CONFIG} "
                 f"and {WEIGHTS}).{hint}"
             )
-    config = read_json(folder / ADAPTER_CONFIG)
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"{name}: the adapter is of type {config.get('peft_type')}, not LORA. Name a LoRA adapter.")
-    for field, harmless in LEAVES_BASE.items():
-        value = config.get(field, harmless[0])
-        if value not in harmless:
-            raise ValueError(
-                f"{name}: {ADAPTER_CONFIG} has {field}={value!r}, so the adapter changes the backbone itself, which all roles "
-                f"share. Train an adapter with {field}={harmless[0]!r}, or merge this one into its model and name the merged "
-                f"model in model_name_or_path."
-            )
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            head = file.get_slice(HEAD).get_shape() if HEAD in file.keys() else None  # noqa: SIM118 (no mapping)
-    except SafetensorError as error:
-        raise damaged(folder / WEIGHTS, error) from error
+    tensors = read_header(folder / WEIGHTS)
+    read_adapter_config(name, folder, modules={module_of(key) for key in tensors if is_lora(key)})
+    head = tensors.get(HEAD)
     if needs_head and head is None:
         raise ValueError(
             f"{name}: {WEIGHTS} holds no score head ({HEAD}), so it cannot score. Train the reward adapter with "
             f"modules_to_save=['score'] (pipeline.reward does)."
         )
-    if needs_head and head is not None and head[0] != 1:
+    if needs_head and head is not None and (len(head) != 2 or head[0] != 1):
+        outputs = f"{head[0]} outputs" if len(head) == 2 else f"the shape {head}"
         raise ValueError(
-            f"{name}: the score head has {head[0]} outputs, but a reward adapter has 1. Train it with num_labels=1."
+            f"{name}: the score head has {outputs}, but a reward adapter has 1 output. Train it with num_labels=1."
         )
     if head is not None and needs_head is False:
         raise ValueError(
             f"{name}: {WEIGHTS} holds a score head ({HEAD}), so it is a reward or value adapter. A policy cannot start from "
             f"it. Name an adapter of pipeline.sft here, and this one as reward_adapter."
         )
+    if needs_head:
+        read_metrics(folder)
     return folder
 
 
 def read_metrics(folder: str | Path) -> dict:
-    """Read the metrics file beside an adapter; return an empty dict if there is none (the adapter was made elsewhere)."""
+    """Read the metrics file beside an adapter; return an empty dict if there is none (the adapter was made elsewhere).
+
+    Raises:
+        ValueError: the file does not fit `data.schemas.METRICS`.
+    """
     path = adapter_folder(str(folder)) / "metrics.json"
-    return read_json(path) if path.is_file() else {}
+    remedy = "Restore the file. Without it, the figures of the adapter's training are left out."
+    return read_json(path, METRICS, remedy=remedy) if path.is_file() else {}
+
+
+def load_tokenizer(name: str, **source) -> PreTrainedTokenizerBase:
+    """Load a tokenizer from a folder or the hub.
+
+    Raises:
+        ValueError: its files are damaged.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(name, **source)
+    except (ImportError, OSError):  # a package that is missing, or no such tokenizer
+        raise
+    except Exception as error:  # the readers raise types of all kinds, also a bare Exception
+        if "trust_remote_code" in str(error):
+            raise
+        raise ValueError(
+            f"{name}: the tokenizer's files are damaged ({escaped(error)}). Save the tokenizer there anew."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -156,49 +159,40 @@ def read_adapter(
             not finite.
     """
     folder = check_adapter(name, needs_head=needs_head)
-    identity = folder / IDENTITY
-    made_for = read_json(identity) if identity.is_file() else {}
+    identity = folder / IDENTITY_FILE
+    made_for = read_json(identity, IDENTITY) if identity.is_file() else {}
     if base is not None and identity.is_file():
         ours = fingerprint(base)
-        theirs = str(made_for.get("fingerprint"))
+        theirs = made_for["fingerprint"]
         # A reward adapter does not depend on the language model head, and older adapters do not store its fingerprint.
         differ = [pair for pair in zip(theirs.split("+"), ours.split("+"), strict=False) if pair[0] != pair[1]]
         if differ:
             theirs, ours = differ[0]
             raise ValueError(
-                f"{name}: the adapter was trained on another base, {made_for.get('model_name_or_path')} "
-                f"({made_for.get('precision', 'not quantised')}, fingerprint {theirs[:12]}), than "
+                f"{name}: the adapter was trained on another base, {escaped(made_for.get('model_name_or_path'))} "
+                f"({escaped(made_for.get('precision', 'not quantised'))}, fingerprint {escaped(theirs[:12])}), than "
                 f"{base.config._name_or_path} ({precision_of(base.config)}, {ours[:12]}). Train the adapter on this "
                 f"base, or set model_name_or_path, load_in_4bit and bnb_4bit_quant_type to those of its own base."
             )
     beside = None
     if tokenizer is not None and (folder / "tokenizer.json").is_file():
-        beside = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        beside = load_tokenizer(str(folder), trust_remote_code=False)
         vocabulary, ours = beside.get_vocab(), tokenizer.get_vocab()
         if vocabulary != ours:
             odd = next(iter(sorted(vocabulary.items() ^ ours.items())))[0]
             raise ValueError(
                 f"{name}: the adapter was trained with another tokenizer ({len(vocabulary)} tokens, here {len(ours)}; "
-                f"{odd!r} is one that differs). Train the adapter with this tokenizer, or give the model its tokenizer."
+                f"{quoted(odd)} is one that differs). Train the adapter with this tokenizer, or give the model its tokenizer."
             )
+    config = peft_config(name, read_adapter_config(name, folder))
+    if base is not None:
+        check_fits(name, config, read_header(folder / WEIGHTS), base)
     tensors = load_file(folder / WEIGHTS)
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
-            problem = (
-                "is not finite"
-                if tensor.is_floating_point()
-                else f"is of {tensor.dtype}, not of a floating-point type"
-            )
-            raise ValueError(f"{folder / WEIGHTS}: {key} {problem}. Train the adapter anew.")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{folder / WEIGHTS}: {escaped(key)} is not finite. Train the adapter anew.")
     head = tensors.pop(HEAD, None)
     stored = made_for.get("pad_token_id")
     if tokenizer is not None and (stored is not None or (head is not None and (made_for or beside))):
         check_pad_token(name, stored, beside, tokenizer)
-    return Adapter(name, PeftConfig.from_pretrained(str(folder)), tensors, head)
-
-
-def damaged(path: Path, error: SafetensorError) -> ValueError:
-    """Return the error for a safetensors file that cannot be read."""
-    return ValueError(
-        f"{path}: the file is damaged, perhaps by a copy or download that was cut short ({error}). Copy or train it anew."
-    )
+    return Adapter(name, config, tensors, head)

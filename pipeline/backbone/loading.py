@@ -1,6 +1,5 @@
 """Load a pretrained model and its tokenizer, and check both."""
 
-import json
 import math
 import re
 from contextlib import suppress
@@ -16,7 +15,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
-    AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedModel,
@@ -30,8 +28,12 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from data.caches import check_cache
 from data.embedded import find_embedded
 from data.json_files import read_json
+from data.quoting import escaped
 from data.saving import check_saved
-from pipeline.backbone.adapters import ADAPTER_CONFIG, damaged
+from data.schemas import MODEL_CONFIG
+from pipeline.backbone.adapter_config import ADAPTER_CONFIG
+from pipeline.backbone.adapter_tensors import damaged
+from pipeline.backbone.adapters import load_tokenizer
 from pipeline.backbone.architecture import check_finite, check_model
 from pipeline.backbone.gguf import SMOLLM2, is_gguf, model_source
 from pipeline.backbone.padding import choose_pad_token, set_pad_token
@@ -72,17 +74,14 @@ def check_model_folder(name: str | None) -> None:
     if (folder / ADAPTER_CONFIG).is_file():  # transformers would load the base and the adapter on it
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         raise ValueError(
-            f"model_name_or_path={name!r} is the folder of an adapter, not of a model. Name its base there ({base}). Name "
-            f"the adapter as sft_adapter, reward_adapter or policy_adapter."
+            f"model_name_or_path={name!r} is the folder of an adapter, not of a model. Name its base there "
+            f"({escaped(base)}). Name the adapter as sft_adapter, reward_adapter or policy_adapter."
         )
-    kinds = (
-        (read_json(folder / "config.json").get("architectures") or []) if (folder / "config.json").is_file() else []
-    )
-    if kinds and all(
-        re.search(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$", str(kind)) for kind in kinds
-    ):
+    config = read_json(folder / "config.json", MODEL_CONFIG) if (folder / "config.json").is_file() else {}
+    kinds = config.get("architectures") or []
+    if kinds and all(re.search(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$", kind) for kind in kinds):
         raise ValueError(
-            f"{folder}: the model folder holds a classifier ({kinds[0]}), which has no language model head. Name the "
+            f"{folder}: the model folder holds a classifier ({escaped(kinds[0])}), which has no language model head. Name the "
             f"language model that it was made from in model_name_or_path. Name its adapter in reward_adapter."
         )
     if not any((folder / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
@@ -131,12 +130,7 @@ def load_pretrained(
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser().resolve())
     source = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{name}: the tokenizer's files are damaged ({error}). Save the tokenizer there anew."
-        ) from error
+    tokenizer = load_tokenizer(name, **source)
     if tokenizer.eos_token is None:
         raise ValueError(
             f"{name}: the tokenizer has no end-of-text token. Set eos_token in its tokenizer_config.json."

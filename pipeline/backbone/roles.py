@@ -26,7 +26,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 from trl import ModelConfig
 
-from pipeline.backbone.adapters import HEAD, WEIGHTS, Adapter, read_adapter
+from pipeline.backbone.adapter_tensors import HEAD, WEIGHTS, check_tensors, without_the_base
+from pipeline.backbone.adapters import Adapter, read_adapter
 from pipeline.backbone.architecture import Mask, attention, head_is_all, own_logits, positions, probe, takes_positions
 from pipeline.backbone.identity import fingerprint, write_identity
 from pipeline.backbone.loading import load_pretrained
@@ -113,7 +114,7 @@ class Backbone(PeftModelForCausalLM):
         origin = "reward" if init != "policy" and critic == "adapter" and "reward" in self.heads else "policy"
         if critic == "adapter":
             self.add_adapter(ADAPTERS["value"], deepcopy(self.peft_config[ADAPTERS[origin]]))
-            weights = get_peft_model_state_dict(self, adapter_name=ADAPTERS[origin])
+            weights = get_peft_model_state_dict(self, adapter_name=ADAPTERS[origin], save_embedding_layers=False)
             self._set_weights("value", weights, origin)
         hidden_size = self.hidden_size
         start = self.role_head("reward").weight * reward_weight if origin == "reward" else torch.zeros(1, hidden_size)
@@ -141,20 +142,10 @@ class Backbone(PeftModelForCausalLM):
 
     def _set_weights(self, role: str, weights: dict[str, Tensor], source: str) -> None:
         self.policy_is_bare = self.policy_is_bare and role != "policy"
-        expected = get_peft_model_state_dict(self, adapter_name=self._adapter(role))
-        if weights.keys() != expected.keys():
-            odd = sorted(weights.keys() ^ expected.keys())
-            raise ValueError(
-                f"{source}: {len(odd)} tensors of the adapter do not match the backbone (first: {odd[0]!r}). Name an "
-                f"adapter of this base."
-            )
-        for name, tensor in weights.items():
-            if tensor.shape != expected[name].shape:
-                raise ValueError(
-                    f"{source}: {name} has shape {tuple(tensor.shape)}, but needs {tuple(expected[name].shape)} on this "
-                    f"backbone. Its config names another rank, or it was trained on another base. Name an adapter of this "
-                    f"base."
-                )
+        weights = without_the_base(source, weights, self.get_base_model())
+        expected = get_peft_model_state_dict(self, adapter_name=self._adapter(role), save_embedding_layers=False)
+        shapes, needed = ({key: tuple(of.shape) for key, of in found.items()} for found in (weights, expected))
+        check_tensors(source, shapes, needed)
         set_peft_model_state_dict(self, weights, adapter_name=self._adapter(role))
 
     def _adapter(self, role: str) -> str:

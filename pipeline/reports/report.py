@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.json_files import read_json
+from data.json_files import check_object, read_json
 from data.saving import check_saved
+from data.schemas import REPORT, Kind
 from pipeline.reports.markdown import interval_in_words, markdown_cell, markdown_table, number, with_interval
 from pipeline.runs.outputs import rows_table
 
@@ -29,20 +30,22 @@ METRICS = (
 )
 
 
-def read_report(path: str | Path) -> dict:
+def read_report(path: str | Path, schema: Kind = REPORT) -> dict:
     """Read the evaluation stage's report.json.
 
     Older reports have the policy under `ppo`, and its name under `policy`. They are returned with the keys of today.
 
-    Raises the errors of `check_saved` and `read_json`.
+    Raises the errors of `check_saved`, and:
+        ValueError: the file does not fit the schema.
     """
     check_saved(Path(path).parent, Path(path).stem)
     report = read_json(path)
     if "ppo" in report:
         report |= {"policy": report.pop("ppo"), "policy_name": report.get("policy", "PPO")}
-        seconds = report.get("seconds", {})
-        if "ppo" in seconds:
+        seconds = report.get("seconds")
+        if isinstance(seconds, dict) and "ppo" in seconds:
             seconds["policy"] = seconds.pop("ppo")
+    check_object(report, str(path), schema, remedy="Run pipeline.evaluation again.")
     return report
 
 

@@ -13,7 +13,9 @@ from datasets import Dataset
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback
 
+from data.json_files import parse_json
 from data.prompts import tokenize_prompts
+from data.schemas import SAMPLE
 from pipeline.backbone.sampling import as_answers, sample
 from pipeline.rl.kl import kl_per_token
 from pipeline.runs.manifest import STAGING
@@ -56,11 +58,15 @@ class SampleTable(TrainerCallback):
 
     def _keep_rows_of(self, step: int) -> None:
         """Keep only the rows up to `step`, from which the run resumes: rows of later steps are written again."""
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if step and self.path.is_file() else []
-        whole = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        # The last line may be cut off.
+        lines = self.path.read_bytes().split(b"\n")[:-1] if step and self.path.is_file() else []
+        kept = []
+        for number, line in enumerate(lines, 1):
+            if parse_json(line, f"{self.path} line {number}", SAMPLE, remedy="Delete the line.")["step"] <= step:
+                kept.append(line + b"\n")
         fresh = self.path.parent / STAGING / SAMPLES
         fresh.parent.mkdir(exist_ok=True)
-        fresh.write_text("".join(whole), encoding="utf-8")
+        fresh.write_bytes(b"".join(kept))
         fresh.replace(self.path)
         fresh.parent.rmdir()
 

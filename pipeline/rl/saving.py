@@ -5,6 +5,8 @@ from pathlib import Path
 
 from accelerate.utils import send_to_device
 
+from data.json_files import check_object
+from data.schemas import PPO_STATE
 from pipeline.backbone.adapters import read_adapter
 from pipeline.rl.health import Health
 from pipeline.rl.rollout import Rollout
@@ -47,6 +49,7 @@ class SavesRoles:
         return state
 
     def load_training_state(self, state: dict) -> None:
+        check_object(state, "the checkpoint's state", PPO_STATE, remedy="Resume from another checkpoint.")
         super().load_training_state(state)
         for name, value in state["ppo"].items():
             setattr(self, FORMER.get(name, name), value)

@@ -44,7 +44,7 @@ from pipeline.runs.manifest import (
 from pipeline.runs.optimizer_shards import OptimizerShards
 from pipeline.runs.outputs import check_space, complete_card, seconds_running
 from pipeline.runs.ownership import holds_only_ours, make_way
-from pipeline.runs.state_files import load_state, save_state
+from pipeline.runs.state_files import load_trainer_state, save_state
 from pipeline.runs.stopping import StopsOnSignals
 from reward_models.composite import RewardError
 
@@ -229,7 +229,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
         else:  # not Trainer's own function: until transformers 5.17 it fails with several processes on CPUs
             for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
                 part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
-        state = load_state(Path(checkpoint) / f"state_{self.args.process_index}")
+        state = load_trainer_state(Path(checkpoint) / f"state_{self.args.process_index}")
         if state["rows"] != self._rows():
             raise ValueError(
                 f"{checkpoint}: written with {state['rows']} rows to train on, and this run has {self._rows()}. Resume on "

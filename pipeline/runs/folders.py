@@ -11,7 +11,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from data.json_files import read_json
 from data.saving import SAVED, SAVING, complete
-from pipeline.backbone.adapters import ADAPTER_CONFIG, check_adapter
+from pipeline.backbone.adapter_config import ADAPTER_CONFIG
+from pipeline.backbone.adapters import check_adapter
 from pipeline.backbone.loading import check_model_folder
 from pipeline.runs.manifest import STAGING
 from pipeline.runs.ownership import foreign_checkpoints, not_ours

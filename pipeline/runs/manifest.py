@@ -3,16 +3,19 @@
 `manifest.json` lists a checkpoint's files with their SHA-256, and the options that its position among the batches depends on.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from accelerate import PartialState
 from transformers import TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from data.json_files import read_json
 from data.listing import file_digest, json_digest
+from data.schemas import MANIFEST as MANIFEST_SCHEMA
+from data.schemas import TRAINER_STATE
 from pipeline.backbone.sharding import kind_of
 
 
@@ -94,6 +97,7 @@ def check_checkpoint(folder: str | Path, args: TrainingArguments) -> None:
         raise ValueError(
             f"{folder}: written with save_only_model, and so it holds no state to resume from. {other_checkpoint(folder)}"
         )
+    read_json(folder / TRAINER_STATE_NAME, TRAINER_STATE, remedy=other_checkpoint(folder))
     if manifest["world_size"] != args.world_size:
         raise ValueError(
             f"{folder}: written by {manifest['world_size']} processes, and this launch has {args.world_size}. Each process "
@@ -136,9 +140,9 @@ def checkpoints_in(output_dir: str | Path) -> list[Path]:
 def read_manifest(folder: Path) -> dict | None:
     """Return a checkpoint's manifest, or None if it is missing or damaged."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(folder / MANIFEST, MANIFEST_SCHEMA)
         return manifest if manifest["sha256"] == manifest_digest(manifest) else None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return None
 
 

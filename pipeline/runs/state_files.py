@@ -9,8 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from data.json_files import RESTORE, check_object, read_json
+from data.schemas import STATE, Kind
+
 
 TENSOR, FLOAT = "__tensor__", "__float__"
+LARGEST = 256 * 2**20  # bytes of a state's JSON
 
 
 def save_state(state: Any, path: Path) -> None:
@@ -37,8 +41,14 @@ def save_state(state: Any, path: Path) -> None:
     save_file(tensors, path.with_suffix(".safetensors"))
 
 
-def load_state(path: Path) -> Any:
-    """Read the files of `save_state`, with tensors on the CPU."""
+def load_state(path: Path, schema: Kind | None = None) -> Any:
+    """Read the files of `save_state`, with tensors on the CPU.
+
+    Raises:
+        ValueError: a file is damaged, or the state does not fit the schema.
+    """
+    file = path.with_suffix(".json")
+    found = read_json(file, limit=LARGEST)
     tensors = load_file(path.with_suffix(".safetensors"))
 
     def with_tensors(value: Any) -> Any:
@@ -50,7 +60,17 @@ def load_state(path: Path) -> Any:
             return {key: with_tensors(entry) for key, entry in value.items()}
         return [with_tensors(entry) for entry in value] if isinstance(value, list) else value
 
-    return with_tensors(json.loads(path.with_suffix(".json").read_text(encoding="utf-8")))
+    try:
+        state = with_tensors(found)
+    except (KeyError, ValueError, TypeError) as error:
+        raise ValueError(f"{file}: it names a tensor or a number that there is not ({error}). {RESTORE}") from error
+    check_object(state, str(file), schema)
+    return state
+
+
+def load_trainer_state(path: Path) -> dict[str, Any]:
+    """Read what a trainer's `training_state` returned. Raises the errors of `load_state`."""
+    return load_state(path, STATE)
 
 
 def local_part(value: Tensor) -> Tensor:

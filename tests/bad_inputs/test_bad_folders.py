@@ -180,6 +180,12 @@ DAMAGED = {
         change("adapter_config.json", layer_replication=[[0, 2], [1, 2]]),
         r"has layer_replication=\[\[0, 2\], \[1, 2\]\], so the adapter",
     ),
+    "whole numbers": (
+        "sft",
+        tensors(lambda found: {k: v.int() for k, v in found.items()}),
+        r"lora_A\.weight is of I32, not of a floating-point type that is trained",
+    ),
+    "cut metrics": ("reward", put("metrics.json", '{"accuracy"'), r"metrics\.json: not valid JSON"),
     "no head": (
         "reward",
         tensors(lambda found: {k: v for k, v in found.items() if k != HEAD}),
@@ -203,35 +209,33 @@ DAMAGED_SEEN_WITH_THE_MODEL = {
         r"1 tensors of the adapter do not",
     ),
     "not finite": ("sft", tensors(with_nan), r"adapter_model\.safetensors: \S+lora_A\.weight is not finite\. Train"),
-    "whole numbers": (
-        "sft",
-        tensors(lambda found: {k: v.int() for k, v in found.items()}),
-        r"is of torch\.int32, not of a floating-point",
-    ),
     "a head of another width": (
         "reward",
         tensors(lambda found: {**found, HEAD: torch.ones(1, 7)}),
-        r"score head of 'reward' reads 7 hidden units, but the backbone has 32",
+        r"the score head reads 7 hidden units, but the backbone has 32",
     ),
     "a cut identity": ("sft", cut("backbone.json", 9), r"backbone\.json: not valid JSON"),
-    "an empty identity": ("sft", put("backbone.json", "{}"), r"was trained on another base, None"),
+    "an empty identity": (
+        "sft",
+        put("backbone.json", "{}"),
+        r"backbone\.json: 'fingerprint' is missing\. It must be a text",
+    ),
     "another tokenizer": (
         "reward",
         add_a_token,
         r"with another tokenizer \(8193 tokens, here 8192; '<extra>' is one that",
     ),
-    "cut metrics": ("reward", put("metrics.json", '{"accuracy"'), r"metrics\.json: not valid JSON"),
     "no better than chance": ("reward", put("metrics.json", '{"accuracy": 0.5}'), r"PPO is refused before it starts"),
 }
 SCALES = {
     "no scale": (remove("score_normalization.json"), r"has no score_normalization\.json"),
     "a scale without numbers": (
         put("score_normalization.json", "{}"),
-        r"must hold mean, std and completions",
+        r"score_normalization\.json: 'mean' is missing\. It must be a number\. Measure the scores anew",
     ),
     "a scale of 0": (
         put("score_normalization.json", '{"mean": 0.0, "std": 0.0, "completions": 8}'),
-        r"std 0\.0 cannot scale scores",
+        r"score_normalization\.json: 'std' is 0\.0, but must be a number above 0\. Measure the scores anew",
     ),
 }
 OPTIONS = {
@@ -377,7 +381,9 @@ def test_the_adapter_of_another_pad_token_is_named(key, refuses):
 @pytest.mark.parametrize("value", ["x", -1, 10**9, [0]])
 def test_a_pad_token_that_no_tokenizer_has(value, refuses):
     spoil = change("backbone.json", pad_token_id=value)
-    message = r"trained with .* as padding, but this run pads with '<\|pad\|>'"
+    message = r"backbone\.json: 'pad_token_id' is .*, but must be a whole number of at least 0 or null"
+    if value == 10**9:
+        message = r"trained with 1000000000 as padding, but this run pads with '<\|pad\|>'"
     refuses("ppo", message, loads=True, sft_adapter=spoiled(spoil, "sft"))
 
 

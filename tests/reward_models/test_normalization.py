@@ -120,7 +120,9 @@ def test_an_adapter_without_its_numbers(roles, other_reward_adapter, tokenizer):
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 0.0), (0.0, -1.0), (float("nan"), 1.0), (0.0, float("inf"))])
 def test_numbers_that_are_no_scale(tmp_path, mean, std):
     Normalization(mean, std, 8).save(tmp_path)
-    with pytest.raises(ValueError, match=rf"{FILE}: mean .* and std .* cannot scale scores\. Measure them anew"):
+    with pytest.raises(
+        ValueError, match=rf"{FILE}: '(mean|std)' is .*, but must be a number.*\. Measure the scores anew"
+    ):
         read_normalization(str(tmp_path))
 
 

@@ -322,10 +322,15 @@ def test_best_of_n_table():
 
 
 def test_an_older_report_calls_the_policy_ppo(tmp_path):
-    older = {"sft": {"kl": 0.0}, "ppo": {"kl": 1.0}, "policy": "RLOO", "seconds": {"sft": 1.0, "ppo": 2.0}}
+    older = {
+        **without(REPORT, "policy"),
+        "ppo": REPORT["policy"],
+        "policy": "RLOO",
+        "seconds": {"sft": 1.0, "ppo": 2.0},
+    }
     (tmp_path / "report.json").write_text(json.dumps(older))
     found = read_report(tmp_path / "report.json")
-    assert found["policy"] == {"kl": 1.0} and found["policy_name"] == "RLOO" and "ppo" not in found
+    assert found["policy"] == REPORT["policy"] and found["policy_name"] == "RLOO" and "ppo" not in found
     assert found["seconds"] == {"sft": 1.0, "policy": 2.0}
     (tmp_path / "report.json").write_text(json.dumps(found))
     assert read_report(tmp_path / "report.json") == found
