@@ -4,7 +4,6 @@ A dataset can come from anywhere, so nothing about it is assumed. Data that cann
 place. The error comes before any model is loaded. No row is repaired or filled in.
 """
 
-import json
 import logging
 import re
 from pathlib import Path
@@ -14,11 +13,15 @@ import numpy as np
 from datasets import Dataset, ReadInstruction
 from datasets.exceptions import DatasetsError
 
+from data.boundaries import check_card, check_link, check_saved, warn_of_card, without_file_columns
 from data.caches import check_cache
+from data.json_files import read_json
 from data.listing import LISTING
+from data.quoting import escaped
 from data.reading import dataset_of, format_of, read_file
 from data.rows import Rows
 from data.saving import complete
+from data.schemas import DATASET_DICT
 
 
 logger = logging.getLogger(__name__)
@@ -48,7 +51,8 @@ def load_rows(name: str, split: str, *, data_dir: str | None = None) -> Rows:
 
     A file (.jsonl, .json, .csv, .tsv, .parquet, or one of them plus .gz) has no splits, and neither has a folder that
     `Dataset.save_to_disk` wrote. All their rows are returned for any `split`, so keep training and evaluation rows apart.
-    The files of any other folder are its shards, and their names tell the split.
+    The files of any other folder are its shards, and their names tell the split. Nothing outside of a folder or a repository
+    is read: see `data.boundaries`.
 
     On the hub, `owner/name@revision` names a branch, a tag or a commit, and `data_dir` is a folder of the dataset.
 
@@ -61,7 +65,7 @@ def load_rows(name: str, split: str, *, data_dir: str | None = None) -> Rows:
     if path.is_dir():
         rows = _load_folder(name, path, split)
     elif path.is_file():
-        rows = Rows.of_file(read_file(name, path), name)
+        rows = Rows.of_file(_read(name, path), name)
     elif format_of(path) or name.startswith((".", "/", "~")) or name.count("/") != 1:
         # A name without an owner never goes to the hub: `datasets` would read `text` or `csv` as all files of this folder.
         raise FileNotFoundError(
@@ -73,7 +77,7 @@ def load_rows(name: str, split: str, *, data_dir: str | None = None) -> Rows:
         options = {"revision": revision, "data_dir": data_dir}
         rows = _load_split(name, source, split, **{key: value for key, value in options.items() if value})
     if not isinstance(rows, Rows):
-        rows = Rows.of_file(rows, name)
+        rows = Rows.of_file(without_file_columns(rows, name), name)
     if len(rows) == 0:
         raise _no_rows(name)
     return rows
@@ -92,13 +96,20 @@ def has_splits(name: str) -> bool:
 def _load_folder(name: str, path: Path, split: str) -> Dataset:
     saved_splits = path / datasets.config.DATASETDICT_JSON_FILENAME
     if saved_splits.exists():
-        splits = json.loads(saved_splits.read_text(encoding="utf-8"))["splits"]
+        splits = read_json(saved_splits, DATASET_DICT, remedy="Save the dataset anew.")["splits"]
         if split not in splits:
-            raise ValueError(f"{name}: no split {split!r}; the splits are {', '.join(splits)}. Name one of them.")
+            known = escaped(", ".join(splits)) or "none"
+            raise ValueError(f"{name}: no split {split!r}; the splits are {known}. Name one of them.")
+        check_link(name, path, path / split)
         return _load_saved(name, path / split)
     if (path / datasets.config.DATASET_STATE_JSON_FILENAME).exists():
         return _load_saved(name, path)
+    warn_of_card(name, path)
     return _load_shards(name, path, split)
+
+
+def _read(called: str, path: Path) -> Dataset:
+    return without_file_columns(read_file(called, path), called)
 
 
 def _data_files(name: str, folder: Path) -> dict[str, list[Path]]:
@@ -121,17 +132,20 @@ def _data_files(name: str, folder: Path) -> dict[str, list[Path]]:
         )
     formats = {format_of(path): path for path in reversed(files)}
     if len(formats) > 1:
-        examples = ", ".join(str(path) for _, path in sorted(formats.items()))
+        examples = ", ".join(escaped(path) for _, path in sorted(formats.items()))
         raise ValueError(
             f"{name}: the folder has files of several formats ({examples}). Name one file, or keep the files of one format "
             f"and move the others elsewhere."
         )
     for path in files:
         if path.suffix.lower() == ".gz" and path.with_suffix("") in files:
-            raise ValueError(f"{name}: {path.with_suffix('')} and {path} would both be read. Remove one of them.")
+            both = f"{escaped(path.with_suffix(''))} and {escaped(path)}"
+            raise ValueError(f"{name}: {both} would both be read. Remove one of them.")
     others = [path for path in found if path not in files]
     if others:
-        logger.warning(f"{name}: {len(others)} other files in this folder are not read (such as {others[0]}).")
+        logger.warning(
+            f"{name}: {len(others)} other files in this folder are not read (such as {escaped(others[0])})."
+        )
     splits: dict[str, list[Path]] = {}
     unnamed: list[Path] = []
     for path in files:
@@ -141,9 +155,10 @@ def _data_files(name: str, folder: Path) -> dict[str, list[Path]]:
         return {"train": unnamed}
     splits = {split: splits[split] for split in dict.fromkeys([*SPLITS, *splits]) if split in splits}
     if unnamed:
+        odd, named = escaped(unnamed[0]), escaped(next(iter(splits.values()))[0])
         raise ValueError(
-            f"{name}: the name of {unnamed[0]} tells no split, but the name of {next(iter(splits.values()))[0]} tells one. "
-            f"Put the split into the name of {unnamed[0]}, or move the file elsewhere."
+            f"{name}: the name of {odd} tells no split, but the name of {named} tells one. Put the split into the name of "
+            f"{odd}, or move the file elsewhere."
         )
     return splits
 
@@ -190,8 +205,9 @@ def _end(to: int | None, rows: Dataset) -> int:
 def _concatenated(name: str, folder: Path, files: list[Path]) -> Rows:
     parts = []
     for path in files:
-        called = f"{name.rstrip('/')}/{path}"
-        parts.append(Rows.of_file(read_file(called, folder / path), called))
+        called = f"{name.rstrip('/')}/{escaped(path)}"
+        check_link(name, folder, folder / path)
+        parts.append(Rows.of_file(_read(called, folder / path), called))
         if len(parts[-1]) == 0:
             logger.warning(f"{called}: the file has no rows.")
     parts = [part for part in parts if len(part)] or parts[:1]
@@ -224,14 +240,18 @@ def _joined(parts: list[Rows]) -> Rows:
 
 
 def _load_saved(name: str, path: Path) -> Dataset:
+    check_saved(name, path)
     try:
-        return datasets.load_from_disk(path)
-    except (ValueError, IndexError, FileNotFoundError) as error:
-        raise _unreadable(name, f"{path} could not be loaded", error, "Save the dataset anew.") from error
+        rows = datasets.load_from_disk(path)
+        rows.data.table.validate(full=True)  # arrow files are mapped as they are, and damage would crash later
+        return rows
+    except Exception as error:  # what `datasets` makes of a damaged file or description, of any type
+        raise _unreadable(name, f"{escaped(path)} could not be loaded", error, "Save the dataset anew.") from error
 
 
 def _load_split(name: str, source: str, split: str, **options) -> Dataset:
     check_cache(Path(datasets.config.HF_DATASETS_CACHE), "the cache of `datasets`", "HF_DATASETS_CACHE or HF_HOME")
+    check_card(name, source, options.get("revision"))
     try:
         return datasets.load_dataset(source, split=split, **options)
     except (FileNotFoundError, ConnectionError) as error:
@@ -250,7 +270,7 @@ def _load_split(name: str, source: str, split: str, **options) -> Dataset:
 def _unreadable(name: str, problem: str, error: BaseException, remedy: str) -> ValueError:
     while error.__cause__ is not None:  # `datasets` wraps the reader's error, which names the place
         error = error.__cause__
-    reason = " ".join(str(error).split())
+    reason = escaped(" ".join(str(error).split()), 1000)
     # Messages of `datasets` and its readers when there are no rows. StopIteration: JSON. IndexError: a saved dataset.
     empty = ("corresponds to no data", "No columns to parse from file")
     if isinstance(error, (StopIteration, IndexError)) or any(words in reason for words in empty):

@@ -20,6 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo, Features, Json
 
+from data.boundaries import check_parquet_metadata
+from data.quoting import escaped
+
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 NUMBERS = ("margin", "agreement")
@@ -330,11 +333,15 @@ def _parquet(name: str, path: Path) -> Dataset:
         content = file.read()
     try:
         table = pq.ParquetFile(pa.BufferReader(content)).read()
+        table.validate(full=True)  # texts are UTF-8
+        check_parquet_metadata(table.schema.metadata, name)
         for number, field in enumerate(table.schema):
             if pa.types.is_dictionary(field.type):  # categories of pandas: the cells are their names
                 decoded = table.column(number).cast(field.type.value_type)
                 table = table.set_column(number, field.name, decoded)
         return Dataset(table)
-    except (pa.ArrowException, OSError, ValueError, NotImplementedError) as error:
-        reason = " ".join(str(error).split()).rstrip(".")
+    except Exception as error:  # what arrow and `datasets` make of a damaged file, of any type
+        if str(error).startswith(f"{name}: "):
+            raise
+        reason = escaped(" ".join(str(error).split()).rstrip("."), 1000) or type(error).__name__
         raise ValueError(f"{name}: could not be read as .parquet ({reason}). Correct the file.") from error
