@@ -19,6 +19,7 @@ from pipeline.backbone.loading import context_length
 from pipeline.backbone.lora import LoraArguments
 from pipeline.backbone.roles import load_backbone
 from pipeline.runs.arguments import DataArguments, PolicyArguments
+from pipeline.runs.changed_options import options_of
 from pipeline.runs.checkpoints import Checkpointed
 from pipeline.runs.command_line import parse
 from pipeline.runs.launch import check_wrapper
@@ -39,7 +40,10 @@ class DPO(Checkpointed, DPOTrainer):
 
 
 def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DPOConfig) -> None:
-    checkpoint = open_run(args, model, policies=(start.sft_adapter,), leaves_reward=False, data=data.sources)
+    options = options_of(data, start, model, args)
+    checkpoint = open_run(
+        args, model, options=options, policies=(start.sft_adapter,), leaves_reward=False, data=data.sources
+    )
     pairs = load_preferences(data.dataset_name, data.dataset_train_split, drop=data.drop_bad_rows)
     pairs = explicit_prompts(pairs, data.dataset_name, drop=data.drop_bad_rows)
     if start.max_pairs:  # pairs of one ranking follow each other
@@ -67,7 +71,7 @@ def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DP
     backbone.train_only("policy")  # adding adapters changes requires_grad
     set_seed(args.seed)
     check_wrapper(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint, options=options)
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
     read = 2 * min(trainer.state.global_step * batch, len(trainer.train_dataset))
     summary = {"completions": read, "rows": report, "history": trainer.state.log_history}

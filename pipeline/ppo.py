@@ -25,6 +25,7 @@ from pipeline.rl.preflight import preflight
 from pipeline.rl.sample_table import SampleTable
 from pipeline.rl.trainer import PPOTrainer
 from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
+from pipeline.runs.changed_options import options_of
 from pipeline.runs.command_line import parse
 from pipeline.runs.launch import check_wrapper
 from pipeline.runs.opening import open_run
@@ -68,9 +69,11 @@ def main(
             "use_vllm=True with load_in_4bit=True is not supported: vLLM gets weights with the policy merged in, and it "
             "cannot be merged into 4-bit weights. Leave one of the two unset."
         )
+    options = options_of(data, start, texts, rewards, lora, model, args)
     checkpoint = open_run(
         args,
         model,
+        options=options,
         policies=(start.sft_adapter,),
         rewards=rewards,
         leaves_reward=False,
@@ -116,6 +119,7 @@ def main(
     )
     if not model.load_in_4bit:  # a 4-bit model is already on its device
         backbone.to(args.device)  # under FSDP and DeepSpeed Trainer moves it only when training begins
+    trainer.check_changes(checkpoint, options)  # before the preflight, which takes long
     adapters = {reward.role: folder for reward, folder in zip(learned, rewards.reward_adapter, strict=True)}
     vllm = trainer.vllm_generation if args.use_vllm else None
     with trainer.gathered_weights(), trainer.accelerator.autocast():
@@ -128,7 +132,7 @@ def main(
         trainer.add_callback(SampleTable(trainer, fixed, judge))
     set_seed(args.seed, device_specific=True)  # processes draw different completions
     check_wrapper(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint, options=options)
     summary = {"preflight": [asdict(check) for check in checks], **trainer.summary(), "rows": report}
     finish_stage(trainer, backbone.fingerprint, summary)
     trainer.end()

@@ -24,6 +24,7 @@ from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.backbone.rewards import measure
 from pipeline.backbone.roles import load_backbone
 from pipeline.runs.arguments import DataArguments
+from pipeline.runs.changed_options import options_of
 from pipeline.runs.checkpoints import Checkpointed
 from pipeline.runs.command_line import parse
 from pipeline.runs.launch import check_wrapper
@@ -110,7 +111,10 @@ def main(
             f"train_sampling_strategy={args.train_sampling_strategy!r} is not supported: pairs of a ranking are batched "
             f"together. Set random or group_by_length."
         )
-    checkpoint = open_run(args, model, policies=(pairs.sft_adapter,), leaves_reward=True, data=data.sources)
+    options = options_of(data, pairs, lora, model, args)
+    checkpoint = open_run(
+        args, model, options=options, policies=(pairs.sft_adapter,), leaves_reward=True, data=data.sources
+    )
     parts = data.load(load_preferences)
     source, train = parts["train"]
     if pairs.sft_adapter:  # completions of the prompts will be scored
@@ -144,7 +148,7 @@ def main(
     if model.load_in_4bit:
         train_in_float32(trainer.model)
     check_wrapper(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint, options=options)
     metrics = held_out_report(trainer) if "held_out" in rows else {}
     metrics |= {"rows": report, "history": trainer.state.log_history}
     finish_stage(trainer, identity, metrics, complete=not pairs.sft_adapter)

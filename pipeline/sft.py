@@ -16,6 +16,7 @@ from pipeline.backbone.identity import fingerprint
 from pipeline.backbone.loading import context_length, load_pretrained, train_in_float32
 from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.runs.arguments import DataArguments
+from pipeline.runs.changed_options import options_of
 from pipeline.runs.checkpoints import Checkpointed
 from pipeline.runs.command_line import parse
 from pipeline.runs.launch import check_wrapper
@@ -32,7 +33,8 @@ class SFT(Checkpointed, SFTTrainer):
 
 
 def main(data: DataArguments, lora: LoraArguments, model: ModelConfig, args: SFTConfig) -> None:
-    checkpoint = open_run(args, model, leaves_reward=False, data=data.sources)
+    options = options_of(data, lora, model, args)
+    checkpoint = open_run(args, model, options=options, leaves_reward=False, data=data.sources)
     parts = data.load(load_texts)
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token)
     check_max_length(args.max_length, context_length(base))
@@ -57,7 +59,7 @@ def main(data: DataArguments, lora: LoraArguments, model: ModelConfig, args: SFT
     if model.load_in_4bit:
         train_in_float32(trainer.model)
     check_wrapper(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint, options=options)
     metrics = trainer.evaluate() if "held_out" in rows else {}
     finish_stage(trainer, identity, {**metrics, "rows": report, "history": trainer.state.log_history})
     trainer.end()

@@ -19,6 +19,7 @@ from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import load_backbone
 from pipeline.backbone.sampling import Sample, sample, sampling_options
 from pipeline.runs.arguments import DataArguments, OnlineArguments
+from pipeline.runs.changed_options import options_of
 from pipeline.runs.checkpoints import Checkpointed
 from pipeline.runs.launch import check_wrapper
 from pipeline.runs.opening import open_run
@@ -120,9 +121,11 @@ def train(
             "use_transformers_continuous_batching=True is not supported. It samples with the model's own generation config, "
             "and with bf16 TRL rounds the adapters to bfloat16 permanently. Leave it unset."
         )
+    options = options_of(data, start, rewards, model, args)
     checkpoint = open_run(
         args,
         model,
+        options=options,
         policies=(start.sft_adapter,),
         rewards=rewards,
         leaves_reward=False,
@@ -165,7 +168,7 @@ def train(
     backbone.train_only("policy")  # adding adapters changes requires_grad
     set_seed(args.seed, device_specific=True)  # processes draw different completions
     check_wrapper(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.train(resume_from_checkpoint=checkpoint, options=options)
     summary = {"completions": completions_sampled(trainer), "rows": rows, "history": trainer.state.log_history}
     finish_stage(trainer, backbone.fingerprint, summary)
     trainer.end()

@@ -3,6 +3,7 @@
 from dataclasses import asdict, fields
 from pathlib import Path
 
+from accelerate import PartialState
 from accelerate.utils import send_to_device
 
 from data.json_files import check_object
@@ -11,6 +12,7 @@ from pipeline.backbone.adapters import read_adapter
 from pipeline.rl.health import Health
 from pipeline.rl.rollout import Rollout
 from pipeline.runs.outputs import completions_sampled
+from pipeline.runs.resumed_options import json_digest
 
 
 # Names in older checkpoints, and what they are called now. There `health` is called `watch`, and has more fields.
@@ -48,11 +50,16 @@ class SavesRoles:
             state |= {"rollout": vars(self._rollout), "rollout_order": self._order}
         return state
 
+    def contents(self) -> dict:
+        """Override `contents`: add the texts of the language-model loss."""
+        return {**super().contents(), "texts": json_digest(self.texts) if self.texts else None}
+
     def load_training_state(self, state: dict) -> None:
         check_object(state, "the checkpoint's state", PPO_STATE, remedy="Resume from another checkpoint.")
         super().load_training_state(state)
         for name, value in state["ppo"].items():
             setattr(self, FORMER.get(name, name), value)
+        self._take_up_beta()
         health = state["health"] if "health" in state else state["watch"]
         self.health = Health(**{field.name: health[field.name] for field in fields(Health) if field.name in health})
         self.health.said = set(self.health.said)
@@ -60,6 +67,15 @@ class SavesRoles:
             self._rollout = Rollout(**send_to_device(state["rollout"], self.args.device))
             self._order = state["rollout_order"]
             self._buffered_inputs = self._minibatches()
+
+    def _take_up_beta(self) -> None:
+        """Take the recipe's beta if it has changed, or is not adapted from here on. An adapted one goes on."""
+        changed, adapted, beta = self._changed, self.beta, self.args.beta
+        constant = not self.args.kl_target and (changed is None or "kl_target" in changed)
+        if constant or "beta" in (changed or {}):
+            self.beta = beta
+            if beta != adapted and "beta" not in (changed or {}):
+                PartialState().print(f"beta: {beta:g} instead of the adapted {adapted:g} from here on.")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         """Override `_load_from_checkpoint`: load the policy and the value of a checkpoint."""

@@ -26,7 +26,6 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from data.json_files import write_json
 from data.saving import open_to_umask, sync
 from pipeline.backbone.adapters import WEIGHTS
-from pipeline.backbone.identity import digest
 from pipeline.backbone.sharding import kind_of
 from pipeline.runs.divergence import EndsAtDivergence
 from pipeline.runs.epochs import LOOP, ResumesEpochs
@@ -44,12 +43,13 @@ from pipeline.runs.manifest import (
 from pipeline.runs.optimizer_shards import OptimizerShards
 from pipeline.runs.outputs import check_space, complete_card, seconds_running
 from pipeline.runs.ownership import holds_only_ours, make_way
+from pipeline.runs.resumed_options import ResumesOptions
 from pipeline.runs.state_files import load_trainer_state, save_state
 from pipeline.runs.stopping import StopsOnSignals
 from reward_models.composite import RewardError
 
 
-class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSignals):
+class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDivergence, StopsOnSignals):
     """Mixin for one of TRL's trainers, as in `class SFT(Checkpointed, SFTTrainer)`: give it what this module describes.
 
     Trainer saves weights, optimizer, scheduler, its own state and random states, and finds its position among the batches
@@ -123,6 +123,8 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
             "kind": kind_of(self.args.distributed_state),
             "holds": ["weights"] if self.args.save_only_model else ["weights", "optimizer"],
             "order": {name: getattr(self.args, name) for name in ORDER if hasattr(self.args, name)},
+            "options": self._options,
+            "contents": self._contents,
             "files": {
                 name_in(path, staged): {"bytes": path.stat().st_size, "sha256": file_digest(path)}
                 for path in sorted(files_in(staged))
@@ -169,7 +171,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
             "epoch_start": self._epoch_start,
             "now": self._order_state(),
             "rows": self._rows(),
-            "frozen": self._frozen,
+            "frozen": self._contents["frozen"],
             "seconds": self.seconds_before + seconds_running(),
         }
         if hasattr(self, "_logs"):  # the table of completions
@@ -181,17 +183,19 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
         return state
 
     # -------------------------------------------------------------------------------------- resuming
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+    def train(self, resume_from_checkpoint: str | None = None, options: dict[str, Any] | None = None, **kwargs):
         """Override `train`: check the checkpoint first, and stop on a signal.
 
         On SIGTERM, SIGINT and SIGUSR1 the run finishes the current update, writes a checkpoint and exits with 128 + signal.
+        `options` are all options of the stage (`options_of`), to be compared with the checkpoint's.
         """
         if resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.args)
+        self.check_changes(resume_from_checkpoint, options)
+        self._say_changes(resume_from_checkpoint)
         check_space(self.args, self.model)
         if self.args.should_save:
             shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)  # of a killed run
-        self._frozen = digest((n, p) for n, p in sorted(self.model.named_parameters()) if not p.requires_grad)
         self._trained = {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
         for config in self.model.peft_config.values():  # peft writes a set in a different order in each process
             if isinstance(config.target_modules, set):
@@ -224,28 +228,19 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
+        ours = self._hyperparameters()
         if self._shared_out:
             self._load_shards(checkpoint)
         else:  # not Trainer's own function: until transformers 5.17 it fails with several processes on CPUs
-            for part, name in ((self.optimizer, OPTIMIZER_NAME), (self.lr_scheduler, SCHEDULER_NAME)):
-                part.load_state_dict(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+            for load, name in (
+                (self.optimizer.load_state_dict, OPTIMIZER_NAME),
+                (self._load_schedule, SCHEDULER_NAME),
+            ):
+                load(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+        self._take_up_hyperparameters(ours)
         state = load_trainer_state(Path(checkpoint) / f"state_{self.args.process_index}")
-        if state["rows"] != self._rows():
-            raise ValueError(
-                f"{checkpoint}: written with {state['rows']} rows to train on, and this run has {self._rows()}. Resume on "
-                f"the same data, or start a new run."
-            )
-        if state["frozen"] != self._frozen:
-            raise ValueError(
-                f"{checkpoint}: written with another backbone, SFT adapter or reward adapter. Name the same ones "
-                f"(model_name_or_path, sft_adapter, reward_adapter), or start a new run."
-            )
-        then, now = AutoTokenizer.from_pretrained(checkpoint).pad_token, self.processing_class.pad_token
-        if then != now:
-            raise ValueError(
-                f"{checkpoint}: written with {then!r} as padding, and this run pads with {now!r}. Set --pad_token {then!r}, "
-                f"or start a new run."
-            )
+        pad_token = AutoTokenizer.from_pretrained(checkpoint).pad_token
+        self._check_contents(checkpoint, state | {"pad_token": pad_token})  # an older manifest does not have them
         best = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).best_model_checkpoint
         if best:  # it is beside this checkpoint, also if the run's folder was moved
             best = Path(checkpoint).parent / Path(best).name
@@ -266,7 +261,11 @@ class Checkpointed(OptimizerShards, ResumesEpochs, EndsAtDivergence, StopsOnSign
         self._metrics = {mode: defaultdict(list, values) for mode, values in state["metrics"].items()}
         self.seconds_before = state["seconds"]
         self._trained_before, self._resumed = state["trained_for"], state
-        for name, values in state.get("logs", {}).items():
+        self._take_up_state()
+        logs = state.get("logs", {})
+        if logs.get("rewards") and logs["rewards"].keys() != set(self.reward_func_names):
+            logs = {}  # rows that other functions have scored do not fit into the table
+        for name, values in logs.items():
             if isinstance(values, list):
                 self._logs[name].extend(values)
             else:

@@ -1,8 +1,11 @@
 """Open a run that trains: make all checks that take less than a second, before anything large is read."""
 
+from typing import Any
+
 from transformers import TrainingArguments
 from trl import ModelConfig
 
+from pipeline.runs.changed_options import changed_options
 from pipeline.runs.folders import check_checkpoints, check_folders
 from pipeline.runs.launch import check_launch
 from pipeline.runs.manifest import find_checkpoint
@@ -15,6 +18,7 @@ def open_run(
     args: TrainingArguments,
     model: ModelConfig,
     *,
+    options: dict[str, dict[str, Any]],
     leaves_reward: bool,
     policies: tuple[str | None, ...] = (),
     rewards: RewardArguments | None = None,
@@ -24,6 +28,7 @@ def open_run(
     """Check launch, folders and reward weights, and return the checkpoint to resume from, if any.
 
     Args:
+        options: all options of the stage (`options_of`), to be compared with the checkpoint's.
         leaves_reward: whether the run saves a reward adapter (True) or a policy (False) in `output_dir`.
         policies: policy adapters that the run reads; None is an option that is not set.
         rewards: the rewards that the run trains against.
@@ -31,7 +36,7 @@ def open_run(
         shards: whether the run supports a model that is sharded over processes (FSDP, ZeRO-3).
 
     Raises the errors of `check_launch`, `check_folders`, `RewardArguments.check_weights`, `find_checkpoint` and
-    `check_checkpoints`.
+    `check_checkpoints` or `changed_options`.
     """
     check_launch(args, shards=shards)
     adapters = rewards.reward_adapter if rewards else ()
@@ -52,4 +57,6 @@ def open_run(
     checkpoint = find_checkpoint(args)
     if checkpoint is None:
         check_checkpoints(args.output_dir)
+    else:
+        changed_options(checkpoint, args, options)
     return checkpoint

@@ -133,4 +133,4 @@ class OptimizerShards:
             self.optimizer.load_state_dict(state["optimizer"])
             for parameter, saved in zip(parameters, state["weights"], strict=True):
                 local_part(parameter.detach()).copy_(saved)
-        self.lr_scheduler.load_state_dict(state["scheduler"])
+        self._load_schedule(state["scheduler"])
