@@ -206,7 +206,7 @@ def resumed(stages: list[list], out: Path) -> list[list]:
 def planted(words: list[str], out: Path) -> list[list]:
     """SFT with an adapter that its checkpoint does not have, and from checkpoints that a stranger has planted payloads in."""
     other = [*words, "--lora_r", "2", "--resume_from_checkpoint", str(out / "noise_resumed" / "checkpoint-2")]
-    error = "tensors do not match the model's adapter"
+    error = "this cannot change on resume: lora_r=2 instead of"
     added = [["other_adapter", "sft", [*other, "--output_dir", str(out / "other")], error, {}]]
     for name in (*READ, "beside"):
         names = BESIDE if name == "beside" else [name.format(process) for process in range(2)]

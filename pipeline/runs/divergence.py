@@ -36,15 +36,13 @@ def first_problem(loss: float, norm: float) -> str | None:
 
 
 def remedy(args: TrainingArguments) -> str:
-    """Return a sentence on what to change.
-
-    Training must start again: a resumed run would continue with the same learning rate.
-    """
+    """Return a sentence on what to change."""
     more = ["max_grad_norm: 1.0"] if not args.max_grad_norm else []
     if args.bf16 or args.fp16:
         more.append("bf16: false" if args.bf16 else "fp16: false")
     also = f" If that is not enough, set {' and '.join(more)}." if more else ""
-    return f"Start a new run with a lower learning_rate (it was {args.learning_rate:g}).{also}"
+    lower = f"Start a new run with a lower learning_rate (it was {args.learning_rate:g})"
+    return f"{lower}, or resume with it from a checkpoint that is good.{also}"
 
 
 class EndsAtDivergence:

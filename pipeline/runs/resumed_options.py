@@ -107,13 +107,10 @@ class ResumesOptions:
         for group, values in zip(groups, ours, strict=True):
             group.update({name: x for name, x in values.items() if name not in kept})
         if by_formula:
-            rates = [
-                rate * factor(schedule.last_epoch)
-                for rate, factor in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
-            ]
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate
-            schedule._last_lr = rates
+            schedule.base_lrs = [group["initial_lr"] for group in groups]
+            for group, factor in zip(groups, schedule.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * factor(schedule.last_epoch)
+            schedule._last_lr = [group["lr"] for group in groups]
 
     def _take_up_state(self) -> None:
         """Have Trainer's state follow this run: how often it logs, saves and evaluates, and what is the best."""
