@@ -23,16 +23,23 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from data.human_ratings import load_split
+from data.json_files import read_json, write_json
 from data.listing import file_digest
 from data.saving import save
+from pipeline.runs.changed_options import changed_options, options_of
 from pipeline.runs.command_line import parse
 from pipeline.runs.folders import check_ours, check_output_dir, check_path
 from pipeline.runs.launch import check_launch, check_wrapper
+from pipeline.runs.manifest import ORDER
 from pipeline.runs.ownership import FILES, former_files
+from pipeline.runs.resumed_options import ResumesOptions
 
 
+RECORD = "options.json"  # of a checkpoint, which has no manifest here
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -47,6 +54,55 @@ class BackboneConfig:
     n_embd: int = 256
     n_head: int = 4
     dropout: float = 0.2
+
+
+def check_options(args: TrainingArguments, options: dict) -> dict | None:
+    """Return the changed options that take effect if the run resumes (`changed_options`). Raises its errors, and a ValueError
+    for an option that the order of the batches depends on."""
+    checkpoint = args.resume_from_checkpoint
+    if not checkpoint:
+        return {}
+    path = Path(checkpoint) / RECORD
+    record = read_json(path) if path.is_file() else {}
+    for name, then in record.get("order", {}).items():
+        if (now := getattr(args, name, then)) != then:
+            raise ValueError(
+                f"{checkpoint}: written with {name}={then!r}, and this run has {name}={now!r}, which changes the order of the "
+                f"batches. Set {name} as it was, or start a new run."
+            )
+    return changed_options(checkpoint, args, options, record)
+
+
+class Pretraining(ResumesOptions, Trainer):
+    """Trainer, which records its options and takes up those that have changed since the checkpoint it resumes from."""
+
+    def train_with(self, options: dict, changed: dict | None) -> None:
+        self._options, self._changed = options, changed
+        self._say_changes(self.args.resume_from_checkpoint)
+        self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Override `_save_checkpoint`: record the options."""
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            order = {name: getattr(self.args, name) for name in ORDER if hasattr(self.args, name)}
+            write_json(folder / RECORD, {"step": self.state.global_step, "order": order, "options": self._options})
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        ours = self._hyperparameters()
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        else:
+            for load, name in (
+                (self.optimizer.load_state_dict, OPTIMIZER_NAME),
+                (self._load_schedule, SCHEDULER_NAME),
+            ):
+                load(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
+        self._take_up_hyperparameters(ours)
+        self._take_up_state()
 
 
 def train_tokenizer(texts: list[str], vocab_size: int, n_positions: int) -> PreTrainedTokenizerFast:
@@ -135,6 +191,8 @@ def main(shape: BackboneConfig, args: TrainingArguments) -> None:
         check_path(folder)
         check_output_dir(folder)
         check_ours(folder, names)
+    options = options_of(shape, args)
+    changed = check_options(args, options)
     set_seed(args.seed)
     texts = {split: [s.text for s in load_split(split)] for split in ("train", "validation", "test")}
     tokenizer = train_tokenizer(texts["train"], shape.vocab_size, shape.n_positions)
@@ -154,7 +212,7 @@ def main(shape: BackboneConfig, args: TrainingArguments) -> None:
         pad_token_id=tokenizer.pad_token_id,
     )
     model = GPT2LMHeadModel(config)
-    trainer = Trainer(
+    trainer = Pretraining(
         model=model,
         args=args,
         train_dataset=datasets["train"],
@@ -162,7 +220,7 @@ def main(shape: BackboneConfig, args: TrainingArguments) -> None:
         data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
     )
     check_wrapper(trainer)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    trainer.train_with(options, changed)
 
     if not trainer.is_world_process_zero():
         return

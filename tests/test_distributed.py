@@ -200,7 +200,9 @@ def resumed(stages: list[list], out: Path) -> list[list]:
         words = [*words, *SAVE, "--output_dir", folder, "--resume_from_checkpoint", "auto"]
         added += [[f"{name}_killed", stage, words, "Killed", {"kill": step}]]
         added += [[f"{name}_resumed", stage, words, None, {}]]
-    return added
+    still = [*plan["noise"][1], "--learning_rate", "0", "--output_dir", str(out / "still")]
+    still += ["--resume_from_checkpoint", str(out / "noise_resumed" / "checkpoint-2")]
+    return [*added, ["still", "sft", still, None, {}]]
 
 
 def planted(words: list[str], out: Path) -> list[list]:
@@ -368,6 +370,15 @@ def test_a_killed_run_resumes_to_the_bit(name, two):
         histories = [seen[which]["history"] for which in (name, f"{name}_resumed")]
         first, second = ([without_clock(row) for row in history] for history in histories)
         assert first == second
+
+
+@pytest.mark.slow
+def test_a_resumed_run_takes_up_its_learning_rate(two):
+    """With a learning rate of 0 the adapter stays as it is in the checkpoint."""
+    _, out, _, printed = two
+    assert printed.count("learning_rate: 0.0 instead of 0.001 from here on.") == 1
+    ours, theirs = (load_file(out / x / "adapter_model.safetensors") for x in ("still", "noise_resumed/checkpoint-2"))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.slow

@@ -67,8 +67,9 @@ REFUSED = {
     """,
     "it changes the frozen weights that the adapter was trained on": """
         dtype model_init_kwargs load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant
-        bnb_4bit_quant_storage vocab_size n_positions n_layer n_embd n_head
+        bnb_4bit_quant_storage
     """,
+    "it changes the shape of the model": "vocab_size n_positions n_layer n_embd n_head",
     "it changes which weights train": "critic",
     "it describes the beginning of a run": "value_init",
     "it changes the rows that are trained on, or their order": """
@@ -151,11 +152,14 @@ def _as_json(value: Any) -> Any:
 
 
 def changed_options(
-    checkpoint: str | Path, args: TrainingArguments, options: dict[str, dict[str, Any]]
+    checkpoint: str | Path,
+    args: TrainingArguments,
+    options: dict[str, dict[str, Any]],
+    manifest: dict[str, Any] | None = None,
 ) -> dict[str, tuple[Any, Any]] | None:
     """Return the options that have changed since a checkpoint and take effect: the old and the new value of each.
 
-    None means that the checkpoint's release did not record its options.
+    None means that the checkpoint's release did not record its options. `manifest` is read if it is not given.
 
     Args:
         args: the training arguments, whose class says which stage this is.
@@ -164,7 +168,7 @@ def changed_options(
     Raises:
         ValueError: an option has changed that cannot change on resume, or the checkpoint is another stage's.
     """
-    manifest = read_manifest(Path(checkpoint)) or {}
+    manifest = manifest or read_manifest(Path(checkpoint)) or {}
     before = manifest.get("options")
     if before is None:
         return None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 from data.human_ratings import load_split
@@ -64,3 +65,31 @@ def test_a_backbone_from_nothing(tmp_path):
     assert model.dtype == torch.float32 and model.config.n_layer == 1 and model.config.use_cache
     assert model.config.vocab_size == len(tokenizer) == 300
     assert {model.config.eos_token_id, model.config.pad_token_id} == {tokenizer.eos_token_id, tokenizer.pad_token_id}
+
+
+@pytest.mark.slow
+def test_a_resumed_run_takes_up_or_refuses_other_options(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pipeline.pretrain.load_split", lambda split: load_split(split)[:40])
+
+    def run(**changes):
+        shape = {"vocab_size": 300, "n_positions": 32, "n_layer": 1, "n_embd": 16, "n_head": 2}
+        shape |= {name: changes.pop(name) for name in shape.keys() & changes.keys()}
+        options = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 256, "max_steps": 1, "seed": 5}
+        args = {**options, "save_strategy": "steps", "save_steps": 1, "logging_steps": 1, **changes}
+        args = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none", **args)
+        main(BackboneConfig(str(tmp_path / "out"), **shape), args)
+
+    run()
+    first = str(tmp_path / "run" / "checkpoint-1")
+    with pytest.raises(ValueError, match="checkpoint-1: this cannot change on resume: n_layer=2 instead of 1"):
+        run(resume_from_checkpoint=first, n_layer=2)
+    with pytest.raises(
+        ValueError, match="checkpoint-1: written with seed=5, and this run has seed=6, which changes the"
+    ):
+        run(resume_from_checkpoint=first, seed=6)
+    capsys.readouterr()
+    run(resume_from_checkpoint=first, max_steps=2, learning_rate=0.0)
+    said = capsys.readouterr().out
+    assert "learning_rate: 0.0 instead of 5e-05 from here on.\nmax_steps: 2 instead of 1 from here on." in said
+    ours, theirs = (load_file(tmp_path / "run" / f"checkpoint-{step}" / "model.safetensors") for step in (2, 1))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
