@@ -130,6 +130,7 @@ ROLES, LOADING, SHARDING = (
     "pipeline/backbone/loading.py",
     "pipeline/backbone/sharding.py",
 )
+RESUMED = "pipeline/runs/resumed_options.py"
 PLAN, MERGING, LAUNCH = "pipeline/plan.py", "pipeline/backbone/merging.py", "pipeline/runs/launch.py"
 
 COPY_RLOO = "copy the method from the last RLOOTrainer that had it into PPOTrainer: it is ours to keep."
@@ -309,6 +310,9 @@ TRANSFORMERS = [
     Relied(f"{T}._load_from_checkpoint", CHECKPOINTS, "adapters are read by us, from safetensors.", OWN_LOOP,
            arguments=("self", "resume_from_checkpoint", "model")),
     Relied(f"{T}._load_best_model", CHECKPOINTS, "the best adapters are read by us.", OWN_LOOP, arguments=("self",)),
+    Relied("transformers.TrainerState.compute_steps", RESUMED, "a checkpoint's state would keep its own save_steps.",
+           "set `save_steps` and the like on the state.", arguments=("self", "args", "max_steps"),
+           says=('setattr(self, f"{step_kind}_steps", num_steps)',)),
     Relied(f"{T}._load_optimizer_and_scheduler", CHECKPOINTS, "nothing is unpickled as a run resumes.", OWN_LOOP,
            arguments=("self", "checkpoint")),
     Relied(f"{T}._save_optimizer_and_scheduler", SHARDS, "each process writes its part as safetensors.", OWN_LOOP,
@@ -506,6 +510,11 @@ TORCH = [
     Relied("torch.UntypedStorage._cdata", PLAN, "tells storages apart, also those without data.", "id of the storage."),
     Relied("torch.nn.Module._parameters", PLAN, "weights are replaced in place by fake ones.", "setattr."),
     Relied("torch.nn.Module._buffers", PLAN, "buffers are replaced in place by fake ones.", "setattr."),
+    Relied("torch.optim.lr_scheduler.LambdaLR", RESUMED, "a changed learning rate takes effect at the checkpoint's step.",
+           "make the scheduler anew with its `last_epoch`.",
+           says=('state_dict["lr_lambdas"]', "base_lr * lmbda(self.last_epoch)", "zip(self.lr_lambdas, self.base_lrs")),
+    Relied("torch.optim.lr_scheduler.LambdaLR._last_lr", RESUMED, "the log names the rate of the first resumed step.",
+           "leave it: the log then names the old rate once."),
     Relied("torch.distributed.elastic.multiprocessing.errors", "pipeline/runs/errors.py",
            "torch's launcher shows the error that a process wrote into this file.", "leave its table without a message.",
            says=("TORCHELASTIC_ERROR_FILE", '"extraInfo"')),
