@@ -35,6 +35,9 @@ BEST = [
 RESUMED = {"noise": 2, "reward": 2, "ppo": 3}
 NOISE = ["--lora_dropout", "0.1", "--train_sampling_strategy", "group_by_length"]
 SAVE = ["--save_strategy", "steps", "--save_steps", "1"]
+# Stages that other processes continue, and the step they continue after: for PPO the first update's last.
+CONTINUED = {"sft": 1, "reward": 1, "ppo": 2}
+written: dict[str, Path] = {}  # output folders of two processes, by config, as the tests of this module run
 # What a resume reads, of each process where there is a number; and what accelerate, DeepSpeed and transformers would.
 READ = [
     "optimizer_{}.json", "optimizer_{}.safetensors", "state_{}.json", "state_{}.safetensors", "rng_state_{}.pth",
@@ -205,6 +208,18 @@ def resumed(stages: list[list], out: Path) -> list[list]:
     return [*added, ["still", "sft", still, None, {}]]
 
 
+def continued(stages: list[list], out: Path, steps: dict[str, int], source: Path, ending: str) -> list[list]:
+    """Stages of the plan, each from a checkpoint in `source`/<stage><ending>, with folders of their own in `out`."""
+    plan = {name: (stage, words) for name, stage, words, *_ in stages}
+    added = []
+    for name, step in steps.items():
+        stage, words = plan[name]
+        checkpoint = source / f"{name}{ending}" / f"checkpoint-{step}"
+        words = [*words, "--output_dir", str(out / name), "--resume_from_checkpoint", str(checkpoint)]
+        added.append([f"{out.name}: {name}", stage, words, None, {}])
+    return added
+
+
 def planted(words: list[str], out: Path) -> list[list]:
     """SFT with an adapter that its checkpoint does not have, and from checkpoints that a stranger has planted payloads in."""
     other = [*words, "--lora_r", "2", "--resume_from_checkpoint", str(out / "noise_resumed" / "checkpoint-2")]
@@ -253,7 +268,12 @@ def launch(config: str, processes: int, stages: list, folder: Path, *words: str)
 def one(inputs, tmp_path_factory) -> tuple[Path, dict]:
     """The stages' output folders, and what the process saw, of one process with the whole batch."""
     out = tmp_path_factory.mktemp("one")
-    (saw,), _ = launch("cpu", 1, plan(inputs, out, out, 1, use_cpu=True), out)
+    stages = plan(inputs, out, out, 1, use_cpu=True)
+    for name, stage, words, *_ in stages[:]:
+        if name in CONTINUED:
+            words = [*words, *SAVE, "--output_dir", str(out / f"{name}_saved")]
+            stages.append([f"{name}_saved", stage, words, None, {}])
+    (saw,), _ = launch("cpu", 1, stages, out)
     return out, saw
 
 
@@ -268,10 +288,15 @@ def two(request, inputs, one, tmp_path_factory) -> tuple[str, Path, list[dict], 
     for name, options, error in REFUSED.get(request.param, []):
         stages.append([name, "ppo", [*ppo, *options, "--output_dir", str(out / name)], error, {}])
     stages.append(["best", "ppo", [*ppo, *BEST, "--output_dir", str(out / "best")], None, {}])
+    stages += continued(stages, out / "from_one", CONTINUED, one[0], "_saved")
+    if written:  # a rollout stays with its processes, so a run changes its wrapper also in the middle of an update
+        source = list(written.values())[-1]
+        stages += continued(stages, out / "from_two", {"reward": 2, "ppo": 3}, source, "_resumed")
     stages += resumed(stages, out)
     if request.param != "cpu_ddp":
         stages += planted(next(words for name, _, words, *_ in stages if name == "noise"), out)
     saw, printed = launch(request.param, 2, stages, out)
+    written[request.param] = out
     return request.param, out, saw, printed
 
 
@@ -422,6 +447,68 @@ def test_the_best_checkpoint_is_what_training_ends_with(two):
     assert saw[0]["best"]["digest"] == saw[1]["best"]["digest"] != saw[0]["ppo"]["digest"]
     for path in ("adapter_model.safetensors", "value/adapter_model.safetensors"):
         assert (out / "best" / path).read_bytes() == (out / "best" / "checkpoint-4" / path).read_bytes()
+
+
+def assert_same_adapters(ours: Path, theirs: Path) -> None:
+    """Compare, to rounding, the adapters that two runs end with."""
+    paths = [path for path in theirs.rglob("adapter_model.safetensors") if "checkpoint-" not in str(path)]
+    assert paths
+    for path in paths:
+        expected, found = load_file(path), load_file(ours / path.relative_to(theirs))
+        assert found.keys() == expected.keys(), path
+        for name in expected:
+            torch.testing.assert_close(found[name], expected[name], atol=1e-6, rtol=0, msg=f"{ours}: {name}")
+
+
+@pytest.mark.slow
+def test_two_processes_continue_what_one_process_began(one, two):
+    config, out, saw, printed = two
+    for name, step in CONTINUED.items():
+        assert_same_adapters(out / "from_one" / name, one[0] / name)
+        said = f"{name}_saved/checkpoint-{step}, which 1 process wrote; 2 processes under {KINDS[config]} go on."
+        assert said in printed
+        assert len({seen[f"from_one: {name}"]["digest"] for seen in saw}) == 1
+
+
+@pytest.mark.slow
+def test_two_processes_continue_under_another_wrapper(one, two):
+    """Also in the middle of an update."""
+    _, out, _, printed = two
+    if list(written.values())[0] == out:
+        pytest.skip("no other wrapper has run before")
+    assert "reward_resumed/checkpoint-2, which 2 processes under " in printed
+    for name in ("reward", "ppo"):
+        assert_same_adapters(out / "from_two" / name, one[0] / name)
+
+
+@pytest.mark.slow
+def test_one_process_continues_what_two_began(inputs, one, two):
+    """With their recipe, so that it takes twice as many passes for a step; but not from the middle of an update."""
+    config, out, _, _ = two
+    stages = plan(inputs, out, one[0], 2, use_cpu=True)
+    back = out / "back"
+    added = continued(stages, back, {"reward": 1, "ppo": 4}, out, "_resumed")
+    refused = continued(stages, out / "refused", {"ppo": 3}, out, "_resumed")
+    refused[0][3] = "in the middle of an update, and this launch is 1 process. The rollout belongs to the processes"
+    grouped = continued(
+        [["noise", "sft", [*stages[0][2], *NOISE], None, {}]], out / "grouped", {"noise": 2}, out, "_resumed"
+    )
+    grouped[0][3] = (
+        "With train_sampling_strategy=group_by_length the order of the rows depends on the number of processes"
+    )
+    (saw,), printed = launch("cpu", 1, [*added, *refused, *grouped], back)
+    for name in ("reward", "ppo"):
+        assert_same_adapters(back / name, one[0] / name)
+        rows = [[row for row in seen["history"] if "loss" in row] for seen in (saw[f"back: {name}"], one[1][name])]
+        assert len(rows[0]) == len(rows[1])
+        for row, other in zip(*rows, strict=True):
+            assert_close(row["loss"], other["loss"], name)
+            assert row["epoch"] == other["epoch"]
+    assert f"which 2 processes under {KINDS[config]} wrote; 1 process goes on. Random states begin anew" in printed
+    assert "gradient_accumulation_steps is 2 instead of 1, so that the global batch stays 8." in printed
+    assert "is 4 instead of 2 and steps_per_generation is 4 instead of 2, so that the global batch stays 8." in printed
+    back_to = out / "ppo_resumed" / "checkpoint-2"
+    assert f"Go back to the end of an update: --resume_from_checkpoint {back_to}." in saw["refused: ppo"]["error"]
 
 
 def assert_close(ours, theirs, name: str) -> None:

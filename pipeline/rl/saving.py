@@ -5,12 +5,15 @@ from pathlib import Path
 
 from accelerate import PartialState
 from accelerate.utils import send_to_device
+from torch import Tensor
 
 from data.json_files import check_object
 from data.schemas import PPO_STATE
 from pipeline.backbone.adapters import read_adapter
+from pipeline.backbone.roles import ADAPTERS
 from pipeline.rl.health import Health
 from pipeline.rl.rollout import Rollout
+from pipeline.runs.optimizer_shards import weights_by_name
 from pipeline.runs.outputs import completions_sampled
 from pipeline.runs.resumed_options import json_digest
 
@@ -82,6 +85,14 @@ class SavesRoles:
         self.model.load_role("policy", read_adapter(resume_from_checkpoint))
         self.model.load_role("value", read_adapter(f"{resume_from_checkpoint}/value", needs_head=True))
         self._last_loaded_step = -1  # TRL's: vLLM does not have these weights yet, at any step
+
+    def _saved_weights(self, checkpoint: str) -> dict[str, Tensor]:
+        """Override `_saved_weights`: the policy and the value are two adapters, and the value has a head."""
+        value = read_adapter(f"{checkpoint}/value", needs_head=True)
+        found = {"heads.value.weight": value.head}
+        for role, adapter in (("policy", read_adapter(checkpoint)), ("value", value)):
+            found |= weights_by_name(self.model, self._trained, adapter.weights, ADAPTERS[role])
+        return found
 
     def summary(self) -> dict:
         """Return what the metrics file holds: completions sampled, warnings, and the log of every update."""

@@ -19,7 +19,8 @@ from pipeline.runs.manifest import ORDER, read_manifest
 
 # The learning rate at a step depends on these.
 SCHEDULE = frozenset(
-    "learning_rate value_learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio max_steps num_train_epochs".split()
+    "learning_rate value_learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_steps warmup_ratio".split()
+    + "max_steps num_train_epochs".split()
 )
 # `pipeline.runs.resumed_options` replaces what the checkpoint's optimizer and scheduler have of these.
 OPTIMIZER = SCHEDULE | {"weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon"}
@@ -46,8 +47,8 @@ APPLIED = f"""
     vllm_importance_sampling_mode vllm_importance_sampling_clip_max vllm_importance_sampling_clip_min
     vllm_importance_sampling_cap vllm_structured_outputs_regex
 
-    beta kl_estimator kl_target kl_horizon gamma lam value_lam vf_coef value_clip critic_warmup_updates max_approx_kl entropy_coef
-    ptx_coef epsilon epsilon_high dual_clip delta normalize_advantages mask_truncated_completions loss_type loss_weights
+    beta kl_estimator kl_target kl_horizon gamma lam value_lam vf_coef value_clip critic_warmup_updates max_approx_kl
+    entropy_coef ptx_coef epsilon epsilon_high dual_clip delta normalize_advantages mask_truncated_completions loss_type loss_weights
     importance_sampling_level top_entropy_quantile use_adaptive_entropy entropy_coef_min entropy_coef_max
     entropy_coef_delta entropy_target off_policy_mask_threshold use_bias_correction_kl sapo_temperature_neg
     sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg router_aux_loss_coef

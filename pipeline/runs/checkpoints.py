@@ -26,26 +26,27 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from data.json_files import write_json
 from data.saving import open_to_umask, sync
 from pipeline.backbone.adapters import WEIGHTS
-from pipeline.backbone.sharding import kind_of
 from pipeline.runs.divergence import EndsAtDivergence
 from pipeline.runs.epochs import LOOP, ResumesEpochs
 from pipeline.runs.manifest import (
     MANIFEST,
-    ORDER,
     STAGING,
     check_checkpoint,
     checkpoints_in,
     file_digest,
     files_in,
+    launch_entries,
     manifest_digest,
     name_in,
+    read_manifest,
 )
-from pipeline.runs.optimizer_shards import OptimizerShards
+from pipeline.runs.optimizer_shards import OptimizerShards, was_shared_out
 from pipeline.runs.outputs import check_space, complete_card, seconds_running
 from pipeline.runs.ownership import holds_only_ours, make_way
 from pipeline.runs.resumed_options import ResumesOptions
-from pipeline.runs.state_files import load_trainer_state, save_state
+from pipeline.runs.state_files import save_state
 from pipeline.runs.stopping import StopsOnSignals
+from pipeline.runs.worlds import state_of
 from reward_models.composite import RewardError
 
 
@@ -119,10 +120,8 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
         manifest = {
             "step": self.state.global_step,
             "written": time.time(),
-            "world_size": self.args.world_size,
-            "kind": kind_of(self.args.distributed_state),
             "holds": ["weights"] if self.args.save_only_model else ["weights", "optimizer"],
-            "order": {name: getattr(self.args, name) for name in ORDER if hasattr(self.args, name)},
+            **launch_entries(self.args),
             "options": self._options,
             "contents": self._contents,
             "files": {
@@ -229,7 +228,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
         if checkpoint is None:
             return
         ours = self._hyperparameters()
-        if self._shared_out:
+        if self._shared_out or was_shared_out(checkpoint):
             self._load_shards(checkpoint)
         else:  # not Trainer's own function: until transformers 5.17 it fails with several processes on CPUs
             for load, name in (
@@ -238,7 +237,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
             ):
                 load(torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True))
         self._take_up_hyperparameters(ours)
-        state = load_trainer_state(Path(checkpoint) / f"state_{self.args.process_index}")
+        state = state_of(Path(checkpoint), read_manifest(Path(checkpoint)), self.args)
         pad_token = AutoTokenizer.from_pretrained(checkpoint).pad_token
         self._check_contents(checkpoint, state | {"pad_token": pad_token})  # an older manifest does not have them
         best = TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).best_model_checkpoint

@@ -3,8 +3,10 @@
 from typing import Any
 
 import torch
-from accelerate.utils import compare_versions, send_to_device
+from accelerate.utils import compare_versions, send_to_device, set_seed
 from torch import Tensor
+
+from pipeline.runs.worlds import seed_of_process
 
 
 # Trainer resets these in each call of `train`: sums of the loss since the last log and since the beginning.
@@ -43,6 +45,13 @@ class ResumesEpochs:
         """
         generator = getattr(self._sampler, "generator", None)
         return {"torch": torch.get_rng_state(), "sampler": None if generator is None else generator.get_state()}
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Override `_load_rng_state`: seed the random states anew if other processes wrote the checkpoint."""
+        if self._resumed and self._resumed.get("draws_anew"):
+            set_seed(seed_of_process(self.args.seed, self.state.global_step, self.args.process_index))
+        else:
+            super()._load_rng_state(checkpoint)
 
     def _begin_epoch(
         self, *, resume_from_checkpoint, steps_trained_in_current_epoch, epoch, epochs_trained, **kwargs

@@ -16,7 +16,7 @@ from data.json_files import read_json
 from data.listing import file_digest, json_digest
 from data.schemas import MANIFEST as MANIFEST_SCHEMA
 from data.schemas import TRAINER_STATE
-from pipeline.backbone.sharding import kind_of
+from pipeline.runs.worlds import check_world, fit_batch, recipe_batch, this_world, told
 
 
 MANIFEST = "manifest.json"
@@ -54,13 +54,24 @@ def find_checkpoint(args: TrainingArguments) -> str | None:
             PartialState().print(f"{args.output_dir} holds no checkpoint: training starts from the beginning.")
             return None
         asked = str(found[-1])
-    check_checkpoint(asked, args)
-    PartialState().print(f"Training resumes from {asked}.")
+    fit_batch(read_manifest(Path(asked)), args)
+    manifest = check_checkpoint(asked, args)
+    PartialState().print(f"Training resumes from {asked}{told(manifest, args)}.")
     return asked
 
 
-def check_checkpoint(folder: str | Path, args: TrainingArguments) -> None:
-    """Check that a checkpoint is complete and fits this launch. Raises the errors of `find_checkpoint`."""
+def launch_entries(args: TrainingArguments) -> dict:
+    """Return a manifest's entries about the launch, and about the options that the order of the batches depends on."""
+    processes, kind = this_world(args)
+    order = {name: getattr(args, name) for name in ORDER if hasattr(args, name)}
+    return {"world_size": processes, "kind": kind, "order": order, **recipe_batch(args)}
+
+
+def check_checkpoint(folder: str | Path, args: TrainingArguments) -> dict:
+    """Check that a checkpoint is complete and fits this launch, and return its manifest.
+
+    Raises the errors of `find_checkpoint`.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(
@@ -98,25 +109,16 @@ def check_checkpoint(folder: str | Path, args: TrainingArguments) -> None:
             f"{folder}: written with save_only_model, and so it holds no state to resume from. {other_checkpoint(folder)}"
         )
     read_json(folder / TRAINER_STATE_NAME, TRAINER_STATE, remedy=other_checkpoint(folder))
-    if manifest["world_size"] != args.world_size:
-        raise ValueError(
-            f"{folder}: written by {manifest['world_size']} processes, and this launch has {args.world_size}. Each process "
-            f"has its own random states, rollouts and order of prompts. Launch with --num_processes "
-            f"{manifest['world_size']}."
-        )
-    kind = kind_of(args.distributed_state)
-    if manifest.get("kind", kind) != kind:
-        raise ValueError(
-            f"{folder}: written under {manifest['kind']}, and this launch runs as {kind}. The checkpoint stores the optimizer "
-            f"state in another layout. Launch with the same configuration, or start a new run."
-        )
+    others = {path: found for path in checkpoints_in(folder.parent) if (found := read_manifest(path))}
+    checked = check_world(folder, manifest, args, others)
     for name, then in manifest["order"].items():
         now = getattr(args, name, None)
-        if now != then:
+        if name not in checked and now != then:
             raise ValueError(
                 f"{folder}: written with {name}={then!r}, and this run has {name}={now!r}, which changes the order of the "
                 f"batches. Set {name} as it was, or start a new run."
             )
+    return manifest
 
 
 def other_checkpoint(folder: Path) -> str:

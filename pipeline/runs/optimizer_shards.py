@@ -3,13 +3,23 @@
 accelerate and DeepSpeed would write pickles, and reading a pickle can execute code from it.
 """
 
+from collections.abc import Iterable
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 
+from pipeline.backbone.adapters import WEIGHTS
+from pipeline.runs.manifest import read_manifest
+from pipeline.runs.resharding import LAYOUTS, Layout, gather, share_out
 from pipeline.runs.state_files import load_state, local_part, save_state
+from pipeline.runs.worlds import this_world, writers
 
 
 # Names in DeepSpeed's state of its part of torch's optimizer state and of the weights in float32, in ZeRO-2 and ZeRO-3.
@@ -37,15 +47,50 @@ def _shard_like(parameter: Tensor, value: Any) -> Any:
     )
 
 
+def was_shared_out(checkpoint: str | Path) -> bool:
+    """Return whether each of the processes that wrote a checkpoint held a part of the optimizer's state."""
+    return (Path(checkpoint) / "optimizer_0.json").is_file()
+
+
+def read_part(path: Path) -> dict:
+    """Read the part of one process."""
+    part = load_state(path)
+    # JSON keys are text, not integers.
+    part["optimizer"]["state"] = {int(index): entry for index, entry in part["optimizer"]["state"].items()}
+    return part
+
+
+def weights_by_name(
+    model: PeftModel, names: Iterable[str], weights: dict[str, Tensor], adapter: str = "default"
+) -> dict[str, Tensor]:
+    """Return the saved weights of an adapter under the names that the model's parameters have.
+
+    Args:
+        names: the names of parameters; those of other adapters are left out.
+        weights: weights as peft saves them, without the adapter's name.
+    """
+    ours = [name for name in names if adapter in name.split(".")]
+    if not ours:
+        return {}
+    # peft renames numbers as it would rename weights.
+    numbers = {name: torch.tensor(number) for number, name in enumerate(ours)}
+    saved = get_peft_model_state_dict(model, numbers, adapter_name=adapter, save_embedding_layers=False)
+    return {ours[int(number)]: weights[name] for name, number in saved.items()}
+
+
+def flat_weights(optimizer: Any) -> list[Tensor] | None:
+    """Return the flat float32 weights that a DeepSpeed optimizer updates in this process, padding included."""
+    names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+    return next((getattr(optimizer, name) for name in names if hasattr(optimizer, name)), None)
+
+
 def check_zero(optimizer: Any) -> None:
     """Refuse a DeepSpeed optimizer that does not keep its part of the state in memory as flat tensors.
 
     Raises:
         ValueError: the DeepSpeed config asks for such an optimizer.
     """
-    flat = any(
-        hasattr(optimizer, name) for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
-    )
+    flat = flat_weights(optimizer) is not None
     on_disk = any(getattr(optimizer, name, False) for name in ("swap_optimizer", "params_in_nvme_and_cpu"))
     if not flat or on_disk or optimizer.elastic_checkpoint:
         raise ValueError(
@@ -82,7 +127,8 @@ class OptimizerShards:
         if not self._shared_out:
             super()._save_optimizer_and_scheduler(output_dir)
             return
-        state = {"trained": self._trained, "scheduler": self.lr_scheduler.state_dict()}
+        units = self._units()
+        state = {"trained": self._trained, "layout": units, "scheduler": self.lr_scheduler.state_dict()}
         if self.is_deepspeed_enabled:
             zero, (of_optimizer, of_weights) = self._zero_state()
             scale = {
@@ -99,22 +145,82 @@ class OptimizerShards:
         state = self.optimizer.optimizer.state_dict()
         return state, next(names for names in ZERO if names[0] in state)
 
-    def _load_shards(self, checkpoint: str) -> None:
-        """Load this process's part of the optimizer and of the weights, and the scheduler."""
+    def _units(self) -> list[dict[str, int]]:
+        """Return where the trained weights lie in the tensors that the optimizer updates (`Layout.units`)."""
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        names = {id(p): name for name, p in zip(self._trained, trained, strict=True)}
+        if not self.is_deepspeed_enabled:
+            return [{names[id(p)]: 0} for group in self.optimizer.param_groups for p in group["params"]]
+        zero = self.optimizer.optimizer
+        if hasattr(zero, "fp16_groups"):  # ZeRO-3
+            sizes = [{names[id(p)]: p.partition_numel() for p in group} for group in zero.fp16_groups]
+            return [dict(zip(of, accumulate(of.values(), initial=0), strict=False)) for of in sizes]
+        return [  # the weights are views of the flat tensor of their group
+            {names[id(p)]: (p.data_ptr() - flat.data_ptr()) // flat.element_size() for p in group}
+            for group, flat in zip(zero.bit16_groups, zero.bit16_groups_flat, strict=True)
+        ]
+
+    def _saved_weights(self, checkpoint: str) -> dict[str, Tensor]:
+        """Return the trained weights of a checkpoint's adapter files, by the names of the parameters."""
+        return weights_by_name(self.model, self._trained, load_file(Path(checkpoint) / WEIGHTS))
+
+    def _parts(self, checkpoint: str, processes: int) -> list[dict]:
+        """Read the parts of all processes that wrote a checkpoint; without shards there is one, and it is whole."""
+        folder = Path(checkpoint)
+        if was_shared_out(checkpoint):
+            return [read_part(folder / f"optimizer_{process}") for process in range(processes)]
+        weights = self._saved_weights(checkpoint)
+        names = [name for unit in self._units() for name in unit]  # the order in which Trainer makes every optimizer
+        optimizer, scheduler = (
+            torch.load(folder / name, map_location="cpu", weights_only=True)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
+        return [
+            {
+                "trained": self._trained,
+                "layout": [{name: 0} for name in names],
+                "optimizer": optimizer,
+                "weights": [weights[name] for name in names],
+                "scheduler": scheduler,
+            }
+        ]
+
+    def _part(self, checkpoint: str) -> dict:
+        """Return this process's part of a checkpoint; cut it anew if the checkpoint is from another launch."""
+        manifest = read_manifest(Path(checkpoint))
+        then, now = writers(manifest, self.args), this_world(self.args)
         path = Path(checkpoint) / f"optimizer_{self.args.process_index}"
-        state = load_state(path)
-        then, now = state["trained"], self._trained
-        odd = sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name))
+        if then == now:
+            part = read_part(path)
+        else:
+            parts = self._parts(checkpoint, then.processes)
+            part, path = parts[0], path.with_name("optimizer_0")
+        theirs, ours = part["trained"], self._trained
+        odd = sorted(name for name in theirs.keys() | ours.keys() if theirs.get(name) != ours.get(name))
         if odd:
             raise ValueError(
                 f"{path}.json: {len(odd)} tensors do not match the model's adapter, first {odd[0]!r}. Set the LoRA options "
                 f"as they were, or start a new run."
             )
-        # JSON keys are text, not integers.
-        state["optimizer"]["state"] = {int(index): entry for index, entry in state["optimizer"]["state"].items()}
+        if then == now:
+            return part
+        whole = gather(Layout(LAYOUTS[then.kind], len(parts), part["layout"], theirs), parts)
+        processes, process = (now.processes, self.args.process_index) if self._shared_out else (1, 0)
+        layout = Layout(LAYOUTS[now.kind], processes, self._units(), ours)
+        if self.is_deepspeed_enabled:
+            zero, (of_optimizer, _) = self._zero_state()
+            state, sizes = zero[of_optimizer], [flat.numel() for flat in flat_weights(self.optimizer.optimizer)]
+        else:
+            state, sizes = self.optimizer.state_dict(), [0] * len(layout.units)
+        scale = {"loss_scaler": part["loss_scaler"]} if "loss_scaler" in part else {}
+        return share_out(whole, layout, process, sizes, state["param_groups"]) | scale
+
+    def _load_shards(self, checkpoint: str) -> None:
+        """Load this process's part of the optimizer and of the weights, and the scheduler."""
+        state = self._part(checkpoint)
         if self.is_deepspeed_enabled:
             zero = self.optimizer.optimizer
-            vars(zero.loss_scaler).update(state["loss_scaler"])
+            vars(zero.loss_scaler).update(state.get("loss_scaler", {}))
             whole, (of_optimizer, of_weights) = self._zero_state()
             whole |= {of_optimizer: state["optimizer"], of_weights: state["weights"]}
             if hasattr(zero, "checkpoint_event_prologue"):

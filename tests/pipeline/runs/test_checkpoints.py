@@ -254,7 +254,7 @@ def test_what_does_not_fit_the_launch_is_refused(make_trainer, ppo_run, killed_r
     with pytest.raises(ValueError, match="written by 1 processes, and this launch has 2.*--num_processes 1"):
         find_checkpoint(args)
     monkeypatch.undo()
-    monkeypatch.setattr("pipeline.runs.manifest.kind_of", lambda state: "ZeRO-3")
+    monkeypatch.setattr("pipeline.runs.worlds.kind_of", lambda state: "ZeRO-3")
     with pytest.raises(ValueError, match="checkpoint-6: written under no wrapper, and this launch runs as ZeRO-3"):
         find_checkpoint(arguments(make_trainer, killed_run, "auto"))
     monkeypatch.undo()
