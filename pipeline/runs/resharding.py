@@ -6,6 +6,7 @@ cut, and the pieces of one process make its flat tensor. Without a wrapper and u
 """
 
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -117,7 +118,8 @@ def gather(layout: Layout, parts: Sequence[dict]) -> Whole:
         for entry, first in states[0].items():
             values = [state[entry] for state in states]
             if not isinstance(first, Tensor) or first.dim() == 0:
-                of_names = dict.fromkeys(offsets, first)
+                # The optimizer counts in place, and so each weight needs a count of its own.
+                of_names = {name: deepcopy(first) for name in offsets}
             elif all(_fits(layout, x, part["weights"][unit]) for x, part in zip(values, parts, strict=True)):
                 of_names = layout.join(unit, values)
             else:

@@ -94,6 +94,8 @@ def test_state_is_the_same_after_it_was_cut_for_other_processes(kind, processes,
     assert same(back.weights, whole.weights)
     assert same(back.moments, whole.moments)
     assert same(back.schedule, whole.schedule)
+    counts = [entries["step"] for entries in back.moments.values()]
+    assert len({count.data_ptr() for count in counts}) == len(SHAPES)  # an optimizer counts in place
     again = share_out(back, layout_of("DDP", 1)[0], 0, [0] * len(SHAPES), one["optimizer"]["param_groups"])
     assert same(again, one)
 
