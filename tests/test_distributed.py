@@ -37,6 +37,7 @@ NOISE = ["--lora_dropout", "0.1", "--train_sampling_strategy", "group_by_length"
 SAVE = ["--save_strategy", "steps", "--save_steps", "1"]
 # Stages that other processes continue, and the step they continue after: for PPO the first update's last.
 CONTINUED = {"sft": 1, "reward": 1, "ppo": 2}
+SMALLER = ["--per_device_train_batch_size", "2"]  # half as many rows a pass as the plan has for two processes
 written: dict[str, Path] = {}  # output folders of two processes, by config, as the tests of this module run
 # What a resume reads, of each process where there is a number; and what accelerate, DeepSpeed and transformers would.
 READ = [
@@ -208,14 +209,19 @@ def resumed(stages: list[list], out: Path) -> list[list]:
     return [*added, ["still", "sft", still, None, {}]]
 
 
-def continued(stages: list[list], out: Path, steps: dict[str, int], source: Path, ending: str) -> list[list]:
-    """Stages of the plan, each from a checkpoint in `source`/<stage><ending>, with folders of their own in `out`."""
+def continued(
+    stages: list[list], out: Path, steps: dict[str, int], source: Path, ending: str, **options: list[str]
+) -> list[list]:
+    """Stages of the plan, each from a checkpoint in `source`/<stage><ending>, with folders of their own in `out`.
+
+    `options` are those of a stage, beside the plan's."""
     plan = {name: (stage, words) for name, stage, words, *_ in stages}
     added = []
     for name, step in steps.items():
         stage, words = plan[name]
         checkpoint = source / f"{name}{ending}" / f"checkpoint-{step}"
         words = [*words, "--output_dir", str(out / name), "--resume_from_checkpoint", str(checkpoint)]
+        words += options.get(name, [])
         added.append([f"{out.name}: {name}", stage, words, None, {}])
     return added
 
@@ -288,7 +294,7 @@ def two(request, inputs, one, tmp_path_factory) -> tuple[str, Path, list[dict], 
     for name, options, error in REFUSED.get(request.param, []):
         stages.append([name, "ppo", [*ppo, *options, "--output_dir", str(out / name)], error, {}])
     stages.append(["best", "ppo", [*ppo, *BEST, "--output_dir", str(out / "best")], None, {}])
-    stages += continued(stages, out / "from_one", CONTINUED, one[0], "_saved")
+    stages += continued(stages, out / "from_one", CONTINUED, one[0], "_saved", sft=SMALLER)
     if written:  # a rollout stays with its processes, so a run changes its wrapper also in the middle of an update
         source = list(written.values())[-1]
         stages += continued(stages, out / "from_two", {"reward": 2, "ppo": 3}, source, "_resumed")
@@ -468,6 +474,7 @@ def test_two_processes_continue_what_one_process_began(one, two):
         said = f"{name}_saved/checkpoint-{step}, which 1 process wrote; 2 processes under {KINDS[config]} go on."
         assert said in printed
         assert len({seen[f"from_one: {name}"]["digest"] for seen in saw}) == 1
+    assert "gradient_accumulation_steps is 2 instead of 1, so that the global batch stays 8." in printed
 
 
 @pytest.mark.slow

@@ -495,6 +495,10 @@ TORCH = [
            "drop the gathered copies.", arguments=("self",)),
     Relied("torch.distributed.fsdp.MixedPrecisionPolicy", TRAINER, "an empty policy casts nothing.",
            "pass one of float32.", holds=lambda x: x() == x(None, None, None, True)),
+    *(Relied(f"torch.optim.lr_scheduler.{kind}.{name}", "pipeline/runs/resharding.py",
+             "a scheduler has a value for each parameter group, and DeepSpeed drops empty groups.", "take the new name.")
+      for kind, name in (("LRScheduler", "base_lrs"), ("LRScheduler", "_last_lr"), ("LambdaLR", "lr_lambdas"),
+                         ("ReduceLROnPlateau", "min_lrs"))),
     Relied("torch.distributed.tensor.DTensor.from_local", SHARDS, "a moment is sharded as its parameter is.",
            "torch.distributed.checkpoint.",
            holds=lambda x: {"local_tensor", "device_mesh", "placements", "run_check", "shape", "stride"}
@@ -552,6 +556,14 @@ DEEPSPEED = [
            says=("state_dict[OPTIMIZER_STATE_DICT] = self.optimizer.state_dict()", "state_dict[FP32_FLAT_GROUPS]")),
     Relied(f"{ZERO_2}.single_partition_of_fp32_groups", SHARDS, "its weights in float32 are flat, in memory.", ZERO_WAY_OUT),
     Relied(f"{ZERO_3}.fp32_partitioned_groups_flat", SHARDS, "its weights in float32 are flat, in memory.", ZERO_WAY_OUT),
+    Relied(f"{ZERO_2}.bit16_groups", SHARDS, "the weights in each flat tensor, which a checkpoint names.", ZERO_WAY_OUT),
+    Relied(f"{ZERO_2}.bit16_groups_flat", SHARDS, "the weights are views of it, and so it tells where each begins.",
+           ZERO_WAY_OUT),
+    Relied(f"{ZERO_2}.get_data_parallel_partitions", SHARDS, "each process has an equal part of the flat tensor.",
+           ZERO_WAY_OUT, says=("total_num_elements // dp",)),
+    Relied(f"{ZERO_3}.fp16_groups", SHARDS, "the weights in each flat tensor, which a checkpoint names.", ZERO_WAY_OUT),
+    Relied(f"{Z}.partition_parameters.Init._padding_size", SHARDS, "each process has an equal piece of each weight.",
+           ZERO_WAY_OUT, says=("remainder = param.ds_numel % partition_world_size",)),
     Relied(f"{ZERO_3}.swap_optimizer", SHARDS, "an optimizer on disk is refused.", ZERO_WAY_OUT),
     Relied(f"{ZERO_3}.params_in_nvme_and_cpu", SHARDS, "an optimizer on disk is refused.", ZERO_WAY_OUT),
     *(Relied(f"{each}.{name}", SHARDS, why, ZERO_WAY_OUT) for each in (ZERO_2, ZERO_3) for name, why in (

@@ -18,6 +18,7 @@ from pipeline.runs.outputs import completions_sampled
 from pipeline.runs.resumed_options import json_digest
 
 
+VALUE_HEAD = "heads.value.weight"  # the name of the parameter
 # Names in older checkpoints, and what they are called now. There `health` is called `watch`, and has more fields.
 FORMER = {"_far": "_kl_exceeded", "_skip": "_skipping"}
 
@@ -89,9 +90,11 @@ class SavesRoles:
     def _saved_weights(self, checkpoint: str) -> dict[str, Tensor]:
         """Override `_saved_weights`: the policy and the value are two adapters, and the value has a head."""
         value = read_adapter(f"{checkpoint}/value", needs_head=True)
-        found = {"heads.value.weight": value.head}
+        assert value.head is not None
+        found = {VALUE_HEAD: value.head}
         for role, adapter in (("policy", read_adapter(checkpoint)), ("value", value)):
-            found |= weights_by_name(self.model, self._trained, adapter.weights, ADAPTERS[role])
+            names = self._trained.keys() - found.keys()
+            found |= weights_by_name(self.model, names, adapter.weights, ADAPTERS[role])
         return found
 
     def summary(self) -> dict:

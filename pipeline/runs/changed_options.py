@@ -48,8 +48,8 @@ APPLIED = f"""
     vllm_importance_sampling_cap vllm_structured_outputs_regex
 
     beta kl_estimator kl_target kl_horizon gamma lam value_lam vf_coef value_clip critic_warmup_updates max_approx_kl
-    entropy_coef ptx_coef epsilon epsilon_high dual_clip delta normalize_advantages mask_truncated_completions loss_type loss_weights
-    importance_sampling_level top_entropy_quantile use_adaptive_entropy entropy_coef_min entropy_coef_max
+    entropy_coef ptx_coef epsilon epsilon_high dual_clip delta normalize_advantages mask_truncated_completions loss_type
+    loss_weights importance_sampling_level top_entropy_quantile use_adaptive_entropy entropy_coef_min entropy_coef_max
     entropy_coef_delta entropy_target off_policy_mask_threshold use_bias_correction_kl sapo_temperature_neg
     sapo_temperature_pos vespo_k_pos vespo_lambda_pos vespo_k_neg vespo_lambda_neg router_aux_loss_coef
     ld_alpha f_divergence_type f_alpha_divergence_coef label_smoothing use_weighting discopop_tau

@@ -66,7 +66,7 @@ def weights_by_name(
     """Return the saved weights of an adapter under the names that the model's parameters have.
 
     Args:
-        names: the names of parameters; those of other adapters are left out.
+        names: the names of parameters of adapters; those of other adapters are left out.
         weights: weights as peft saves them, without the adapter's name.
     """
     ours = [name for name in names if adapter in name.split(".")]
@@ -78,10 +78,13 @@ def weights_by_name(
     return {ours[int(number)]: weights[name] for name, number in saved.items()}
 
 
-def flat_weights(optimizer: Any) -> list[Tensor] | None:
-    """Return the flat float32 weights that a DeepSpeed optimizer updates in this process, padding included."""
+def flat_weights(optimizer: Any) -> list[Tensor]:
+    """Return the flat float32 weights that a DeepSpeed optimizer updates in this process, padding included.
+
+    The list is empty if the optimizer keeps none.
+    """
     names = ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
-    return next((getattr(optimizer, name) for name in names if hasattr(optimizer, name)), None)
+    return next((getattr(optimizer, name) for name in names if hasattr(optimizer, name)), [])
 
 
 def check_zero(optimizer: Any) -> None:
@@ -90,7 +93,9 @@ def check_zero(optimizer: Any) -> None:
     Raises:
         ValueError: the DeepSpeed config asks for such an optimizer.
     """
-    flat = flat_weights(optimizer) is not None
+    flat = any(
+        hasattr(optimizer, name) for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat")
+    )
     on_disk = any(getattr(optimizer, name, False) for name in ("swap_optimizer", "params_in_nvme_and_cpu"))
     if not flat or on_disk or optimizer.elastic_checkpoint:
         raise ValueError(
@@ -187,8 +192,7 @@ class OptimizerShards:
 
     def _part(self, checkpoint: str) -> dict:
         """Return this process's part of a checkpoint; cut it anew if the checkpoint is from another launch."""
-        manifest = read_manifest(Path(checkpoint))
-        then, now = writers(manifest, self.args), this_world(self.args)
+        then, now = writers(read_manifest(Path(checkpoint)), self.args), this_world(self.args)
         path = Path(checkpoint) / f"optimizer_{self.args.process_index}"
         if then == now:
             part = read_part(path)

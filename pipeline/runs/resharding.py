@@ -166,8 +166,9 @@ def share_out(whole: Whole, layout: Layout, process: int, sizes: Sequence[int], 
         if not state[unit]:  # a weight that was never updated
             del state[unit]
     # DeepSpeed drops groups without weights. Such a group takes the values of the first.
-    names = [next((name for unit in group["params"] for name in layout.units[unit]), None) for group in groups]
-    origins = [whole.group_of[name] if name else 0 for name in names]
+    origins = [
+        next((whole.group_of[name] for unit in group["params"] for name in layout.units[unit]), 0) for group in groups
+    ]
     param_groups = [
         {key: value if key == "params" else whole.groups[origin].get(key, value) for key, value in group.items()}
         for origin, group in zip(origins, groups, strict=True)

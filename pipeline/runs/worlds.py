@@ -37,10 +37,10 @@ def this_world(args: TrainingArguments) -> World:
     return World(args.world_size, kind_of(args.distributed_state))
 
 
-def writers(manifest: dict, args: TrainingArguments) -> World:
-    """Return the world that wrote a checkpoint. Older manifests name no kind; then it is that of this launch."""
-    now = this_world(args)
-    return World(manifest["world_size"], manifest.get("kind", now.kind))
+def writers(manifest: dict | None, args: TrainingArguments) -> World:
+    """Return the world that wrote a checkpoint. What the manifest does not name, as older ones do, is as in this launch."""
+    found, now = manifest or {}, this_world(args)
+    return World(found.get("world_size", now.processes), found.get("kind", now.kind))
 
 
 def told(manifest: dict, args: TrainingArguments) -> str:
@@ -109,10 +109,12 @@ def _check_batch(folder: Path, manifest: dict, args: TrainingArguments) -> None:
     fitting = _fitting(manifest, args, args.per_device_train_batch_size)
     if fitting and all(getattr(args, name) == value for name, value in fitting.items()):
         return
-    sizes = [n for n in range(1, args.per_device_train_batch_size + 1) if _fitting(manifest, args, n)]
+    asked, most = args.per_device_train_batch_size, manifest["world_size"] * manifest["order"][BATCH[0]]
+    sizes = [n for n in range(1, most + 1) if _fitting(manifest, args, n)]
     remedy = f"Launch with --num_processes {manifest['world_size']}"
     if sizes:
-        values = {BATCH[0]: sizes[-1], **_fitting(manifest, args, sizes[-1])}
+        size = max((n for n in sizes if n <= asked), default=sizes[0])
+        values = {BATCH[0]: size, **_fitting(manifest, args, size)}
         remedy = f"Set {', '.join(f'{name} to {value}' for name, value in values.items())}; or {remedy.lower()}"
     then = _described(manifest["world_size"], manifest["order"])
     now = _described(args.world_size, {name: getattr(args, name, None) for name in manifest["order"]})
@@ -193,13 +195,13 @@ def _passes(order: dict) -> int:
 
 
 # ------------------------------------------------------------------------------------------ the state of a process
-def state_of(folder: Path, manifest: dict, args: TrainingArguments) -> dict:
+def state_of(folder: Path, manifest: dict | None, args: TrainingArguments) -> dict:
     """Return the state with which this process goes on from a checkpoint (`Checkpointed.training_state`).
 
     Other processes than those that wrote it take the state of the first one, with the mean of all sums of the loss: the rest
     of that state is the same in all processes between updates.
     """
-    if manifest["world_size"] == args.world_size:
+    if manifest is None or manifest["world_size"] == args.world_size:
         return load_trainer_state(folder / f"state_{args.process_index}")
     states = [load_trainer_state(folder / f"state_{process}") for process in range(manifest["world_size"])]
     state = states[0]

@@ -251,12 +251,15 @@ def test_what_does_not_fit_the_launch_is_refused(make_trainer, ppo_run, killed_r
     (newest / "notes.txt").unlink()
     args = arguments(make_trainer, killed_run, "auto")
     monkeypatch.setattr(type(args), "world_size", 2)
-    with pytest.raises(ValueError, match="written by 1 processes, and this launch has 2.*--num_processes 1"):
+    with pytest.raises(
+        ValueError, match="written by 1 process in the middle of an update, and this launch is 2"
+    ) as caught:
         find_checkpoint(args)
+    assert f"end of an update: --resume_from_checkpoint {killed_run / 'checkpoint-4'}. Or" in str(caught.value)
     monkeypatch.undo()
     monkeypatch.setattr("pipeline.runs.worlds.kind_of", lambda state: "ZeRO-3")
-    with pytest.raises(ValueError, match="checkpoint-6: written under no wrapper, and this launch runs as ZeRO-3"):
-        find_checkpoint(arguments(make_trainer, killed_run, "auto"))
+    assert find_checkpoint(arguments(make_trainer, killed_run, "auto")) == str(newest)
+    assert "checkpoint-6, which 1 process wrote; 1 process under ZeRO-3 goes on." in capsys.readouterr().out
     monkeypatch.undo()
     trainer = make_trainer(output_dir=str(killed_run), max_steps=12)
     with pytest.raises(ValueError, match="written with 16 rows to train on, and this run has 8"):
