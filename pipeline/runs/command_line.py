@@ -1,16 +1,26 @@
 """Read a stage's options from its recipe and the command line, and refuse every typo."""
 
 import difflib
+import os
+import re
 import sys
 import warnings
+from dataclasses import fields
 from io import TextIOWrapper
+from typing import Any
 
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from trl import TrlParser
+from trl import ModelConfig, TrlParser
 
+from data.cells import shorten
 from pipeline.runs.errors import report_errors
-from pipeline.runs.recipe import check_ranges, check_types, find_recipe, read_recipe
+from pipeline.runs.recipe import check_ranges, check_types
+from pipeline.runs.recipe_file import find_recipe, read_recipe
+from pipeline.runs.trainer_options import check_attention, check_trainer_options
+
+
+NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|-(inf|infinity|nan)$", re.IGNORECASE)
 
 
 def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
@@ -19,7 +29,7 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
     Raises:
         FileNotFoundError: there is no such recipe.
         ValueError: the recipe is not YAML; no dataclass has the key (the message names the nearest one); a value has the
-            wrong type, or is outside of its range.
+            wrong type, or is outside of its range; or a trainer would refuse an option later.
     """
     runs = args is None
     if args is None:
@@ -31,29 +41,34 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
     args = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     parser = TrlParser(dataclass_types)
     parser.error = _refuse  # argparse would print all options of the stage before the error
-    options = [word.lstrip("-").replace("-", "_") for action in parser._actions for word in action.option_strings]
-    known = {"config", "env", *options}
-    given = [(word[2:].split("=")[0].replace("-", "_"), "command line") for word in args if word.startswith("--")]
-    recipe, path, rest = {}, None, list(args)
+    parser._negative_number_matcher = NEGATIVE  # argparse takes -1e-5 and -inf for options
+    flags = {_plain(word): action.dest for action in parser._actions for word in action.option_strings}
+    keys = {*flags.values(), "env"} - {"help"}
+    recipe, path = {}, None
     if "--config" in args:
         if args[-1] == "--config":
             raise ValueError("command line: --config needs the path of a recipe after it.")
-        at = rest.index("--config")
-        path = args[args.index("--config") + 1] = find_recipe(rest[at + 1])
-        del rest[at : at + 2]
+        at = args.index("--config")
+        path = find_recipe(args[at + 1])
+        args = args[:at] + args[at + 2 :]
         recipe = read_recipe(path)
-        given += [(str(key), path) for key in recipe]
+    given = [(_plain(word.split("=")[0]), "command line") for word in args if word.startswith("--")]
+    words = {flags[key] for key, _ in given if key in flags}
+    given += [(str(key), path) for key in recipe]
     for key, source in given:
+        known = {*flags} if source == "command line" else keys
         if key not in known:
+            if key == "config":
+                raise ValueError(f"{source}: one run has one recipe. Name it with --config, once.")
             nearest = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {nearest[0]}?" if nearest else ""
-            raise ValueError(f"{source}: unknown key {key!r}.{hint}")
-    check_types(recipe, dataclass_types, path)
-    parser.set_defaults_with_config(**recipe)
-    check_ranges(vars(parser.parse_known_args(rest)[0]))
-    with warnings.catch_warnings():  # TRL asks to set it on the tokenizer, and `load_pretrained` does that
-        warnings.filterwarnings("ignore", message="`pad_token` is deprecated")
-        parts = parser.parse_args_and_config(args)
+            raise ValueError(f"{source}: unknown key {shorten(key)}.{hint}")
+    _set_environment(recipe.pop("env", {}), path)
+    parser.set_defaults_with_config(**check_types(recipe, dataclass_types, path))
+    options = vars(parser.parse_args(args))
+    options |= check_types({key: options[key] for key in words}, dataclass_types, None)
+    check_ranges(options)
+    parts = tuple(_made(kind, options, {*words, *recipe}) for kind in dataclass_types)
     for part in parts:
         for name in ("eos_token", "chat_template_path"):
             if value := getattr(part, name, None):
@@ -62,10 +77,53 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
                     f"unset. Change the tokenizer of a local copy of the model, and name the copy in model_name_or_path."
                 )
         _check_generation_kwargs(part)
+        check_ranges({"generation_batch_size": getattr(part, "generation_batch_size", None)})  # also if it is derived
+        if isinstance(part, TrainingArguments):
+            check_trainer_options(part, installed=runs)
+        if isinstance(part, ModelConfig):
+            check_attention(part.attn_implementation, installed=runs)
     if runs:
         for part in parts:
             _check_trackers(getattr(part, "report_to", None))
     return parts
+
+
+def _plain(flag: str) -> str:
+    """Return the name of an option from its flag, with either spelling of a hyphen."""
+    return flag.lstrip("-").replace("-", "_")
+
+
+def _set_environment(given: object, path: str | None) -> None:
+    """Set the environment variables of a recipe's `env`, a mapping of names to values."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{path}: env={shorten(given)} must be a mapping of names to values.")
+    for name, value in given.items():
+        if not isinstance(name, str) or not name or set("=\0") & set(name):
+            raise ValueError(f"{path}: env: {shorten(name)} is no name of an environment variable.")
+        if not isinstance(value, (str, int, float)) or "\0" in str(value):
+            raise ValueError(f"{path}: env: {name}={shorten(value)} must be text or a number.")
+    os.environ.update({name: str(value) for name, value in given.items()})
+
+
+def _made(kind: type, options: dict[str, Any], named: set[str]) -> Any:
+    """Make a dataclass from its options, of which a user has set those that are `named`.
+
+    Raises:
+        ValueError: the dataclass refuses a value with another error, which does not say that an option is wrong.
+    """
+    given = {option.name: options[option.name] for option in fields(kind) if option.init}
+    with warnings.catch_warnings():  # TRL asks to set it on the tokenizer, and `load_pretrained` does that
+        warnings.filterwarnings("ignore", message="`pad_token` is deprecated")
+        try:
+            return kind(**given)
+        except (ValueError, OSError, ImportError):
+            raise
+        except Exception as error:
+            changed = [f"{name}={shorten(given[name])}" for name in given if name in named - {"hub_token"}]
+            raise ValueError(
+                f"{kind.__name__} cannot be made from these options ({type(error).__name__}: {error}): "
+                f"{', '.join(changed)}. Correct the one that the error is about, or leave it out."
+            ) from error
 
 
 # Fields of GenerationConfig that change more than which tokens are drawn, and the reason to refuse each.

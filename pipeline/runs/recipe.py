@@ -1,116 +1,163 @@
-"""Check a recipe before anything is loaded: its YAML, and the type and range of every option.
+"""Check the type and the range of every option before anything is loaded.
 
 Most options belong to TRL and Trainer. They read `max_steps: 0` as three epochs, accept a `learning_rate` of -1, and read
-`save_strategy: no` as False. Here each of these is an error.
+`save_strategy: no` as False. Here each of these is an error. A value gets the type that the option's annotation names, also
+inside lists and mappings.
 """
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import Field, fields
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, fields
 from enum import Enum
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-import yaml
+from data.cells import shorten
 
 
 ABOVE_0 = """
     temperature num_train_epochs epsilon epsilon_high value_clip kl_target kl_horizon max_approx_kl adam_epsilon
-    repetition_penalty top_p logging_steps eval_steps save_steps lora_alpha vllm_importance_sampling_clip_max
+    repetition_penalty logging_steps eval_steps save_steps lora_alpha vllm_importance_sampling_clip_max
+    vllm_importance_sampling_cap delta discopop_tau sapo_temperature_neg sapo_temperature_pos
 """
 FROM_0 = """
     learning_rate value_learning_rate weight_decay max_grad_norm beta vf_coef entropy_coef ptx_coef missing_eos_penalty
-    critic_warmup_updates sample_updates warmup_steps top_k vllm_importance_sampling_clip_min
+    critic_warmup_updates sample_updates warmup_steps top_k vllm_importance_sampling_clip_min dataloader_num_workers
+    center_rewards_coefficient router_aux_loss_coef eval_delay neftune_noise_alpha num_completions_to_print
+    entropy_coef_delta entropy_coef_min entropy_coef_max entropy_target off_policy_mask_threshold
+    max_tool_calling_iterations vllm_server_timeout vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos
 """
 FROM_1 = """
     per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps steps_per_generation
-    generation_batch_size num_generations num_iterations max_completion_length max_length sft_completions
-    sample_prompts eval_prompts max_prompts max_pairs batch_size lora_r lora_top_layers
+    generation_batch_size num_generations num_generations_eval num_iterations max_completion_length max_length
+    sft_completions sample_prompts eval_prompts max_prompts max_pairs batch_size lora_r lora_top_layers
+    precompute_ref_batch_size eval_accumulation_steps dataloader_prefetch_factor dataset_num_proc ddp_bucket_cap_mb
+    ddp_timeout torch_empty_cache_steps ref_model_sync_steps vllm_max_model_length vllm_tensor_parallel_size
+    prompt_tokens processes vocab_size n_positions n_layer n_embd n_head
 """
-SHARE = "gamma lam value_lam min_reward_accuracy min_p lora_dropout adam_beta1 adam_beta2"
+SHARE = """
+    gamma lam value_lam min_reward_accuracy min_p lora_dropout dropout label_smoothing label_smoothing_factor ld_alpha
+    ref_model_mixup_alpha top_entropy_quantile min_kept
+"""
 # Ranges of the options that are numbers; unset (None) is always allowed.
 RANGES = (
     (ABOVE_0.split(), "above 0", lambda x: x > 0),
     (FROM_0.split(), "0 or more", lambda x: x >= 0),
     (FROM_1.split(), "1 or more", lambda x: x >= 1),
-    ([*SHARE.split(), "min_kept"], "from 0 to 1", lambda x: 0 <= x <= 1),
+    (SHARE.split(), "from 0 to 1", lambda x: 0 <= x <= 1),
+    (["adam_beta1", "adam_beta2"], "0 or more and below 1", lambda x: 0 <= x < 1),
+    (["top_p", "vllm_gpu_memory_utilization"], "above 0 and at most 1", lambda x: 0 < x <= 1),
     (["ptx_max_length"], "2 or more", lambda x: x >= 2),  # a text of one token has nothing to predict
-    (["seed"], "from 0 to 4294967295", lambda x: 0 <= x < 2**32),
+    (["seed", "data_seed"], "from 0 to 4294967295", lambda x: 0 <= x < 2**32),
+    (["vllm_server_port", "vllm_group_port"], "from 1 to 65535", lambda x: 1 <= x <= 65535),
     # Trainer would read 0 as unset, and train `num_train_epochs`.
     (["max_steps"], "1 or more, or -1 to train num_train_epochs", lambda x: x == -1 or x >= 1),
-    (["reward_weights", "reward_clip_range"], "finite", lambda x: True),
+    (
+        ["reward_weights", "reward_clip_range", "loss_weights", "f_alpha_divergence_coef", "save_total_limit"]
+        + ["local_rank", "n", "pad_to_multiple_of"],
+        "finite",
+        lambda x: True,
+    ),
 )
+# Sizes that fill the memory, or start a process each, without a word. No run needs more.
+MOST = {
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "batch_size"), 2**16),
+    **dict.fromkeys(("precompute_ref_batch_size", "num_generations", "num_generations_eval", "n", "lora_r"), 2**16),
+    **dict.fromkeys(("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"), 2**20),
+    **dict.fromkeys(("num_iterations", "sft_completions", "sample_prompts", "pad_to_multiple_of"), 2**20),
+    **dict.fromkeys(("max_length", "max_completion_length", "ptx_max_length", "prompt_tokens", "vocab_size"), 2**24),
+    **dict.fromkeys(("n_positions", "n_embd"), 2**20),
+    **dict.fromkeys(("n_layer", "n_head", "dataloader_num_workers", "dataset_num_proc", "processes"), 2**12),
+    **dict.fromkeys(("num_train_epochs", "max_steps", "ddp_timeout", "dataloader_prefetch_factor"), 2**30),
+    "vllm_server_timeout": 2**30,
+}
+# Text options for which an empty text says something: no evaluation, no reward of this kind, no debugging.
+MAY_BE_EMPTY = ("eval_dataset_name", "reward_adapter", "reward_funcs", "debug", "fsdp")
+# TRL's annotations allow null here, and its trainers do not.
+NEVER_NULL = ("max_completion_length", "num_generations")
+# Options that are a mapping or the path of a JSON file; the other mappings may be given as JSON text.
+MAPPING_OR_PATH = ("accelerator_config", "deepspeed", "fsdp_config")
+
+NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which also refuses a key that comes twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                mark = node.value[number][0].start_mark
-                raise yaml.MarkedYAMLError(problem=f"the key {key!r} comes twice", problem_mark=mark)
-        return super().construct_mapping(node, deep)
-
-
-def find_recipe(path: str) -> str:
-    """Return the path of a recipe. Recipes of `pipeline/recipes` are found from any folder."""
-    ours = Path(__file__).parents[1] / "recipes" / path.removeprefix("pipeline/recipes/")
-    named = path.startswith("pipeline/recipes/") and not Path(path).exists()
-    return str(ours) if named and ours.is_file() else path
-
-
-def read_recipe(path: str) -> dict[str, Any]:
-    """Read the keys and values of a recipe.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not YAML, is not a mapping, or has a key twice.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            recipe = yaml.load(file, _Loader)  # noqa: S506 (a safe loader)
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-        raise FileNotFoundError(
-            f"--config {path}: no such file. Name a recipe, such as those in pipeline/recipes."
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or error
-        line = f" line {mark.line + 1}" if mark else ""
-        raise ValueError(f"{path}{line}: not a YAML recipe ({problem}). Correct the file.") from error
-    if not isinstance(recipe, dict):
-        raise ValueError(f"{path}: not a YAML mapping. Write a recipe as lines of `key: value`.")
-    return recipe
-
-
-def check_types(recipe: dict[str, Any], dataclass_types: tuple, path: str | None) -> None:
-    """Check that each value of a recipe has the type that its dataclass gives the key.
-
-    A number may be written as text, since YAML reads `1e-5` as text.
-
-    Raises:
-        ValueError: a value has another type.
-    """
+def options_of(dataclass_types: tuple) -> Iterator[tuple[Field, Any]]:
+    """Yield each option of the dataclasses, with its annotation."""
     for kind in dataclass_types:
         hints = get_type_hints(kind)
         for option in fields(kind):
-            if option.name in recipe:
-                _check_type(option, recipe[option.name], hints[option.name], path)
+            yield option, hints[option.name]
 
 
-def _check_type(option: Field, value: Any, hint: Any, path: str | None) -> None:
-    where = f"{path}: {option.name}={value!r}"
+def check_types(given: Mapping[str, Any], dataclass_types: tuple, path: str | None) -> dict[str, Any]:
+    """Return the given values with the types of their options, also inside lists and mappings.
+
+    A number may be written as text, since YAML reads `1e-5` as text.
+
+    Args:
+        path: the recipe, for errors; None for the command line.
+
+    Raises:
+        ValueError: a value has another type; a text is empty or holds a zero byte.
+    """
+    found = dict(given)
+    for option, hint in options_of(dataclass_types):
+        if option.name in given:
+            found[option.name] = _typed(option, given[option.name], hint, path)
+    return found
+
+
+def _typed(option: Field, value: Any, hint: Any, path: str | None) -> Any:
+    if value is None and option.name in NEVER_NULL:
+        raise ValueError(f"{path or 'command line'}: {option.name}=None must be a whole number.")
+    default = option.default_factory() if option.default_factory is not MISSING else option.default
+    if value is default or (type(value) is type(default) and value == default):
+        return value
+    where = f"{path or 'command line'}: {option.name}={shorten(value)}"
+    if isinstance(value, str) and not value and option.name not in MAY_BE_EMPTY:
+        raise ValueError(f"{where} is an empty text. Give a value, or leave {option.name} out.")
+    if _holds_zero(value):
+        raise ValueError(f"{where} holds a zero byte, which no name and no path can. Remove it.")
     choices = option.metadata.get("choices") or _choices(hint)
     if choices and isinstance(value, str):
         if value not in choices:
             raise ValueError(f"{where} is not one of {', '.join(choices)}.")
-    elif not (_fits(value, hint) or value is option.default):
+        return value
+    try:
+        typed = _converted(value, hint)
+    except ValueError:
         remedy = ""
         if isinstance(value, bool):  # YAML 1.1
             remedy = " YAML reads yes, no, on and off as true and false. If you mean the word, put it in quotes."
-        raise ValueError(f"{where} must be {_words(hint)}.{remedy}")
+        raise ValueError(f"{where} must be {_words(hint)}.{remedy}") from None
+    if isinstance(typed, str) and any(get_origin(part) is dict or part is dict for part in _parts(hint)):
+        _check_json(option.name, typed, where)
+    return typed
+
+
+def _check_json(name: str, text: str, where: str) -> None:
+    """Check a text that stands for a mapping: JSON, or, for some options, the path of a JSON file."""
+    if name in MAPPING_OR_PATH and not text.startswith("{"):
+        if not Path(text).expanduser().is_file():
+            raise ValueError(f"{where} is neither a mapping nor a JSON file that exists. Correct it, or leave it out.")
+        return
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where} must be a mapping, or JSON text of one ({error}).") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} must be a mapping, or JSON text of one.")
+
+
+def _holds_zero(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(_holds_zero(part) for pair in value.items() for part in pair)
+    if isinstance(value, (list, tuple)):
+        return any(map(_holds_zero, value))
+    return isinstance(value, str) and "\0" in value
 
 
 def _parts(hint: Any) -> tuple:
@@ -123,27 +170,77 @@ def _choices(hint: Any) -> list[str]:
     ]
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _converted(value: Any, hint: Any) -> Any:
+    """Return a value in the type of an annotation.
+
+    Raises:
+        ValueError: it does not have this type.
+    """
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
-        return any(_fits(value, part) for part in inner)
+        return _in_union(value, inner)
     if origin is Literal:
-        return value in inner
+        if not any(value == one and type(value) is type(one) for one in inner):
+            raise ValueError
+        return value
     if origin in (list, tuple):
-        if isinstance(value, str):  # a single text needs no brackets
-            return inner[0] is str
-        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
+        return _in_list(value, origin, inner)
+    if hint is dict or origin is dict:
+        if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+            raise ValueError
+        return {key: _converted(entry, inner[1] if inner else Any) for key, entry in value.items()}
+    if hint is Any:
+        return _plain(value)
     if hint is bool:
-        return isinstance(value, bool) or str(value).lower() in ("true", "false")
-    if hint in (int, float):
+        if isinstance(value, str) and value.lower() in ("true", "false"):
+            return value.lower() == "true"
+    elif hint in (int, float) and not isinstance(value, bool):
+        return _number(value, hint)
+    if not isinstance(hint, type) or not isinstance(value, hint):
+        raise ValueError
+    return value
+
+
+def _in_union(value: Any, parts: tuple) -> Any:
+    # Text stays text where the option allows it, so that a number as text is not converted.
+    for part in sorted(parts, key=lambda part: part is not type(value)):
         try:
-            number = hint(value)
-        except (TypeError, ValueError, OverflowError):
-            return False
-        return not isinstance(value, bool) and (isinstance(value, str) or math.isnan(number) or number == value)
-    if not isinstance(hint, type):  # dict[str, int], Any
-        return hint is Any or origin is None or isinstance(value, (origin, str))
-    return isinstance(value, hint)
+            return _converted(value, part)
+        except ValueError:
+            continue
+    raise ValueError
+
+
+def _in_list(value: Any, origin: type, inner: tuple) -> Any:
+    if isinstance(value, str) and inner[0] is str:  # a single text needs no brackets
+        return [value]
+    of_each = inner[:1] * len(value) if origin is list and isinstance(value, list) else inner
+    if not isinstance(value, (list, tuple)) or len(of_each) != len(value):
+        raise ValueError
+    return origin(_converted(each, part) for each, part in zip(value, of_each, strict=True))
+
+
+def _plain(value: Any) -> Any:
+    """Return a value of a mapping without annotation: a number that YAML reads as text, such as 1e-5, is a number."""
+    if isinstance(value, dict):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return list(map(_plain, value))
+    if isinstance(value, str) and NUMBER.fullmatch(value):
+        return _number(value, float if re.search(r"[.eE]", value) else int)
+    return value
+
+
+def _number(value: Any, hint: type) -> Any:
+    try:
+        number = hint(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError from None
+    if isinstance(value, str):
+        return number
+    if not isinstance(value, (int, float)) or not (number == value or math.isnan(number)):
+        raise ValueError
+    return number if hint is int else value  # a whole number is a number, too
 
 
 def _words(hint: Any) -> str:
@@ -152,8 +249,10 @@ def _words(hint: Any) -> str:
     for part in _parts(hint):
         if get_origin(part) in (list, tuple):
             found.append(f"a list in brackets, each entry {_words(get_args(part)[0])}")
+        elif get_origin(part) is Literal:
+            found += [str(each).lower() for each in get_args(part)]
         else:
-            found.append(names.get(part) or ("a mapping" if part is dict else "text"))
+            found.append(names.get(part) or ("a mapping" if dict in (part, get_origin(part)) else "text"))
     return " or ".join(dict.fromkeys(found))
 
 
@@ -161,11 +260,21 @@ def check_ranges(options: Mapping[str, Any]) -> None:
     """Check the ranges of all options that are numbers, of any stage.
 
     Raises:
-        ValueError: a number is outside of its range, or not finite.
+        ValueError: a number is outside of its range, too large to be meant, or not finite.
     """
     for names, words, holds in RANGES:
         for name in names:
             value = options.get(name)
             for number in value if isinstance(value, (list, tuple)) else [value]:
-                if isinstance(number, (int, float)) and not (math.isfinite(number) and holds(number)):
-                    raise ValueError(f"{name}={value} must be {words}.")
+                if not isinstance(number, (int, float)) or isinstance(number, bool):
+                    continue
+                try:
+                    finite = math.isfinite(number)
+                except OverflowError:  # a whole number that float64 does not hold
+                    finite = False
+                if not (finite and holds(number)):
+                    raise ValueError(f"{name}={shorten(value)} must be {words}.")
+                if number > MOST.get(name, math.inf):
+                    raise ValueError(
+                        f"{name}={shorten(value)} is more than {MOST[name]:,}, the most that a run can use."
+                    )
