@@ -62,6 +62,9 @@ class BestOfNArguments(CompletionArguments):
             raise FileNotFoundError(f"report={self.report!r}: no such file. Run pipeline.evaluation first.")
 
 
+OPTIONS = (BestOfNArguments, PolicyArguments, RewardArguments, ModelConfig)
+
+
 def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArguments, model: ModelConfig) -> None:
     state = check_launch()
     compared = read_report(args.report) if args.report else None
@@ -167,4 +170,4 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
 
 
 if __name__ == "__main__":
-    main(*parse(BestOfNArguments, PolicyArguments, RewardArguments, ModelConfig))
+    main(*parse(*OPTIONS))

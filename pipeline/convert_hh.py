@@ -49,9 +49,13 @@ def load_chat_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer, which must have a chat template.
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: there is no such tokenizer, or it has no chat template.
     """
-    tokenizer = AutoTokenizer.from_pretrained(model_source(name))
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_source(name))
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"--tokenizer {name}: cannot be loaded ({said}). Correct the name.") from error
     if tokenizer.chat_template is None:
         raise ValueError(
             f"--tokenizer {name}: the tokenizer has no chat template. Name the tokenizer of a chat model."

@@ -39,6 +39,9 @@ class DPO(Checkpointed, DPOTrainer):
     """DPO as TRL trains it, with Spine's checkpoints."""
 
 
+OPTIONS = (DataArguments, PairArguments, ModelConfig, DPOConfig)
+
+
 def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DPOConfig) -> None:
     options = options_of(data, start, model, args)
     checkpoint = open_run(
@@ -80,4 +83,4 @@ def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DP
 
 
 if __name__ == "__main__":
-    main(*parse(DataArguments, PairArguments, ModelConfig, DPOConfig))
+    main(*parse(*OPTIONS))

@@ -192,6 +192,9 @@ def as_text(prompt: str | list[dict]) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
+OPTIONS = (EvaluationArguments, RewardArguments, ModelConfig)
+
+
 def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig) -> None:
     state = check_launch()
     check_folders(
@@ -283,4 +286,4 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
 
 
 if __name__ == "__main__":
-    main(*parse(EvaluationArguments, RewardArguments, ModelConfig))
+    main(*parse(*OPTIONS))

@@ -15,6 +15,9 @@ from pipeline.runs.command_line import parse
 from reward_models.functions import RewardArguments
 
 
+OPTIONS = (DataArguments, OnlineArguments, RewardArguments, ModelConfig, GRPOConfig)
+
+
 def main(
     data: DataArguments, start: OnlineArguments, rewards: RewardArguments, model: ModelConfig, args: GRPOConfig
 ) -> None:
@@ -22,4 +25,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*parse(DataArguments, OnlineArguments, RewardArguments, ModelConfig, GRPOConfig))
+    main(*parse(*OPTIONS))

@@ -17,13 +17,15 @@ import re
 import sys
 import textwrap
 from dataclasses import fields
-from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from transformers import TrainingArguments
 
-from pipeline.rl.config import UNSUPPORTED
+from data.cells import shorten
+from pipeline.rl.config import OPTIONS, UNSUPPORTED
+from pipeline.runs.recipe import check_ranges, check_types, options_of
+from pipeline.runs.recipe_file import read_recipe
 
 
 OLD, NEW = "0.11", "1.12"
@@ -228,6 +230,43 @@ GROUPS = {
 }
 
 
+# Old keys that count something, and old keys that are other numbers that this module reads.
+COUNTS = (
+    *("batch_size", "mini_batch_size", "forward_batch_size", "gradient_accumulation_steps", "steps", "world_size"),
+    *("per_device_train_batch_size", "num_mini_batches", "total_episodes", "ppo_epochs", "num_ppo_epochs"),
+)
+NUMBERS = ("num_train_epochs", "target", "horizon", "target_kl", "score_clip", "max_grad_norm", *STEPS, "warmup_ratio")
+
+
+def check_numbers(given: dict) -> None:
+    """Check the numbers that are computed with.
+
+    Raises:
+        ValueError: a count is not a whole number from 1 on, or another number is negative, not finite or no number.
+    """
+    for key in (*COUNTS, *NUMBERS):
+        value, least = given.get(key, 1), int(key in COUNTS)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 2**63
+        if not number or value < least or (least and value != int(value)):
+            words = "a whole number, 1 or more" if least else "a number, 0 or more"
+            raise ValueError(f"{key}={shorten(value)} must be {words}. Correct it.")
+    for key in ("adap_kl_ctrl", "early_stopping"):
+        if not isinstance(given.get(key, True), bool):
+            raise ValueError(f"{key}={shorten(given[key])} must be true or false. Correct it.")
+
+
+def check_recipe(lines: dict[str, tuple[object, str]]) -> None:
+    """Check the numbers and switches of the new recipe, as pipeline.ppo would.
+
+    Raises:
+        ValueError: a value has the wrong type, or is outside of its range.
+    """
+    plain = {int, float, bool, type(None)}
+    checked = {option.name for option, hint in options_of(OPTIONS) if set(get_args(hint) or (hint,)) <= plain}
+    values = {key: value for key, (value, _) in lines.items() if key in checked}
+    check_ranges(check_types(values, OPTIONS, "the new recipe"))
+
+
 class Recipe:
     """A recipe: `lines` maps each new key to its value and a remark; `notes` has remarks on old keys without a new key."""
 
@@ -414,10 +453,13 @@ def migrate(given: dict) -> str:
     """Return a recipe for pipeline.ppo, in YAML, from the keys and values of an old PPOConfig.
 
     Raises:
-        ValueError: no old config had a key; keys belong to two configs; or sizes do not divide.
+        ValueError: no old config had a key; keys belong to two configs; a number is none; or sizes do not divide.
     """
     dialect = dialect_of(given)
-    recipe = Recipe({key: value for key, value in given.items() if value is not None}, dialect)
+    given = {key: value for key, value in given.items() if value is not None}
+    check_numbers(given)
+    given |= {key: int(given[key]) for key in COUNTS if key in given}  # 8.0 is 8
+    recipe = Recipe(given, dialect)
     steps_an_update = (_sizes_old if dialect == OLD else _sizes_new)(recipe)
     recipe.set("dataset_name", "human_ratings", "TO DO: your prompts; this is the embedded default")
     came_from: dict[str, str] = {}
@@ -441,6 +483,7 @@ def migrate(given: dict) -> str:
     (_rest_old if dialect == OLD else _rest_new)(recipe)
     if not recipe.given.get("use_peft"):
         recipe.remark("learning_rate", "this was for all weights; LoRA usually wants 10 to 100 times as much")
+    check_recipe(recipe.lines)
     return _write(recipe)
 
 
@@ -504,14 +547,8 @@ def read_command_line(words: list[str]) -> dict:
 
 
 def read_file(path: str) -> dict:
-    """Read the keys and values of a YAML or JSON file.
-
-    Raises:
-        ValueError: the file does not hold a mapping.
-    """
-    given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    if not isinstance(given, dict):
-        raise ValueError(f"{path}: the file must map keys to values. Name an old config.")
+    """Read the keys and values of a YAML or JSON file. Raises the errors of `read_recipe`."""
+    given = read_recipe(path, option="")
     return {str(key): _value(value) for key, value in given.items()}
 
 
@@ -527,7 +564,7 @@ def main(words: list[str]) -> None:
             )
         print(migrate(given), end="")
     except (OSError, ValueError, yaml.YAMLError) as error:
-        sys.exit(f"pipeline.migrate: {error}")
+        sys.exit(f"pipeline.migrate: {' '.join(str(error).split())}")
 
 
 if __name__ == "__main__":

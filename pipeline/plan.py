@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from trl import ModelConfig
 
@@ -31,7 +32,7 @@ from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.backbone.roles import ADAPTERS, Backbone
 from pipeline.backbone.trunk import decoder_layers
 from pipeline.reports.markdown import markdown_table
-from pipeline.rl.config import PPOConfig
+from pipeline.rl.config import OPTIONS, PPOConfig
 from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
 from pipeline.runs.errors import report_errors
@@ -70,10 +71,30 @@ class Item:
     bytes: int
 
 
+def _config(model: ModelConfig, trust_remote_code: bool) -> PreTrainedConfig:
+    """Read the config of the model.
+
+    Raises:
+        ValueError: no model is named; or it has no config that can be read.
+    """
+    name = model.model_name_or_path
+    if name is None:
+        raise ValueError("model_name_or_path: no model is named. Set it in the recipe.")
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().exists():
+        raise FileNotFoundError(f"model_name_or_path={name!r}: there is no such folder. Correct the path.")
+    try:
+        source = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
+        return AutoConfig.from_pretrained(model_source(name), **source)
+    except Exception as error:
+        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"model_name_or_path={name!r}: its config cannot be read ({said}). Correct the name."
+        ) from error
+
+
 def roles(rewards: RewardArguments, lora: LoraArguments, model: ModelConfig, args: PPOConfig, policy) -> Backbone:
     """Make the roles of a PPO run on the meta device; all adapters have the shape of `lora_*`, even saved ones."""
-    source = {"revision": model.model_revision, "trust_remote_code": args.trust_remote_code}
-    config = AutoConfig.from_pretrained(model_source(model.model_name_or_path), **source)
+    config = _config(model, args.trust_remote_code)
     config.get_text_config().pad_token_id = 0  # any value: the plan does not depend on it, but some models need one
     options = {"dtype": torch.float32 if model.dtype in (None, "auto") else getattr(torch, model.dtype)}
     if model.attn_implementation == "eager":  # it keeps attention weights; flash attention keeps as much as sdpa
@@ -317,16 +338,6 @@ def main(
 
 
 if __name__ == "__main__":
-    kinds = (
-        DataArguments,
-        PolicyArguments,
-        TextArguments,
-        RewardArguments,
-        LoraArguments,
-        ModelConfig,
-        PPOConfig,
-        PlanArguments,
-    )
     report_errors()
     # The plan runs on a CPU, because this machine may not have the planned GPUs.
-    main(*parse(*kinds, args=[*sys.argv[1:], "--use_cpu", "true"]))
+    main(*parse(*OPTIONS, PlanArguments, args=[*sys.argv[1:], "--use_cpu", "true"]))

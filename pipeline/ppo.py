@@ -20,7 +20,7 @@ from pipeline.backbone.loading import context_length
 from pipeline.backbone.lora import LoraArguments
 from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import load_backbone
-from pipeline.rl.config import PPOConfig
+from pipeline.rl.config import OPTIONS, PPOConfig
 from pipeline.rl.preflight import preflight
 from pipeline.rl.sample_table import SampleTable
 from pipeline.rl.trainer import PPOTrainer
@@ -139,5 +139,4 @@ def main(
 
 
 if __name__ == "__main__":
-    options = DataArguments, PolicyArguments, TextArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig
-    main(*parse(*options))
+    main(*parse(*OPTIONS))

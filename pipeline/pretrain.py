@@ -55,6 +55,14 @@ class BackboneConfig:
     n_head: int = 4
     dropout: float = 0.2
 
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} is not a multiple of n_head={self.n_head}. Change one of them.")
+        if self.n_positions < 2:
+            raise ValueError(
+                f"n_positions={self.n_positions}: a text of one token has nothing to predict. Set it to 2 or more."
+            )
+
 
 def check_options(args: TrainingArguments, options: dict) -> dict | None:
     """Return the changed options that take effect if the run resumes (`changed_options`). Raises its errors, and a ValueError
@@ -191,6 +199,10 @@ def main(shape: BackboneConfig, args: TrainingArguments) -> None:
         check_path(folder)
         check_output_dir(folder)
         check_ours(folder, names)
+    if args.resume_from_checkpoint and not Path(args.resume_from_checkpoint).is_dir():
+        raise FileNotFoundError(
+            f"resume_from_checkpoint={args.resume_from_checkpoint!r}: no such folder. Correct the path."
+        )
     options = options_of(shape, args)
     changed = check_options(args, options)
     set_seed(args.seed)

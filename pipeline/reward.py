@@ -103,6 +103,9 @@ def normalization_of(
     return measure(backbone, prompts, tokenizer, seed=args.seed, max_completion_length=pairs.max_completion_length)
 
 
+OPTIONS = (DataArguments, RewardModelArguments, LoraArguments, ModelConfig, RewardConfig)
+
+
 def main(
     data: DataArguments, pairs: RewardModelArguments, lora: LoraArguments, model: ModelConfig, args: RewardConfig
 ) -> None:
@@ -115,7 +118,7 @@ def main(
     checkpoint = open_run(
         args, model, options=options, policies=(pairs.sft_adapter,), leaves_reward=True, data=data.sources
     )
-    parts = data.load(load_preferences)
+    parts = data.load(load_preferences, args)
     source, train = parts["train"]
     if pairs.sft_adapter:  # completions of the prompts will be scored
         train = explicit_prompts(train, source, drop=data.drop_bad_rows)
@@ -164,4 +167,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*parse(DataArguments, RewardModelArguments, LoraArguments, ModelConfig, RewardConfig))
+    main(*parse(*OPTIONS))

@@ -14,6 +14,9 @@ from pipeline.runs.command_line import parse
 from reward_models.functions import RewardArguments
 
 
+OPTIONS = (DataArguments, OnlineArguments, RewardArguments, ModelConfig, RLOOConfig)
+
+
 def main(
     data: DataArguments, start: OnlineArguments, rewards: RewardArguments, model: ModelConfig, args: RLOOConfig
 ) -> None:
@@ -21,4 +24,4 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*parse(DataArguments, OnlineArguments, RewardArguments, ModelConfig, RLOOConfig))
+    main(*parse(*OPTIONS))

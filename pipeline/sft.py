@@ -32,10 +32,13 @@ class SFT(Checkpointed, SFTTrainer):
     """SFT as TRL trains it, with Spine's checkpoints."""
 
 
+OPTIONS = (DataArguments, LoraArguments, ModelConfig, SFTConfig)
+
+
 def main(data: DataArguments, lora: LoraArguments, model: ModelConfig, args: SFTConfig) -> None:
     options = options_of(data, lora, model, args)
     checkpoint = open_run(args, model, options=options, leaves_reward=False, data=data.sources)
-    parts = data.load(load_texts)
+    parts = data.load(load_texts, args)
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token)
     check_max_length(args.max_length, context_length(base))
     if type(base.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:  # say so now, not after SFT
@@ -66,4 +69,4 @@ def main(data: DataArguments, lora: LoraArguments, model: ModelConfig, args: SFT
 
 
 if __name__ == "__main__":
-    main(*parse(DataArguments, LoraArguments, ModelConfig, SFTConfig))
+    main(*parse(*OPTIONS))

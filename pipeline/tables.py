@@ -9,7 +9,8 @@ The targets of the same names in the Makefile make the runs. The last two comman
 
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from data.json_files import read_json, write_json
@@ -43,6 +44,26 @@ def read_result(path: Path, remedy: str) -> dict:
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. {remedy}")
     return read_report(path)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[None]:
+    """Raise a ValueError that names the report, if the code inside lacks a figure of it or of the metrics beside it."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ArithmeticError, statistics.StatisticsError) as error:
+        raise ValueError(
+            f"{path}: this report, or the metrics of its run, lack a figure ({type(error).__name__}: {error}). Run "
+            f"pipeline.evaluation again, or leave the run out."
+        ) from error
+
+
+def _found(folder: Path, remedy: str) -> list[Path]:
+    """Return the reports <folder>/<seed>/report.json, in the order of the seeds."""
+    found = [path for path in folder.glob("*/report.json") if path.parent.name.isdigit()]
+    if not found:
+        raise FileNotFoundError(f"{folder}: the folder has no <seed>/report.json. {remedy}")
+    return sorted(found, key=lambda path: int(path.parent.name))
 
 
 def write(folder: Path, rows: list[dict], table: str, note: str) -> None:
@@ -132,8 +153,11 @@ def seeds_table(reports: Sequence[dict]) -> str:
 def seeds(folder: Path) -> None:
     """Print the table of the runs in <folder>/<seed>."""
     reports = []
-    for path in folder.glob("*/report.json"):
-        reports.append({**read_report(path, SEED_REPORT), "kl_held": kl_held(ppo_history(path.parent))})
+    for path in _found(folder, "Run `make seeds`."):
+        with whole(path):
+            report = {**read_report(path, SEED_REPORT), "kl_held": kl_held(ppo_history(path.parent))}
+            seeds_table([report])  # has every figure
+        reports.append(report)
     print(seeds_table(reports))
 
 
@@ -171,16 +195,24 @@ def baselines_row(method: str, report: dict) -> dict:
     return {"method": method, "completions": report.get("completions"), **gains, **policy, "seconds": seconds}
 
 
-def baselines(folder: Path, demo: Path) -> None:
+def baselines(folder: Path, demo: str) -> None:
     """Compare the baselines in `folder` with the PPO run in `demo`."""
-    report = read_result(demo / "report.json", "Run `make demo` first.")
-    start = {key: report["sft"][key] for key in ("kl", "distinct_2", "score")}
-    rows = [{"method": "SFT", **start}, baselines_row("PPO", report)]
+    path = Path(demo) / "report.json"
+    report = read_result(path, "Run `make demo` first.")
+    with whole(path):
+        start = {key: report["sft"][key] for key in ("kl", "distinct_2", "score")}
+        rows = [{"method": "SFT", **start}, baselines_row("PPO", report)]
     for name, method in METHODS.items():
-        found = read_result(folder / name / "evaluation" / "report.json", "Run `make baselines`.")
-        rows.append(baselines_row(method, found))
-    sampled = read_json(folder / "best_of_n" / "best_of_n.json", BEST_OF_N, remedy="Run `make baselines`.")
-    rows += [{"method": f"best of {best['n']}", "completions": 0, **best} for best in sampled["rows"] if best["n"] > 1]
+        path = folder / name / "evaluation" / "report.json"
+        found = read_result(path, "Run `make baselines`.")
+        with whole(path):
+            rows.append(baselines_row(method, found))
+    path = folder / "best_of_n" / "best_of_n.json"
+    sampled = read_json(path, BEST_OF_N, remedy="Run `make baselines`.")
+    with whole(path):
+        best = [row for row in sampled["rows"] if row["n"] > 1]
+        rows += [{"method": f"best of {row['n']}", "completions": 0, **row} for row in best]
+        comparison_table(rows)
     write(folder, rows, comparison_table(rows), BASELINES_NOTE)
 
 
@@ -229,30 +261,38 @@ def ablations_table(runs: dict[str, list[dict]]) -> str:
 
 def ablations(folder: Path, *settings: str) -> None:
     """Compare the runs in <folder>/<setting>/<seed>, with the settings in this order."""
-    runs = {}
+    runs: dict[str, list[dict]] = {}
     for setting in settings:
-        found = sorted((folder / setting).glob("*/report.json"), key=lambda path: int(path.parent.name))
-        if not found:
-            raise FileNotFoundError(f"{folder / setting}: the folder has no <seed>/report.json. Run `make ablations`.")
-        runs[setting] = [
-            {
-                "seed": int(path.parent.name),
-                **ablation_row(read_report(path, JUDGED_REPORT), ppo_history(path.parent)),
-            }
-            for path in found
-        ]
+        runs[setting] = []
+        for path in _found(folder / setting, "Run `make ablations`."):
+            with whole(path):
+                row = ablation_row(read_report(path, JUDGED_REPORT), ppo_history(path.parent))
+            runs[setting].append({"seed": int(path.parent.name), **row})
     rows = [{"setting": setting, "runs": of_seeds} for setting, of_seeds in runs.items()]
     write(folder, rows, ablations_table(runs), ABLATIONS_NOTE)
 
 
+# Each table, and how many words follow its name; None is two or more.
+TABLES: dict[str, tuple[Callable, int | None]] = {
+    "seeds": (seeds, 1),
+    "baselines": (baselines, 2),
+    "ablations": (ablations, None),
+}
+
+
+def main(words: list[str]) -> None:
+    name, *others = words or [""]
+    if name not in TABLES:
+        sys.exit(f"pipeline.tables: {name!r} is not one of {', '.join(TABLES)}.")
+    make, number = TABLES[name]
+    if not others or len(others) != (number or max(len(others), 2)):
+        sys.exit(f"pipeline.tables: {name} cannot be called so. See the examples at the top of pipeline/tables.py.")
+    folder = Path(others[0])
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder. Name the folder of the runs.")
+    make(folder, *others[1:])
+
+
 if __name__ == "__main__":
     report_errors()
-    name, folder, *others = sys.argv[1:]
-    if name == "seeds":
-        seeds(Path(folder))
-    elif name == "baselines":
-        baselines(Path(folder), *map(Path, others))
-    elif name == "ablations":
-        ablations(Path(folder), *others)
-    else:
-        sys.exit(f"pipeline.tables: {name!r} is not one of seeds, baselines, ablations.")
+    main(sys.argv[1:])

@@ -6,8 +6,12 @@ TRL's trainers call the functions, sync or async, and log each one separately.
 import copy
 import inspect
 import math
+import os
+import sys
 import traceback
-from collections.abc import Callable, Coroutine, Mapping, Set
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Set
+from contextlib import contextmanager, suppress
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +22,7 @@ from transformers import TrainerState
 from trl.trainer.utils import get_callable_name, is_async_callable
 
 from data.cells import shorten
-from reward_models.functions import HIDDEN, RAISED, check_weights_count, extra_columns, load_functions
+from reward_models.functions import HIDDEN, check_weights_count, extra_columns, load_functions
 from reward_models.learned import KNOWN_SCORES, LearnedReward
 
 
@@ -68,7 +72,9 @@ class Composite:
             if output is None or isinstance(output, (str, bytes, Mapping, Set)) or not hasattr(output, "__iter__"):
                 kind = "None" if output is None else f"a {type(output).__name__} ({shorten(output)})"
                 return fail(f"returned {kind}. Return a list with one number for each completion.", given)
-            values = list(output)
+            if any(getattr(stream, "closed", False) for stream in (sys.stdout, sys.stderr)):
+                return fail("closed sys.stdout or sys.stderr, to which the run prints. Leave them open.", given)
+            values = list(islice(output, len(given["prompts"]) + 1))  # a generator may have no end
             problem = _problem(values, given["prompts"], given["completions"])
             return fail(problem, given) if problem else [None if value is None else float(value) for value in values]
 
@@ -79,13 +85,19 @@ class Composite:
         def call(**given):
             try:
                 return finish(function(**_own(function, given)), given)
-            except RAISED as error:  # all processes must know of any error
+            except KeyboardInterrupt as error:  # it may be a user's Ctrl-C
+                error.add_note(f"The reward function {name!r} was running.")
+                raise
+            except BaseException as error:  # all processes must know of any error, also of `sys.exit(0)`
                 return raised(error, given)
 
         async def call_async(**given):
             try:
                 return finish(await function(**_own(function, given)), given)
-            except RAISED as error:
+            except KeyboardInterrupt as error:
+                error.add_note(f"The reward function {name!r} was running.")
+                raise
+            except BaseException as error:
                 return raised(error, given)
 
         guarded = call_async if is_async_callable(function) else call
@@ -150,11 +162,12 @@ def load_judge(text: str | None, rows: Dataset, name: str) -> Composite | None:
 def _problem(values: list, prompts: list, completions: list) -> str | None:
     """Return the fault in the values that a reward function returned, with a sample, or None."""
     if len(values) != len(prompts):
-        return f"returned {len(values)} rewards for {_samples(prompts, completions)}. Return one for each completion."
+        number = f"{len(values)}" if len(values) < len(prompts) else f"more than {len(prompts)}"
+        return f"returned {number} rewards for {_samples(prompts, completions)}. Return one for each completion."
     for value, prompt, completion in zip(values, prompts, completions, strict=True):
         if value is not None and not _is_finite(value):
             return (
-                f"returned {value!r} for prompt {prompt!r}, completion {completion!r}. Return a finite number, or None "
+                f"returned {shorten(value)} for prompt {prompt!r}, completion {completion!r}. Return a finite number, or None "
                 f"if the function does not apply."
             )
     return None
@@ -183,6 +196,7 @@ def _own(function: Callable, given: dict) -> dict:
         if isinstance(value, TrainerState):  # copy each log row only shallowly: the history grows with the run
             value = copy.copy(value)
             value.log_history = [dict(row) for row in value.log_history]
+            value.stateful_callbacks = copy.deepcopy(value.stateful_callbacks)
         elif name not in ("log_extra", "log_metric"):
             value = _copy(value)
         own[name.removeprefix(HIDDEN)] = value
@@ -195,6 +209,28 @@ def _copy(value: object) -> object:
     if type(value) is dict:
         return {key: _copy(entry) for key, entry in value.items()}
     return value if isinstance(value, (str, int, float, bytes, type(None))) else copy.deepcopy(value)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Undo, after reward functions ran, what they changed in the whole process.
+
+    These are torch's random stream, from which the run samples, and its default dtype; the current folder, in which a
+    relative `output_dir` lies; and sys.stdout and sys.stderr, if a function put others in their place.
+    """
+    folder, streams, dtype = None, (sys.stdout, sys.stderr), torch.get_default_dtype()
+    with suppress(OSError):  # the folder was removed
+        folder = os.getcwd()
+    gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    try:
+        with torch.random.fork_rng(devices=gpus):
+            yield
+    finally:
+        sys.stdout, sys.stderr = streams
+        torch.set_default_dtype(dtype)
+        with suppress(OSError):
+            if folder is not None and os.getcwd() != folder:
+                os.chdir(folder)
 
 
 def _where(error: BaseException | None) -> str:
@@ -231,7 +267,8 @@ def call_rewards(
     nothing = {"trainer_state": TrainerState(), "log_extra": lambda *args: None, "log_metric": lambda *args: None}
     given = {"prompts": rows["prompt"][:], "completions": completions, "completion_ids": completion_ids, **nothing}
     given |= {column: rows[column][:] for column in extra_columns(rows)}
-    outputs = [function(**given) for function in functions]
-    outputs = [runner.run(output) if inspect.iscoroutine(output) else output for output in outputs]
+    with undisturbed():
+        outputs = [function(**given) for function in functions]
+        outputs = [runner.run(output) if inspect.iscoroutine(output) else output for output in outputs]
     numbers = [[math.nan if value is None else value for value in output] for output in outputs]
     return torch.tensor(numbers, dtype=torch.float64).T

@@ -20,7 +20,7 @@ HIDDEN = "column:"
 # A function named by its file: `my_rewards.py:brevity`, `./my_rewards.brevity`, `my_rewards:brevity`.
 FILE_NAME = re.compile(r"[/\\:]|\.py$")
 # Errors of a function that end the run with an error: `sys.exit(0)` too, but not Ctrl-C.
-RAISED = (Exception, SystemExit, asyncio.CancelledError)
+RAISED = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
 
 @dataclass

@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from trl import RLOOConfig
+from trl import ModelConfig, RLOOConfig
 
+from pipeline.backbone.lora import LoraArguments
 from pipeline.rl.importance import MODES
-from pipeline.runs.arguments import JUDGE, PAD_TOKEN
+from pipeline.runs.arguments import JUDGE, PAD_TOKEN, DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.recipe import check_ranges
+from reward_models.functions import RewardArguments
 
 
 # Options of RLOOConfig and Trainer that PPO would have to ignore.
@@ -196,3 +198,7 @@ class PPOConfig(RLOOConfig):
 
 def _ascends(bounds: list[float]) -> bool:
     return len(bounds) == 2 and bounds[0] < bounds[1]
+
+
+# The options of pipeline.ppo, and of what plans it.
+OPTIONS = (DataArguments, PolicyArguments, TextArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig)

@@ -7,6 +7,9 @@ from torch import Tensor
 from pipeline.rl.masking import masked_mean
 
 
+LARGEST = 80.0  # log-ratio in nats; exp of it is a float32, also times an advantage
+
+
 def policy_loss(
     logprobs: Float[Tensor, "B T"],
     old_logprobs: Float[Tensor, "B T"],
@@ -31,7 +34,11 @@ def policy_loss(
         dual_clip: bound of the ratio where the advantage is negative: the loss of such a token is at most -A_t * dual_clip.
             A token at that bound has no gradient. Ye et al. 2020 (arXiv 1912.09729), the dual clip.
     """
-    ratio = torch.exp((logprobs - old_logprobs).masked_fill(~mask, 0))
+    log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0)
+    # Where a clip bounds the loss, it is the same for any large ratio. exp(89) is infinite in float32, and its gradient would be
+    # 0 times infinity. A negative advantage times an infinite ratio is an infinite loss, and ends training.
+    unbounded = advantages < 0 if dual_clip is None else torch.zeros_like(mask)
+    ratio = torch.exp(torch.where(unbounded, log_ratio, log_ratio.clamp(max=LARGEST)))
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     loss, is_clipped = torch.max(plain, clipped), clipped > plain
@@ -77,6 +84,9 @@ def text_loss(logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Floa
 
     The mean is taken within each text and then over texts. Added to PPO's loss with a coefficient, it keeps the policy a
     good model of these texts while it optimises the reward: Ouyang et al. 2022 (arXiv 2203.02155), eq. 2. Each text has
-    the same weight, so that the way batches are cut does not change the loss.
+    the same weight, so that the way batches are cut does not change the loss. A text without tokens has none; without any
+    text the loss is 0.
     """
-    return -(logprobs.masked_fill(~mask, 0).sum(dim=1) / mask.sum(dim=1).clamp(min=1)).mean()
+    tokens = mask.sum(dim=1)
+    of_texts = -(logprobs.masked_fill(~mask, 0).sum(dim=1) / tokens.clamp(min=1)).mean()
+    return of_texts * (len(tokens) / (tokens > 0).sum().clamp(min=1))

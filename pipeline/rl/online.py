@@ -24,7 +24,7 @@ from pipeline.runs.checkpoints import Checkpointed
 from pipeline.runs.launch import check_wrapper
 from pipeline.runs.opening import open_run
 from pipeline.runs.outputs import completions_sampled, finish_stage, rows_report
-from reward_models.composite import Composite
+from reward_models.composite import Composite, undisturbed
 from reward_models.functions import HIDDEN, PICTURES, RewardArguments, load_functions
 
 
@@ -68,7 +68,8 @@ class Online(Checkpointed):
 
     def _calculate_rewards(self, inputs: list[dict], prompts: list, completions: list, completion_ids: list) -> Tensor:
         """Override `_calculate_rewards`: raise the error of a reward function on every process, also if only one has it."""
-        columns = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
+        with undisturbed():
+            columns = super()._calculate_rewards(inputs, prompts, completions, completion_ids)
         self.composite.total(columns, prompts, completions, all_scored=self.scores_every_row)
         return columns
 

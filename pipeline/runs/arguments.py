@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from data.files import has_splits
 from data.prompts import check_prompt_lengths, load_prompts
@@ -55,11 +55,21 @@ class DataArguments:
             return self.eval_dataset_name or None
         return self.dataset_name if has_splits(self.dataset_name) else None
 
-    def load(self, read: Callable[..., Dataset]) -> dict[str, tuple[str, Dataset]]:
+    def load(
+        self, read: Callable[..., Dataset], args: TrainingArguments | None = None
+    ) -> dict[str, tuple[str, Dataset]]:
         """Read the training rows and, if there are any, the held-out rows, and return each with its source.
 
-        `read` is a reader of `data`, such as `data.texts.load_texts`. Raises the same errors as `read`.
+        `read` is a reader of `data`, such as `data.texts.load_texts`.
+
+        Raises the errors of `read`, and:
+            ValueError: `args` ask for an evaluation, and there are no held-out rows.
         """
+        if args and not self.eval_source and (args.eval_strategy != "no" or args.eval_on_start):
+            raise ValueError(
+                f"eval_strategy={args.eval_strategy.value!r}, eval_on_start={args.eval_on_start} need held-out rows, and "
+                f"{self.dataset_name} has none. Name a dataset in eval_dataset_name."
+            )
         parts = {"train": (self.dataset_name, self.dataset_train_split)}
         if self.eval_source:
             parts["held_out"] = self.eval_source, self.dataset_eval_split

@@ -4,6 +4,7 @@ import difflib
 import os
 import re
 import sys
+import traceback
 import warnings
 from dataclasses import fields
 from io import TextIOWrapper
@@ -14,7 +15,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from trl import ModelConfig, TrlParser
 
 from data.cells import shorten
-from pipeline.runs.errors import report_errors
+from pipeline.runs.errors import EXPECTED, report_errors
 from pipeline.runs.recipe import check_ranges, check_types
 from pipeline.runs.recipe_file import find_recipe, read_recipe
 from pipeline.runs.trainer_options import check_attention, check_trainer_options
@@ -52,7 +53,9 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
         path = find_recipe(args[at + 1])
         args = args[:at] + args[at + 2 :]
         recipe = read_recipe(path)
-    given = [(_plain(word.split("=")[0]), "command line") for word in args if word.startswith("--")]
+    given: list[tuple[str, str | None]] = [
+        (_plain(word.split("=")[0]), "command line") for word in args if word.startswith("--")
+    ]
     words = {flags[key] for key, _ in given if key in flags}
     given += [(str(key), path) for key in recipe]
     for key, source in given:
@@ -116,14 +119,21 @@ def _made(kind: type, options: dict[str, Any], named: set[str]) -> Any:
         warnings.filterwarnings("ignore", message="`pad_token` is deprecated")
         try:
             return kind(**given)
-        except (ValueError, OSError, ImportError):
-            raise
         except Exception as error:
+            if isinstance(error, EXPECTED) and _raised(error):
+                if "\n" not in str(error):
+                    raise
+                raise ValueError(" ".join(str(error).split())) from error
             changed = [f"{name}={shorten(given[name])}" for name in given if name in named - {"hub_token"}]
             raise ValueError(
                 f"{kind.__name__} cannot be made from these options ({type(error).__name__}: {error}): "
                 f"{', '.join(changed)}. Correct the one that the error is about, or leave it out."
             ) from error
+
+
+def _raised(error: Exception) -> bool:
+    """Return whether a `raise` statement made the error, and so a message for users."""
+    return (traceback.extract_tb(error.__traceback__)[-1].line or "").startswith("raise ")
 
 
 # Fields of GenerationConfig that change more than which tokens are drawn, and the reason to refuse each.

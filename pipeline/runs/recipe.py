@@ -36,7 +36,7 @@ FROM_1 = """
     sft_completions sample_prompts eval_prompts max_prompts max_pairs batch_size lora_r lora_top_layers
     precompute_ref_batch_size eval_accumulation_steps dataloader_prefetch_factor dataset_num_proc ddp_bucket_cap_mb
     ddp_timeout torch_empty_cache_steps ref_model_sync_steps vllm_max_model_length vllm_tensor_parallel_size
-    prompt_tokens processes vocab_size n_positions n_layer n_embd n_head
+    pad_to_multiple_of prompt_tokens processes vocab_size n_positions n_layer n_embd n_head
 """
 SHARE = """
     gamma lam value_lam min_reward_accuracy min_p lora_dropout dropout label_smoothing label_smoothing_factor ld_alpha
@@ -57,7 +57,7 @@ RANGES = (
     (["max_steps"], "1 or more, or -1 to train num_train_epochs", lambda x: x == -1 or x >= 1),
     (
         ["reward_weights", "reward_clip_range", "loss_weights", "f_alpha_divergence_coef", "save_total_limit"]
-        + ["local_rank", "n", "pad_to_multiple_of"],
+        + ["local_rank", "n"],
         "finite",
         lambda x: True,
     ),
@@ -69,8 +69,9 @@ MOST = {
     **dict.fromkeys(("gradient_accumulation_steps", "steps_per_generation", "generation_batch_size"), 2**20),
     **dict.fromkeys(("num_iterations", "sft_completions", "sample_prompts", "pad_to_multiple_of"), 2**20),
     **dict.fromkeys(("max_length", "max_completion_length", "ptx_max_length", "prompt_tokens", "vocab_size"), 2**24),
-    **dict.fromkeys(("n_positions", "n_embd"), 2**20),
-    **dict.fromkeys(("n_layer", "n_head", "dataloader_num_workers", "dataset_num_proc", "processes"), 2**12),
+    **dict.fromkeys(("n_positions", "n_embd"), 2**13),
+    **dict.fromkeys(("n_layer", "n_head"), 2**7),
+    **dict.fromkeys(("dataloader_num_workers", "dataset_num_proc", "processes"), 2**12),
     **dict.fromkeys(("num_train_epochs", "max_steps", "ddp_timeout", "dataloader_prefetch_factor"), 2**30),
     "vllm_server_timeout": 2**30,
 }
@@ -133,6 +134,12 @@ def _typed(option: Field, value: Any, hint: Any, path: str | None) -> Any:
         if isinstance(value, bool):  # YAML 1.1
             remedy = " YAML reads yes, no, on and off as true and false. If you mean the word, put it in quotes."
         raise ValueError(f"{where} must be {_words(hint)}.{remedy}") from None
+    if typed == [] and default is None:
+        raise ValueError(f"{where} is an empty list. Name what it is about, or leave {option.name} out.")
+    if option.name == "pad_to_multiple_of" and isinstance(typed, str):
+        if not typed.isdigit():
+            raise ValueError(f"{where} must be a whole number, auto or null.")
+        return int(typed)
     if isinstance(typed, str) and any(get_origin(part) is dict or part is dict for part in _parts(hint)):
         _check_json(option.name, typed, where)
     return typed
@@ -194,7 +201,7 @@ def _converted(value: Any, hint: Any) -> Any:
     if hint is bool:
         if isinstance(value, str) and value.lower() in ("true", "false"):
             return value.lower() == "true"
-    elif hint in (int, float) and not isinstance(value, bool):
+    elif hint in (int, float):
         return _number(value, hint)
     if not isinstance(hint, type) or not isinstance(value, hint):
         raise ValueError
@@ -232,6 +239,8 @@ def _plain(value: Any) -> Any:
 
 
 def _number(value: Any, hint: type) -> Any:
+    if isinstance(value, bool):
+        raise ValueError
     try:
         number = hint(value)
     except (TypeError, ValueError, OverflowError):

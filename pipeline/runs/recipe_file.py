@@ -52,8 +52,11 @@ def find_recipe(path: str) -> str:
     return str(ours) if named and ours.is_file() else path
 
 
-def read_recipe(path: str) -> dict[str, Any]:
+def read_recipe(path: str, option: str = "--config ") -> dict[str, Any]:
     """Read the keys and values of a recipe.
+
+    Args:
+        option: the option that named the file, for errors.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -62,17 +65,17 @@ def read_recipe(path: str) -> dict[str, Any]:
     """
     source = Path(path)
     if not source.exists() or source.is_dir():
-        raise FileNotFoundError(f"--config {path}: no such file. Name a recipe, such as those in pipeline/recipes.")
+        raise FileNotFoundError(f"{option}{path}: no such file. Name a recipe, such as those in pipeline/recipes.")
     if not source.is_file():
         raise OSError(
-            f"--config {path}: not a regular file, such as a pipe. Each process of a run reads the recipe. Save it to a file."
+            f"{option}{path}: not a regular file, such as a pipe. Each process of a run reads the recipe. Save it to a file."
         )
     try:
         with source.open("rb") as file:
             content = file.read(LONGEST + 1)
     except OSError as error:
         raise OSError(
-            f"--config {path}: the file cannot be read ({error.strerror}). Correct its permissions."
+            f"{option}{path}: the file cannot be read ({error.strerror}). Correct its permissions."
         ) from error
     if len(content) > LONGEST:
         raise ValueError(f"{path}: larger than {LONGEST:,} bytes, so it is no recipe. Name a recipe.")

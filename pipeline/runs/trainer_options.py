@@ -79,6 +79,11 @@ def check_trainer_options(args: TrainingArguments, *, installed: bool) -> None:
             for word in value if isinstance(value, list) else [value]:
                 if word is not None and word not in words:
                     raise ValueError(f"{name}={shorten(value)} is not one of {', '.join(words)}.")
+    if getattr(args, "model_init_kwargs", None):
+        raise ValueError(
+            f"model_init_kwargs={shorten(args.model_init_kwargs)} has no effect here. Set dtype, attn_implementation, "
+            f"model_revision and the like, which are options of their own."
+        )
     _check_workers(args)
     _check_evaluation(args)
     _check_optimizer(args, installed=installed)

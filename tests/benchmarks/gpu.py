@@ -50,12 +50,9 @@ from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.plan import PlanArguments, peak, plan
 from pipeline.reports.markdown import markdown_table, number
-from pipeline.rl.config import PPOConfig
 from pipeline.rl.preflight import preflight
-from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
 from pipeline.runs.launch import check_wrapper
-from reward_models.functions import RewardArguments
 from tests.benchmarks.ppo_update import ROWS, Contender
 from tests.benchmarks.work import Work, now
 
@@ -338,16 +335,7 @@ class Meter(TrainerCallback):
 def run_ppo(task: dict) -> dict:
     """Run the stage by the row's recipe, and plan it -> what was found in this process."""
     meter, recipe = Meter(task["device"]), ["--config", str(Path(task["folder"]) / "recipe.yaml")]
-    parsed = parse(
-        DataArguments,
-        PolicyArguments,
-        TextArguments,
-        RewardArguments,
-        LoraArguments,
-        ModelConfig,
-        PPOConfig,
-        args=recipe,
-    )
+    parsed = parse(*ppo.OPTIONS, args=recipe)
     with patch.multiple(ppo, preflight=meter.preflight, check_wrapper=meter.watch):
         ppo.main(*parsed)
     asked = PlanArguments(task["prompt_tokens"], task["processes"], task["device"])

@@ -9,34 +9,20 @@ import torch
 import trl
 from safetensors.torch import load_file
 from transformers import Trainer
-from trl import DPOConfig, GRPOConfig, ModelConfig, RewardConfig, RLOOConfig, SFTConfig
+from trl import ModelConfig
 
 from pipeline import best_of_n, dpo, evaluation, grpo, ppo, reward, rloo, sft, tables
 from pipeline.backbone.adapters import WEIGHTS, read_adapter
 from pipeline.backbone.loading import load_pretrained
-from pipeline.backbone.lora import LoraArguments
-from pipeline.reward import RewardModelArguments
 from pipeline.rl import online
-from pipeline.rl.config import PPOConfig
 from pipeline.runs import outputs
-from pipeline.runs.arguments import DataArguments, OnlineArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
-from reward_models.functions import RewardArguments
 from tests.backbone_copies import backbone_copies
 
 
-TYPES = {
-    "sft": (DataArguments, LoraArguments, ModelConfig, SFTConfig),
-    "reward": (DataArguments, RewardModelArguments, LoraArguments, ModelConfig, RewardConfig),
-    "ppo": (DataArguments, PolicyArguments, TextArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig),
-    "rloo": (DataArguments, OnlineArguments, RewardArguments, ModelConfig, RLOOConfig),
-    "grpo": (DataArguments, OnlineArguments, RewardArguments, ModelConfig, GRPOConfig),
-    "dpo": (DataArguments, dpo.PairArguments, ModelConfig, DPOConfig),
-    "best_of_n": (best_of_n.BestOfNArguments, PolicyArguments, RewardArguments, ModelConfig),
-    "evaluation": (evaluation.EvaluationArguments, RewardArguments, ModelConfig),
-}
 MODULES = {"sft": sft, "reward": reward, "ppo": ppo, "rloo": rloo, "grpo": grpo, "dpo": dpo}
 MODULES |= {"best_of_n": best_of_n, "evaluation": evaluation}
+TYPES = {name: module.OPTIONS for name, module in MODULES.items()}
 
 
 def _words(value) -> list[str]:
@@ -129,8 +115,7 @@ max_completion_length: 4
     (tmp_path / "ppo.yaml").write_text(rewards + training)
     (tmp_path / "evaluation.yaml").write_text(rewards + "policy_adapter: ppo\noutput_dir: out\n")
     ppo.main(*parse(*TYPES["ppo"], args=["--config", "ppo.yaml"]))
-    types = (evaluation.EvaluationArguments, RewardArguments, ModelConfig)
-    evaluation.main(*parse(*types, args=["--config", "evaluation.yaml"]))
+    evaluation.main(*parse(*evaluation.OPTIONS, args=["--config", "evaluation.yaml"]))
 
     log = json.loads(Path("ppo/metrics.json").read_text())["history"]
     report = json.loads(Path("out/report.json").read_text())

@@ -16,18 +16,13 @@ from conftest import PROMPTS
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import ModelConfig
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
 from pipeline import ppo
 from pipeline.backbone.gguf import model_source
-from pipeline.backbone.lora import LoraArguments
-from pipeline.rl.config import PPOConfig
 from pipeline.rl.trainer import PPOTrainer
-from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
-from reward_models.functions import RewardArguments
 
 
 if importlib.util.find_spec("vllm") is None:  # one that is installed and cannot be imported is an error
@@ -172,8 +167,9 @@ def run(engines, monkeypatch, tmp_path):
             "output_dir": tmp_path / name,
             **options,
         }
-        stage = (DataArguments, PolicyArguments, TextArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig)
-        ppo.main(*parse(*stage, args=[word for key, value in given.items() for word in (f"--{key}", str(value))]))
+        ppo.main(
+            *parse(*ppo.OPTIONS, args=[word for key, value in given.items() for word in (f"--{key}", str(value))])
+        )
         return used[0], Path(model), tmp_path / name
 
     return run

@@ -26,11 +26,9 @@ from pipeline.backbone.padding import choose_pad_token
 from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import Backbone, load_backbone
 from pipeline.backbone.sampling import sample
-from pipeline.reward import RewardModelArguments
 from pipeline.rl.config import PPOConfig
 from pipeline.rl.measuring import measure
 from pipeline.rl.trainer import PPOTrainer
-from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
 from reward_models.functions import RewardArguments
 from reward_models.learned import KNOWN_SCORES, LearnedReward, with_known_scores
@@ -211,9 +209,7 @@ def train(stage, types: tuple, folder: Path, model: str, rows: list[dict], **opt
     stage.main(*parse(*types, args=flags))
 
 
-REWARD = (DataArguments, RewardModelArguments, LoraArguments, ModelConfig, RewardConfig)
-SFT = (DataArguments, LoraArguments, ModelConfig, SFTConfig)
-PPO = (DataArguments, PolicyArguments, TextArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig)
+REWARD, SFT, PPO = reward.OPTIONS, sft.OPTIONS, ppo.OPTIONS
 
 
 @pytest.fixture(scope="module")

@@ -9,18 +9,16 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import nn
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from trl import ModelConfig, RewardConfig, SFTConfig
+from trl import ModelConfig
 
-from pipeline import evaluation
+from pipeline import evaluation, ppo, reward, sft
 from pipeline.backbone.adapters import read_adapter
 from pipeline.backbone.identity import IDENTITY, fingerprint
 from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.lora import LoraArguments
 from pipeline.backbone.roles import Backbone, load_backbone
 from pipeline.plan import in_4_bits, roles, state
-from pipeline.reward import RewardModelArguments
 from pipeline.rl.config import PPOConfig
-from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
 from reward_models.functions import RewardArguments
 from tests.backbone_copies import backbone_copies
@@ -29,10 +27,10 @@ from tests.backbone_copies import backbone_copies
 pytest.importorskip("bitsandbytes")
 
 TYPES = {
-    "sft": (DataArguments, LoraArguments, ModelConfig, SFTConfig),
-    "reward": (DataArguments, RewardModelArguments, LoraArguments, ModelConfig, RewardConfig),
-    "ppo": (DataArguments, PolicyArguments, TextArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig),
-    "evaluation": (evaluation.EvaluationArguments, RewardArguments, ModelConfig),
+    "sft": sft.OPTIONS,
+    "reward": reward.OPTIONS,
+    "ppo": ppo.OPTIONS,
+    "evaluation": evaluation.OPTIONS,
 }
 
 

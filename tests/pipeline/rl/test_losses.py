@@ -97,6 +97,36 @@ def test_a_dual_clip_bounds_what_the_first_clip_leaves():
     torch.testing.assert_close(logprobs.grad, tensor([[0.0, 0.0, -0.25], [0.0, 0.0, 0.0]]))
 
 
+@pytest.mark.parametrize("log_ratio", [80.0, 89.0, 1e4])
+@pytest.mark.parametrize(("advantage", "loss"), [(2.0, -2.4), (0.0, 0.0)])
+def test_a_ratio_beyond_float32_that_is_clipped_has_a_gradient_of_0(advantage, loss, log_ratio):
+    logprobs = tensor([[log_ratio, 0.0]], requires_grad=True)
+    mask, advantages = tensor([[True, True]]), tensor([[advantage, 0.0]])
+    found, share = policy_loss(logprobs, tensor([[0.0, 0.0]]), advantages, mask, clip=0.2)
+    found.backward()
+    assert found.item() == pytest.approx(loss / 2)
+    assert logprobs.grad.tolist() == [[0.0, 0.0]]
+    assert share.item() == (0.5 if advantage else 0.0)
+
+
+@pytest.mark.parametrize("log_ratio", [70.0, 85.0, 89.0, 1e4])
+def test_a_dual_clip_bounds_a_ratio_beyond_float32(log_ratio):
+    logprobs = tensor([[log_ratio]], requires_grad=True)
+    found, _ = policy_loss(logprobs, tensor([[0.0]]), tensor([[-2.0]]), tensor([[True]]), clip=0.2, dual_clip=3.0)
+    found.backward()
+    assert found.item() == 6.0 and logprobs.grad.item() == 0
+
+
+@pytest.mark.parametrize("log_ratio", [70.0, 85.0, 89.0])
+def test_a_ratio_that_is_not_clipped_is_never_bounded(log_ratio):
+    """Where a bad token became likelier. Beyond float32 it is infinite, which ends training, and not NaN."""
+    logprobs = tensor([[log_ratio]], requires_grad=True)
+    found, _ = policy_loss(logprobs, tensor([[0.0]]), tensor([[-2.0]]), tensor([[True]]), clip=0.2)
+    found.backward()
+    exact = 2 * math.exp(log_ratio) if log_ratio < 88 else INF
+    assert found.item() == pytest.approx(exact) and logprobs.grad.item() == pytest.approx(exact)
+
+
 def test_first_epoch_is_the_plain_policy_gradient():
     old, advantages, _, mask = random_batch()
     logprobs = old.clone().requires_grad_()
@@ -260,8 +290,14 @@ def test_padding_changes_no_text_loss_and_no_gradient(junk):
     torch.testing.assert_close(gradients[0], expected)
 
 
-def test_a_text_without_a_token_to_predict_is_no_loss():
-    assert text_loss(tensor([[NAN], [-1.0]]), tensor([[False], [True]])).item() == 0.5
+def test_a_text_without_a_token_to_predict_is_left_out_of_the_mean():
+    logprobs = tensor([[NAN, NAN], [-1.0, -3.0], [-4.0, NAN]], requires_grad=True)
+    mask = tensor([[False, False], [True, True], [True, False]])
+    loss = text_loss(logprobs, mask)
+    loss.backward()
+    assert loss.item() == 3.0  # of 2 and 4
+    assert logprobs.grad.tolist() == [[0.0, 0.0], [-0.25, -0.25], [-0.5, 0.0]]
+    assert text_loss(tensor([[NAN]]), tensor([[False]])).item() == 0.0
 
 
 # ------------------------------------------------------------------------------------------------ all together

@@ -10,19 +10,14 @@ import torch
 from conftest import PROMPTS
 from peft import AutoPeftModelForCausalLM, LoraConfig
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-from trl import ModelConfig
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
 
 from pipeline import ppo
-from pipeline.backbone.lora import LoraArguments
 from pipeline.backbone.roles import Backbone
-from pipeline.rl.config import PPOConfig
 from pipeline.rl.preflight import preflight
 from pipeline.runs import opening
-from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
-from reward_models.functions import RewardArguments
 
 
 pytestmark = pytest.mark.slow
@@ -424,7 +419,7 @@ def test_logprobs_that_vllm_does_not_know_are_a_warning(make_trainer, engine, to
     assert math.isnan(check.measured) and check.result == "warning"
 
 
-STAGE = (DataArguments, PolicyArguments, TextArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig)
+STAGE = ppo.OPTIONS
 
 
 def run_stage(tiny, tmp_path, **options):

@@ -15,18 +15,10 @@ import time
 from pathlib import Path
 
 import torch
-from trl import ModelConfig
 
 from pipeline import ppo
-from pipeline.backbone.lora import LoraArguments
-from pipeline.rl.config import PPOConfig
-from pipeline.runs.arguments import DataArguments, PolicyArguments, TextArguments
 from pipeline.runs.command_line import parse
 from pipeline.runs.manifest import STAGING
-from reward_models.functions import RewardArguments
-
-
-TYPES = (DataArguments, PolicyArguments, TextArguments, RewardArguments, LoraArguments, ModelConfig, PPOConfig)
 
 
 def start(words: list[str], log: Path) -> int:
@@ -38,7 +30,7 @@ def start(words: list[str], log: Path) -> int:
     os.dup2(output, 1)
     os.dup2(output, 2)
     try:
-        ppo.main(*parse(*TYPES, args=words))
+        ppo.main(*parse(*ppo.OPTIONS, args=words))
     except BaseException:
         import traceback
 
