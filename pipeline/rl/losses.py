@@ -35,8 +35,8 @@ def policy_loss(
             A token at that bound has no gradient. Ye et al. 2020 (arXiv 1912.09729), the dual clip.
     """
     log_ratio = (logprobs - old_logprobs).masked_fill(~mask, 0)
-    # Where a clip bounds the loss, it is the same for any large ratio. exp(89) is infinite in float32, and its gradient would be
-    # 0 times infinity. A negative advantage times an infinite ratio is an infinite loss, and ends training.
+    # Where a clip bounds the loss, it is the same for any large ratio. exp(89) is infinite in float32, and its gradient would
+    # be 0 times infinity. A negative advantage times an infinite ratio is an infinite loss, and ends training.
     unbounded = advantages < 0 if dual_clip is None else torch.zeros_like(mask)
     ratio = torch.exp(torch.where(unbounded, log_ratio, log_ratio.clamp(max=LARGEST)))
     plain = -advantages * ratio

@@ -21,7 +21,7 @@ from pipeline.runs.recipe_file import find_recipe, read_recipe
 from pipeline.runs.trainer_options import check_attention, check_trainer_options
 
 
-NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|-(inf|infinity|nan)$", re.IGNORECASE)
+NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$|-\.?(inf|infinity|nan)$", re.IGNORECASE)
 
 
 def parse(*dataclass_types, args: list[str] | None = None) -> tuple:

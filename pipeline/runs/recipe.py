@@ -7,11 +7,11 @@ inside lists and mappings.
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from enum import Enum
-from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -148,7 +148,7 @@ def _typed(option: Field, value: Any, hint: Any, path: str | None) -> Any:
 def _check_json(name: str, text: str, where: str) -> None:
     """Check a text that stands for a mapping: JSON, or, for some options, the path of a JSON file."""
     if name in MAPPING_OR_PATH and not text.startswith("{"):
-        if not Path(text).expanduser().is_file():
+        if not os.path.isfile(os.path.expanduser(text)):  # False for a name that no file system holds
             raise ValueError(f"{where} is neither a mapping nor a JSON file that exists. Correct it, or leave it out.")
         return
     try:

@@ -4,6 +4,7 @@ YAML 1.1 has surprises: `1:30` is 90, `010` is 8, `2024-01-01` is a date. Here t
 says what they are (`pipeline.runs.recipe`).
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,8 @@ _Loader.add_implicit_resolver(
 def find_recipe(path: str) -> str:
     """Return the path of a recipe. Recipes of `pipeline/recipes` are found from any folder."""
     ours = Path(__file__).parents[1] / "recipes" / path.removeprefix("pipeline/recipes/")
-    named = path.startswith("pipeline/recipes/") and not Path(path).exists()
-    return str(ours) if named and ours.is_file() else path
+    named = path.startswith("pipeline/recipes/") and not os.path.exists(path)
+    return str(ours) if named and os.path.isfile(ours) else path
 
 
 def read_recipe(path: str, option: str = "--config ") -> dict[str, Any]:
@@ -64,7 +65,7 @@ def read_recipe(path: str, option: str = "--config ") -> dict[str, Any]:
         ValueError: the file is not YAML, is not a mapping, has a key twice, or is too large.
     """
     source = Path(path)
-    if not source.exists() or source.is_dir():
+    if not os.path.exists(path) or source.is_dir():  # pathlib raises an error for a name of 300 characters
         raise FileNotFoundError(f"{option}{path}: no such file. Name a recipe, such as those in pipeline/recipes.")
     if not source.is_file():
         raise OSError(

@@ -5,13 +5,13 @@ Where their code can be asked (optimizer, schedule, sampling), it is called on s
 
 import inspect
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from accelerate.utils import DynamoBackend
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AttentionInterface,
     GenerationConfig,
@@ -21,9 +21,7 @@ from transformers import (
     TrainingArguments,
     get_scheduler,
 )
-from transformers.utils import is_flash_attn_2_available, is_kernels_available, is_liger_kernel_available
 from trl import DPOConfig, GRPOConfig, RewardConfig, RLOOConfig, SFTConfig
-from trl.import_utils import is_vllm_available
 
 from data.cells import shorten
 
@@ -88,7 +86,11 @@ def check_trainer_options(args: TrainingArguments, *, installed: bool) -> None:
     _check_evaluation(args)
     _check_optimizer(args, installed=installed)
     _check_schedule(args)
-    named = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
+    named = {*inspect.signature(torch.utils.checkpoint.checkpoint).parameters, "preserve_rng_state"} - {
+        "function",
+        "args",
+        "kwargs",
+    }
     for name in args.gradient_checkpointing_kwargs or {}:
         if name not in named:
             raise ValueError(
@@ -106,11 +108,8 @@ def check_trainer_options(args: TrainingArguments, *, installed: bool) -> None:
             raise ValueError(
                 f"fsdp={args.fsdp!r} needs several processes. Leave it unset, and launch with accelerate_configs/fsdp2.yaml."
             )
-        for option, found, package in (
-            ("use_vllm", is_vllm_available, "vllm"),
-            ("use_liger_kernel", is_liger_kernel_available, "liger-kernel"),
-        ):
-            if getattr(args, option, False) and not found():
+        for option, package in (("use_vllm", "vllm"), ("use_liger_kernel", "liger_kernel")):
+            if getattr(args, option, False) and not find_spec(package):
                 raise ImportError(f"{option}=True needs the package {package}. Install it, or leave {option} unset.")
 
 
@@ -126,7 +125,7 @@ def check_attention(name: str | None, *, installed: bool) -> None:
         return
     if name not in known:
         raise ValueError(f"attn_implementation={shorten(name)} is not one of {', '.join(known)}.")
-    if installed and name == "flash_attention_2" and not (is_flash_attn_2_available() or is_kernels_available()):
+    if installed and name == "flash_attention_2" and not (find_spec("flash_attn") or find_spec("kernels")):
         raise ImportError(
             f"attn_implementation={name!r} needs the package flash-attn and a GPU. Install it, or set sdpa."
         )
@@ -192,7 +191,7 @@ def _check_schedule(args: TrainingArguments) -> None:
             schedule = get_scheduler(
                 args.lr_scheduler_type, optimizer, 0, 1_000_000, scheduler_specific_kwargs=args.lr_scheduler_kwargs
             )
-            for _ in range(3 if isinstance(schedule, LambdaLR) else 0):
+            for _ in range(3 if isinstance(schedule, torch.optim.lr_scheduler.LambdaLR) else 0):
                 schedule.step()
     except Exception as error:
         raise ValueError(
