@@ -74,6 +74,7 @@ class Composite:
                 return fail(f"returned {kind}. Return a list with one number for each completion.", given)
             if any(getattr(stream, "closed", False) for stream in (sys.stdout, sys.stderr)):
                 return fail("closed sys.stdout or sys.stderr, to which the run prints. Leave them open.", given)
+            output = output.detach() if isinstance(output, Tensor) else output
             values = list(islice(output, len(given["prompts"]) + 1))  # a generator may have no end
             problem = _problem(values, given["prompts"], given["completions"])
             return fail(problem, given) if problem else [None if value is None else float(value) for value in values]

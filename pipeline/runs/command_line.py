@@ -57,7 +57,7 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
         (_plain(word.split("=")[0]), "command line") for word in args if word.startswith("--")
     ]
     words = {flags[key] for key, _ in given if key in flags}
-    given += [(str(key), path) for key in recipe]
+    given += [(str(key), str(path)) for key in recipe]
     for key, source in given:
         known = {*flags} if source == "command line" else keys
         if key not in known:

@@ -1,6 +1,7 @@
 """Recipes and command lines: YAML, types, ranges, and options that contradict each other. No model is loaded."""
 
 import json
+import os
 import sys
 from dataclasses import fields
 from importlib import import_module
@@ -9,6 +10,7 @@ from typing import get_type_hints
 import pytest
 from trl import SFTConfig
 
+from pipeline import ppo
 from pipeline.runs.arguments import DataArguments
 from pipeline.runs.command_line import parse
 from pipeline.runs.recipe import RANGES as RANGES_OF_OPTIONS
@@ -21,6 +23,36 @@ YAML = {
     "a key twice": ("seed: 1\n", r"recipe\.yaml line 8: not a YAML recipe \(the key 'seed' comes twice\)"),
     "a key twice below": ("lr_scheduler_kwargs: {a: 1, a: 2}\n", r"the key 'a' comes twice"),
     "a Python object": ("run_name: !!python/object/apply:os.getcwd []\n", r"could not determine a constructor"),
+    "aliases that grow tenfold, nine times": (
+        "run_name: &a [x, x, x, x, x, x, x, x, x, x]\n"
+        + "".join(
+            f"{key}: &{key} [*{last}, *{last}, *{last}, *{last}, *{last}, *{last}, *{last}, *{last}, *{last}]\n"
+            for last, key in zip("abcdefghi", "bcdefghij", strict=True)
+        ),
+        r"recipe\.yaml line \d+: not a YAML recipe \(more than 10,000 values\)",
+    ),
+    "an alias inside of itself": ("run_name: &a [*a]\n", r"an alias stands inside of what it names"),
+    "merge keys that grow": (
+        "optim_args: &a {x: 1}\n"
+        + "".join(
+            f"k{number}: &k{number} {{<<: [{', '.join([f'*k{number - 1}' if number else '*a'] * 9)}]}}\n"
+            for number in range(9)
+        ),
+        r"more than 10,000 values",
+    ),
+    "brackets without end": ("run_name: " + "[" * 5000, r"its brackets are nested too deeply"),
+    "two documents": ("---\nrun_name: x\n", r"a second document begins with ---"),
+    "a number that is none": ("lora_r: !!int abc\n", r"invalid literal for int"),
+    "a date that is none": ("run_name: !!timestamp abc\n", r"recipe\.yaml: not a YAML recipe"),
+    "an unhashable key": ("{a: 1}: 2\n", r"found unhashable key"),
+    "a zero byte": ('run_name: "a\\0b"\n', r"run_name='a\\x00b' holds a zero byte"),
+    "a control character": ("run_name: a\x07b\n", r"not a YAML recipe \(special characters are not allowed\)"),
+    "too large": ("# " + "x" * 100_000 + "\n", r"recipe\.yaml: larger than 100,000 bytes"),
+    "a recipe in a recipe": ("config: other.yaml\n", r"recipe\.yaml: one run has one recipe"),
+    "help": ("help: true\n", r"unknown key 'help'"),
+    "a flag of the command line": ("no_use_cpu: true\n", r"unknown key 'no_use_cpu'\. Did you mean use_cpu\?"),
+    "no environment": ("env: [a]\n", r"env=\['a'\] must be a mapping"),
+    "no name of a variable": ("env: {A=B: 1}\n", r"env: 'A=B' is no name"),
     "an unknown key": (
         "learning_rat: 0.1\n",
         r"recipe\.yaml: unknown key 'learning_rat'\. Did you mean learning_rate\?",
@@ -52,6 +84,29 @@ TYPES = {
     "no such dtype": ("dtype: float61\n", r"dtype='float61' is not one of auto, bfloat16, float16, float32\."),
     "no such schedule": ("lr_scheduler_type: linearr\n", r"lr_scheduler_type='linearr' is not one of linear, cosine"),
     "a pad token without quotes": ("pad_token: [PAD]\n", r"pad_token=\['PAD'\] must be text or null\."),
+    "minutes": ("max_steps: 1:30\n", r"max_steps='1:30' must be a whole number\."),
+    "hexadecimal": ("max_steps: 0x10\n", r"max_steps='0x10' must be a whole number\."),
+    "a date for a number": ("learning_rate: 2024-01-01\n", r"learning_rate='2024-01-01' must be a number\."),
+    "yes for a whole number": ("lora_r: yes\n", r"lora_r=True must be a whole number\. YAML reads yes"),
+    "text in a list of numbers": (
+        "lora_target_modules: [1]\n",
+        r"lora_target_modules=\[1\] must be a list in brackets",
+    ),
+    "text in a mapping of switches": (
+        "liger_kernel_config: {rope: maybe}\n",
+        r"liger_kernel_config=\{'rope': 'maybe'\} must be a mapping or null",
+    ),
+    "text for a mapping": (
+        "lr_scheduler_kwargs: power\n",
+        r"lr_scheduler_kwargs='power' must be a mapping, or JSON text",
+    ),
+    "JSON that is no mapping": ("lr_scheduler_kwargs: '[1]'\n", r"lr_scheduler_kwargs='\[1\]' must be a mapping"),
+    "no file of a mapping": (
+        "deepspeed: nowhere.json\n",
+        r"deepspeed='nowhere\.json' is neither a mapping nor a JSON file",
+    ),
+    "an empty text": ("run_name: ''\n", r"run_name='' is an empty text\. Give a value, or leave run_name out\."),
+    "an empty list": ("lora_target_modules: []\n", r"lora_target_modules=\[\] is an empty list"),
     "no such optimizer": ("optim: adam\n", r"optim='adam' is not one of adamw_torch"),
 }
 RANGES = [
@@ -62,6 +117,11 @@ RANGES = [
     ("sft", "gradient_accumulation_steps", 0, "1 or more"),
     ("sft", "max_length", 0, "1 or more"),
     ("sft", "num_train_epochs", 0.0, "above 0"),
+    ("sft", "data_seed", -1, "from 0 to 4294967295"),
+    ("sft", "dataloader_num_workers", -1, "0 or more"),
+    ("sft", "ddp_timeout", 0, "1 or more"),
+    ("sft", "learning_rate", "-1e-5", "0 or more"),
+    ("sft", "learning_rate", "-inf", "0 or more"),
     ("sft", "seed", -1, "from 0 to 4294967295"),
     ("sft", "weight_decay", -0.1, "0 or more"),
     ("sft", "max_grad_norm", -1.0, "0 or more"),
@@ -133,6 +193,36 @@ CONTRADICTIONS = {
         {"generation_kwargs": '{"typical": 0.9}'},
         r"^generation_kwargs: unknown key 'typical'\. Did you mean typical_p\?$",
     ),
+    "an adapter without a name": (
+        "evaluation",
+        {"policy_adapter": ""},
+        r"^command line: policy_adapter='' is an empty text\. Give a value, or leave policy_adapter out\.$",
+    ),
+    "two recipes": (
+        "sft",
+        {"config": "other.yaml"},
+        r"^command line: one run has one recipe\. Name it with --config, once",
+    ),
+    **{
+        f"{key}: 1e9 of {stage}": (
+            stage,
+            {key: 10**9},
+            rf"^{key}=1000000000 is more than [\d,]+, the most that a run can use",
+        )
+        for stage, key in (
+            ("sft", "per_device_train_batch_size"),
+            ("sft", "gradient_accumulation_steps"),
+            ("ppo", "steps_per_generation"),
+            ("rloo", "num_generations"),
+            ("evaluation", "batch_size"),
+            ("best_of_n", "max_completion_length"),
+        )
+    },
+    "a rollout too large": (
+        "ppo",
+        {"per_device_train_batch_size": 2**16, "steps_per_generation": 2**10},
+        r"^generation_batch_size=67108864 is more than 1,048,576",
+    ),
     "one prompt to evaluate": ("evaluation", {"max_prompts": 1}, r"prompts\.jsonl: 1 prompt \(max_prompts=1\), and"),
     "one prompt for best of n": ("best_of_n", {"max_prompts": 1}, r": 1 prompt .* intervals need 2 or more"),
     "minibatches": ("ppo", {"steps_per_generation": 3, "gradient_accumulation_steps": 2}, "does not divide"),
@@ -164,6 +254,88 @@ CONTRADICTIONS = {
 }
 
 
+# What transformers or TRL would refuse after the model is loaded, or in the middle of training.
+BEST = "save_strategy: steps\neval_strategy: steps\nload_best_model_at_end: true\n"
+LATE = {
+    "an argument of no schedule": (
+        "sft",
+        "lr_scheduler_kwargs: {a: 1}\n",
+        r"^lr_scheduler_type='linear' cannot be made",
+    ),
+    "a schedule that needs more": (
+        "sft",
+        "lr_scheduler_type: warmup_stable_decay\n",
+        r"^lr_scheduler_type='warmup_stable",
+    ),
+    "a power that is none": (
+        "sft",
+        "lr_scheduler_type: polynomial\nlr_scheduler_kwargs: {power: x}\n",
+        r"^lr_scheduler_type='polynomial' cannot be made with lr_scheduler_kwargs=\{'power': 'x'\}: unsupported operand",
+    ),
+    "an argument of no optimizer": (
+        "sft",
+        "optim_args: a\n",
+        r"^optim='adamw_torch_fused' cannot be made with .*optim_args='a'",
+    ),
+    "a figure of no evaluation": (
+        "reward",
+        f"{BEST}metric_for_best_model: f1\n",
+        r"^metric_for_best_model='f1' is no figure of this stage's evaluation\. Name one of loss, accuracy",
+    ),
+    "the best of no evaluation": ("sft", "save_strategy: best\n", r"^save_strategy: best needs an evaluation"),
+    "an evaluation without rows": ("sft", "eval_strategy: steps\neval_steps: 1\n", r"texts\.jsonl has none"),
+    "an evaluation that RLOO does not make": ("rloo", "eval_strategy: steps\n", r"this stage evaluates nothing"),
+    "workers that stay, of none": ("dpo", "dataloader_persistent_workers: true\n", r"dataloader_num_workers is 0"),
+    "an argument of no checkpointing": ("sft", "gradient_checkpointing_kwargs: {a: 1}\n", r"unknown key 'a'\. torch"),
+    "options of a model that is loaded": (
+        "sft",
+        "model_init_kwargs: {a: 1}\n",
+        r"^model_init_kwargs=.* has no effect here",
+    ),
+    "half precision on a CPU": ("sft", "fp16: true\n", r"^fp16=True needs a GPU, and use_cpu is set"),
+    "no such attention": ("sft", "attn_implementation: flash\n", r"^attn_implementation='flash' is not one of eager"),
+    "no such compiler": ("sft", "torch_compile_backend: gcc\n", r"^torch_compile_backend='gcc' is not one of"),
+    "a key of no accelerator": (
+        "sft",
+        "accelerator_config: {a: 1}\n",
+        r"^SFTConfig cannot be made .*accelerator_config=\{'a': 1\}",
+    ),
+    "no such loss of DPO": (
+        "dpo",
+        "loss_type: [sigmoid, logistic]\n",
+        r"^loss_type=\['sigmoid', 'logistic'\] is not one of",
+    ),
+    "no such divergence": ("dpo", "f_divergence_type: kl\n", r"^f_divergence_type='kl' is not one of reverse_kl"),
+    "no such loss of GRPO": ("grpo", "loss_type: ppo\n", r"^loss_type='ppo' is not one of grpo"),
+    "no such scale": ("grpo", "scale_rewards: all\n", r"^scale_rewards='all' is not one of group, batch, none"),
+    "completions without an end": (
+        "rloo",
+        "max_completion_length: null\n",
+        r"max_completion_length=None must be a whole number",
+    ),
+    "tokens that are none": (
+        "ppo",
+        "generation_kwargs: {suppress_tokens: the}\n",
+        r"^generation_kwargs=.* cannot be sampled with",
+    ),
+    "a share above 1": (
+        "ppo",
+        "generation_kwargs: {typical_p: 2}\n",
+        r"^generation_kwargs: typical_p=2 must be a number from 0",
+    ),
+    "no such cache": (
+        "grpo",
+        "cache_implementation: fast\n",
+        r"^generation_kwargs=.*Invalid `cache_implementation` \(fast\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("stage", "recipe", "message"), LATE.values(), ids=LATE)
+def test_what_a_trainer_would_refuse_later(stage, recipe, message, refuses):
+    refuses(stage, message, recipe=recipe)
+
+
 @pytest.mark.parametrize(("recipe", "message"), YAML.values(), ids=YAML)
 def test_yaml(recipe, message, refuses):
     refuses("sft", message, recipe=recipe)
@@ -176,7 +348,8 @@ def test_types(recipe, message, refuses):
 
 @pytest.mark.parametrize(("stage", "key", "value", "range"), RANGES)
 def test_ranges(stage, key, value, range, refuses):
-    refuses(stage, f"^{key}={value} must be {range}\\.$", **{key: value})
+    shown = float(value) if isinstance(value, str) else value
+    refuses(stage, f"^{key}={shown} must be {range}\\.$", **{key: value})
 
 
 @pytest.mark.parametrize(("stage", "options", "message"), CONTRADICTIONS.values(), ids=CONTRADICTIONS)
@@ -185,7 +358,10 @@ def test_contradictions(stage, options, message, refuses):
 
 
 def test_every_range_is_that_of_an_option():
-    mains = [import_module(f"pipeline.{stage}").main for stage in ("ppo", "reward", "dpo", "evaluation")]
+    mains = [
+        import_module(f"pipeline.{stage}").main
+        for stage in ("ppo", "reward", "dpo", "grpo", "evaluation", "best_of_n", "plan", "pretrain")
+    ]
     kinds = [kind for main in mains for name, kind in get_type_hints(main).items() if name != "return"]
     options = {option.name for kind in kinds for option in fields(kind)}
     assert {name for names, _, _ in RANGES_OF_OPTIONS for name in names} <= options
@@ -213,6 +389,72 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(world):
         parse(SFTConfig, args=["--config", path])
     world.write("recipe.yaml", "output_dir: out\nuse_cpu: true\nlearning_rate: 1e-5\n")
     assert parse(SFTConfig, args=["--config", path])[0].learning_rate == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("reward_weights: [1e-1, 2, '3']", [0.1, 2, 3.0]),
+        ("reward_clip_range: [-1e1, 1_0]", [-10.0, 10.0]),
+        ("lr_scheduler_kwargs: {num_cycles: 5e-1}\nlr_scheduler_type: cosine", {"num_cycles": 0.5}),
+        ("lora_target_modules: [010, 1e5, 'off']", ["010", "1e5", "off"]),
+        ("lora_target_modules: c_attn", "c_attn"),  # ModelConfig unwraps a list of one
+        ("max_steps: 010", 10),  # as on the command line; YAML 1.1 reads 8
+        ("max_steps: 1_000", 1000),
+        ("max_steps: 10.0", 10),
+        ("run_name: 1:30", "1:30"),
+        ("run_name: 2024-01-01", "2024-01-01"),
+        ("run_name: 0x10", "0x10"),
+        ("seed: &seed 5\ndata_seed: *seed", 5),
+        ("normalize_scores: off", False),
+        ("report_to: [none]", []),
+        ("eval_dataset_name: ''", ""),
+    ],
+)
+@pytest.mark.parametrize("start", ["", "\ufeff"], ids=["", "BOM"])
+def test_what_a_value_means(line, value, start, world):
+    path = world.write(
+        "recipe.yaml", f"{start}use_cpu: true\nbf16: false\noutput_dir: out\nreward_funcs: a.b\n{line}\n"
+    )
+    parts = parse(*ppo.OPTIONS, args=["--config", path])
+    (found,) = {repr(getattr(part, key)) for part in parts if hasattr(part, key := line.split(":")[0])}
+    assert found == repr(value)
+
+
+def test_negative_numbers_on_the_command_line():
+    words = ["--output_dir", "out", "--use_cpu", "--bf16", "false", "--reward_funcs", "a.b"]
+    *_, args = parse(
+        *ppo.OPTIONS, args=[*words, "--reward_weights", "1", "-1e-1", "--reward_clip_range", "-.5", "5e0"]
+    )
+    assert args.reward_weights == [1.0, -0.1] and args.reward_clip_range == [-0.5, 5.0]
+
+
+def test_the_environment_of_a_recipe(world, monkeypatch):
+    monkeypatch.setenv("SPINE_TEST", "before")
+    path = world.write("recipe.yaml", "env: {SPINE_TEST: 010}\nrun_nam: x\n")
+    with pytest.raises(ValueError, match="unknown key 'run_nam'"):
+        parse(DataArguments, args=["--config", path])
+    assert os.environ["SPINE_TEST"] == "before"
+    world.write("recipe.yaml", "env: {SPINE_TEST: 010}\n")
+    parse(DataArguments, args=["--config", path])
+    assert os.environ["SPINE_TEST"] == "010"
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a name of 300 characters"])
+def test_a_recipe_that_is_no_file(kind, tmp_path):
+    """Each process reads the recipe, and a pipe has it once."""
+    path = tmp_path / ("pipe" if kind == "a pipe" else "x" * 300)
+    if kind == "a pipe":
+        os.mkfifo(path)
+    with pytest.raises(OSError, match="not a regular file" if kind == "a pipe" else "no such file"):
+        parse(DataArguments, args=["--config", str(path)])
+
+
+def test_a_token_of_the_hub_is_in_no_message():
+    words = ["--output_dir", "out", "--hub_token", "hf_secret", "--accelerator_config", '{"a": 1}', "--use_cpu"]
+    with pytest.raises(ValueError, match="accelerator_config") as caught:
+        parse(SFTConfig, args=words)
+    assert "hf_secret" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """`reward_models.composite`: what a recipe names becomes functions, and each mistake of theirs is one clear error."""
 
 import asyncio
+import io
 import math
+import os
 import re
+import sys
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import yaml
@@ -313,7 +317,33 @@ def second(value):
     return gives
 
 
+def returns(value):
+    """A function that returns what `value()` makes."""
+
+    def gives(completions, **kwargs):
+        return value()
+
+    return gives
+
+
+def forever():
+    while True:
+        yield 1.0
+
+
+class Stop(BaseException):
+    pass
+
+
+def stops(error):
+    def gives(completions, **kwargs):
+        raise error
+
+    return gives
+
+
 FIRST = "2 completions, the first for prompt 'p', completion 'a b'"
+FIRST_ROW = "for prompt 'p', completion 'a b'. Return a finite number, or None if the function does not apply."
 SECOND = "for prompt 'q', completion 'c'. Return a finite number, or None if the function does not apply."
 
 
@@ -330,6 +360,21 @@ SECOND = "for prompt 'q', completion 'c'. Return a finite number, or None if the
         (second(float("nan")), f"'gives' returned nan {SECOND}"),
         (second(float("-inf")), f"'gives' returned -inf {SECOND}"),
         (second("1.0"), f"'gives' returned '1.0' {SECOND}"),
+        (second(1j), f"'gives' returned 1j {SECOND}"),
+        (second("x" * 1000), f"'gives' returned '{'x' * 56}... {SECOND}"),
+        (returns(forever), f"'gives' returned more than 2 rewards for {FIRST}. Return one for each completion."),
+        (
+            returns(lambda: numpy.ones((1, 2))),
+            f"'gives' returned 1 rewards for {FIRST}. Return one for each completion.",
+        ),
+        (returns(lambda: torch.ones(2, 3)), f"'gives' returned tensor([1., 1., 1.]) {FIRST_ROW}"),
+        (
+            returns(lambda: torch.ones(2, device="meta")),
+            f"'gives' returned tensor(..., device='meta', size=()) {FIRST_ROW}",
+        ),
+        (stops(SystemExit(0)), f"'gives' raised SystemExit: 0. It was called with {FIRST}."),
+        (stops(GeneratorExit()), f"'gives' raised GeneratorExit: . It was called with {FIRST}."),
+        (stops(Stop("now")), f"'gives' raised Stop: now. It was called with {FIRST}."),
     ],
 )
 def test_a_mistake_names_the_function_and_shows_the_sample(function, message):
@@ -337,6 +382,60 @@ def test_a_mistake_names_the_function_and_shows_the_sample(function, message):
         scores_of([words, function], ["p", "q"], ["a b", "c"])
     assert str(caught.value) == f"reward function {message}"
     assert isinstance(caught.value.__cause__, KeyError) == function.__name__.startswith("raises")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        (True, None),
+        (1, 2.5),
+        torch.tensor([1.0, 2.0], dtype=torch.bfloat16, requires_grad=True),
+        numpy.array([1, 2], dtype=numpy.int8),
+        [numpy.bool_(True), torch.tensor(2)],
+        {"a": 1.0, "b": 2.0}.values(),
+    ],
+    ids=["bools", "tuple", "tensor", "array", "scalars", "values"],
+)
+def test_numbers_of_any_kind_are_scored(values):
+    given = values.detach() if isinstance(values, torch.Tensor) else values
+    expected = [0.0 if value is None else float(value) for value in given]
+    scores = scores_of([returns(lambda: values), lambda completions, **_: [0.0, 0.0]], ["p", "q"], ["a", "b"])
+    assert scores == expected
+    assert scores_of([returns(lambda: (float(value or 0) for value in given))], ["p", "q"], ["a", "b"]) == expected
+
+
+def test_ctrl_c_names_the_function_that_was_running():
+    """It stays a KeyboardInterrupt: a user pressed it."""
+    with pytest.raises(KeyboardInterrupt) as caught:
+        scores_of([stops(KeyboardInterrupt())], ["p", "q"], ["a", "b"])
+    assert caught.value.__notes__ == ["The reward function 'gives' was running."]
+
+
+def test_a_function_that_closes_stdout(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    with pytest.raises(RewardError, match=r"'gives' closed sys\.stdout or sys\.stderr, to which the run prints"):
+        scores_of([returns(lambda: sys.stdout.close() or [1.0, 1.0])], ["p", "q"], ["a", "b"])
+
+
+async def disturbs(completions, **kwargs):
+    torch.manual_seed(0)
+    await asyncio.sleep(0)
+    torch.rand(3)
+    torch.set_default_dtype(torch.float64)
+    os.chdir("/")
+    sys.stdout = io.StringIO()
+    return [1.0, 1.0]
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_what_a_function_changes_in_the_process_is_undone(raises, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    functions = Composite([disturbs, stops(ValueError()) if raises else words]).functions
+    stdout, expected = sys.stdout, torch.random.get_rng_state()
+    with asyncio.Runner() as runner:
+        call_rewards(functions, ROWS, ["a", "b"], [[1], [2]], runner)
+    assert torch.equal(torch.random.get_rng_state(), expected)
+    assert (Path.cwd(), sys.stdout, torch.get_default_dtype()) == (tmp_path, stdout, torch.float32)
 
 
 def test_a_row_that_no_function_scores_is_an_error_that_shows_it():
@@ -429,6 +528,7 @@ def edits_state(completions, trainer_state, **kwargs):
     trainer_state.log_history[0]["loss"] = 0.0
     trainer_state.log_history.clear()
     trainer_state.max_steps = 0
+    trainer_state.stateful_callbacks["x"] = {}
     return [1.0] * len(completions)
 
 
