@@ -272,8 +272,8 @@ def ablations(folder: Path, *settings: str) -> None:
     write(folder, rows, ablations_table(runs), ABLATIONS_NOTE)
 
 
-# Each table, and how many words follow its name; None is two or more.
-TABLES: dict[str, tuple[Callable, int | None]] = {
+# Each table, and how many words follow its name (None: two or more).
+TABLES: dict[str, tuple[Callable[..., None], int | None]] = {
     "seeds": (seeds, 1),
     "baselines": (baselines, 2),
     "ablations": (ablations, None),
