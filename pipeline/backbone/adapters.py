@@ -16,6 +16,7 @@ from data.saving import check_saved
 from data.schemas import IDENTITY, METRICS
 from pipeline.backbone.adapter_config import ADAPTER_CONFIG, peft_config, read_adapter_config
 from pipeline.backbone.adapter_tensors import HEAD, WEIGHTS, check_fits, is_lora, module_of, read_header
+from pipeline.backbone.architecture import LARGEST_WEIGHT, all_finite
 from pipeline.backbone.identity import IDENTITY as IDENTITY_FILE
 from pipeline.backbone.identity import fingerprint, precision_of
 from pipeline.backbone.padding import check_pad_token
@@ -156,7 +157,7 @@ def read_adapter(
 
     Raises the errors of `check_adapter`, and:
         ValueError: the adapter was trained on another base, or with another tokenizer or pad token; or its tensors are
-            not finite.
+            not finite, or too large.
     """
     folder = check_adapter(name, needs_head=needs_head)
     identity = folder / IDENTITY_FILE
@@ -189,8 +190,13 @@ def read_adapter(
         check_fits(name, config, read_header(folder / WEIGHTS), base)
     tensors = load_file(folder / WEIGHTS)
     for key, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{folder / WEIGHTS}: {escaped(key)} is not finite. Train the adapter anew.")
+        if not tensor.is_floating_point() or not all_finite([tensor], LARGEST_WEIGHT):
+            problem = f"is of {tensor.dtype}, not of a floating-point type"
+            if tensor.is_floating_point():
+                problem = (
+                    "is not finite" if not all_finite([tensor]) else "has weights above 1e6: its training diverged"
+                )
+            raise ValueError(f"{folder / WEIGHTS}: {escaped(key)} {problem}. Train the adapter anew.")
     head = tensors.pop(HEAD, None)
     stored = made_for.get("pad_token_id")
     if tokenizer is not None and (stored is not None or (head is not None and (made_for or beside))):

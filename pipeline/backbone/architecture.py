@@ -24,6 +24,8 @@ from transformers import GenerationConfig, PreTrainedModel
 Mask = Bool[Tensor, "B S"] | Int[Tensor, "B S"]  # True or 1 on real tokens
 LONG, SHORT = 12, 8  # tokens of the two texts that a model is checked on; the long one begins with the short one
 DRAWN = 3  # tokens that are drawn after each text
+# Weights of adapters and heads are mostly below 1, and above 65504 float16 overflows. A larger one has diverged.
+LARGEST_WEIGHT = 1e6
 RANDOM = re.compile(r"drop|jitter")  # names of attributes with which modules act at random in training
 
 
@@ -150,6 +152,8 @@ def check_model(model: PreTrainedModel, source: str) -> None:
         (SHORT, "lets padding at the left change what it says"),
         (SHORT, "lets padding at the right change what it says"),
     )
+    if not all_finite([*own.values(), *found]):
+        raise _refusal(model, source, f"gives {kind} that are not finite, so its weights are too large or damaged")
     exact = model.dtype in (torch.float32, torch.float64)
     if not classifies and not _agree(own[LONG][SHORT - 1], own[SHORT][-1], exact=exact):
         raise _refusal(model, source, "sees tokens that come later, as encoders do")
@@ -273,10 +277,10 @@ def check_dropout_is_off(model: PreTrainedModel, source: str) -> None:
         )
 
 
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Tell whether all values are finite; of a sharded tensor, only the part of this process is read."""
+def all_finite(tensors: Iterable[Tensor], largest: float | None = None) -> bool:
+    """Tell whether all values are finite, and at most `largest`; of a sharded tensor, only this process's part is read."""
     local = (x.to_local() if isinstance(x, DTensor) else x for x in map(Tensor.detach, tensors))
-    return all(bool(x.isfinite().all()) for x in local)
+    return all(bool((x.isfinite() if largest is None else x.float().abs() <= largest).all()) for x in local)
 
 
 def check_finite(model: nn.Module, name: str) -> None:

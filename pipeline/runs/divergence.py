@@ -14,7 +14,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from pipeline.backbone.architecture import all_finite
+from pipeline.backbone.architecture import LARGEST_WEIGHT, all_finite
 
 
 def learns_from(inputs: object) -> bool:
@@ -96,17 +96,18 @@ class EndsAtDivergence:
         return 0.0
 
     def _look_at_weights(self) -> None:
-        """Refuse weights that are not finite, before Trainer saves or evaluates.
+        """Refuse weights that are not finite, before Trainer saves or evaluates, or that the next stage would refuse.
 
         If a step was not taken, save the weights before it once, and log nothing of the step.
         """
         control = self.control
         if not self.diverged and not (control.should_save or control.should_evaluate or control.should_training_stop):
             return
-        mine = torch.tensor([int(all_finite(p for p in self.model.parameters() if p.requires_grad))])
+        trained = (p for p in self.model.parameters() if p.requires_grad)
+        mine = torch.tensor([int(all_finite(trained, LARGEST_WEIGHT))])
         finite = bool(self.accelerator.gather(mine.to(self.args.device)).all())
         if not self.diverged and not finite:
-            self.diverged = f"A trained weight is not finite after step {self.state.global_step}"
+            self.diverged = f"A trained weight is not finite, or above 1e6, after step {self.state.global_step}"
         if self.diverged:
             control.should_training_stop = True
             control.should_log = control.should_evaluate = False

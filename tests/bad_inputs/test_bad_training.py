@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from trl import ModelConfig
 
 from data.preferences import check_preferences
-from pipeline.backbone.adapters import WEIGHTS
+from pipeline.backbone.adapters import HEAD, WEIGHTS
 from pipeline.backbone.loading import load_pretrained
 from pipeline.runs.divergence import learns_from
 
@@ -99,3 +99,45 @@ def test_a_text_that_lost_its_completion_is_no_divergence():
     assert not learns_from({"labels": torch.full((2, 3), -100)})
     assert learns_from({"labels": torch.tensor([[-100, -100, 5]])})
     assert learns_from({"input_ids": torch.tensor([[1]])}) and learns_from([{"prompt": "A"}])
+
+
+def times(size: float, head: bool):
+    """Multiply the LoRA tensors of an adapter, or its head."""
+
+    def spoil(folder: Path) -> None:
+        found = load_file(folder / WEIGHTS)
+        found = {key: tensor * size if (key == HEAD) == head else tensor for key, tensor in found.items()}
+        save_file(found, folder / WEIGHTS, metadata={"format": "pt"})
+
+    return spoil
+
+
+@pytest.mark.parametrize("stage", ["ppo", "rloo", "grpo", "dpo", "reward", "evaluation", "best_of_n"])
+def test_a_policy_that_has_diverged_with_finite_weights(stage, refuses):
+    """Its logits are not finite. The reward stage would find out after its training."""
+    key = "policy_adapter" if stage == "evaluation" else "sft_adapter"
+    spoiled = {key: lambda world: world.copy(world.sft, times(1e18, head=False))}
+    refuses(stage, rf"{WEIGHTS}: .* has weights above 1e6: its training diverged\. Train", loads=True, **spoiled)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_reward_that_has_diverged_with_finite_weights(head, refuses):
+    spoiled = {"reward_adapter": lambda world: world.copy(world.reward, times(1e18, head))}
+    refuses("evaluation", rf"{WEIGHTS}: .* has weights above 1e6", loads=True, **spoiled)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_a_base_model_whose_weights_are_too_large(head, world):
+    def spoil(folder: Path) -> None:
+        found = {key: tensor * 1e30 for key, tensor in load_file(folder / "model.safetensors").items()}
+        save_file(found, folder / "model.safetensors", metadata={"format": "pt"})
+
+    with pytest.raises(ValueError, match="that are not finite, so its weights are too large or damaged"):
+        load_pretrained(ModelConfig(world.copy(world.tiny, spoil)), head=head)
+
+
+def test_training_that_ends_with_weights_too_large(diverges):
+    """Finite ones, whose outputs on the token that is looked at are finite: the next stage would refuse the adapter."""
+    diverges(
+        "sft", r"A trained weight is not finite, or above 1e6, after step 4", learning_rate=1e8, max_grad_norm=1e-3
+    )
