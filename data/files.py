@@ -22,6 +22,7 @@ from data.reading import dataset_of, format_of, read_file
 from data.rows import Rows
 from data.saving import complete
 from data.schemas import DATASET_DICT
+from data.waiting import waiting_for
 
 
 logger = logging.getLogger(__name__)
@@ -253,7 +254,8 @@ def _load_split(name: str, source: str, split: str, **options) -> Dataset:
     check_cache(Path(datasets.config.HF_DATASETS_CACHE), "the cache of `datasets`", "HF_DATASETS_CACHE or HF_HOME")
     check_card(name, source, options.get("revision"))
     try:
-        return datasets.load_dataset(source, split=split, **options)
+        with waiting_for(f"{name}, from the hub or from another process that prepares it in the cache"):
+            return datasets.load_dataset(source, split=split, **options)
     except (FileNotFoundError, ConnectionError) as error:
         raise FileNotFoundError(
             f"{name}: no data found, neither here nor on the hub ({error}). Check the name and the network. A private "

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.caches import check_cache
+from data.waiting import waiting_for
+
+
+TIMEOUT, RETRIES = 15, 2  # seconds until a server that is silent is given up, and how often it is asked again
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,10 @@ def fetch(release: Release) -> Path:
         requirements.write_text(f"{release.requirement} --hash=sha256:{release.sha256}\n", encoding="utf-8")
         kind = "--only-binary" if release.file.endswith(".whl") else "--no-binary"
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", kind, ":all:"]
+        command += ["--timeout", str(TIMEOUT), "--retries", str(RETRIES)]
         command += ["--require-hashes", "--requirement", str(requirements), "--dest", folder]
-        result = subprocess.run(command, capture_output=True, text=True)
+        with waiting_for(f"pip, which fetches {release.requirement} from the package index"):
+            result = subprocess.run(command, capture_output=True, text=True)
         fetched = Path(folder) / release.file
         if result.returncode != 0 or not fetched.exists():
             lines = [line for line in result.stderr.splitlines() if "ERROR" in line] or result.stderr.splitlines()

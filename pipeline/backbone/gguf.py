@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.caches import check_cache
 from data.embedded import find_embedded
 from data.pip_files import Release, cache_dir, fetch, sha256_of
+from data.waiting import waiting_for
 
 
 SMOLLM2 = "smollm2"
@@ -47,7 +48,8 @@ def model_source(name: str) -> str:
     """
     if name != SMOLLM2 and not is_gguf(name):
         return find_embedded(name)
-    with PartialState().local_main_process_first():  # the other processes find it done
+    conversion = waiting_for(f"{name}, which is fetched or converted")
+    with conversion, PartialState().local_main_process_first():  # the other processes find it done
         if is_gguf(name):
             path = Path(name).expanduser()
             return str(_converted(path, cache_dir() / "models" / f"{path.stem}-{sha256_of(path)[:16]}"))
