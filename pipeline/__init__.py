@@ -7,6 +7,7 @@ folder in which a command is started, and a user may have their own `data` there
 import sys
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import TracebackType
 
 
 def _claim(name: str, folder: Path) -> None:
@@ -34,5 +35,16 @@ def _claim(name: str, folder: Path) -> None:
     spec.loader.exec_module(sys.modules[name])
 
 
+def _end_at_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End a command whose imports are interrupted with one line and exit code 130; `report_errors` takes over later."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    sys.stderr.write("SIGINT: the command ends now.\n")
+    raise SystemExit(130)
+
+
 for _name in ("data", "reward_models"):
     _claim(_name, Path(__file__).resolve().parents[1] / _name)
+if sys.argv[:1] == ["-m"]:  # Python looks for `pipeline.<command>`, to start it
+    sys.excepthook = _end_at_ctrl_c

@@ -44,6 +44,11 @@ class SavesRoles:
     def between_updates(self) -> bool:
         return self._step % self.steps_per_update == 0
 
+    @property
+    def end_of_update(self) -> int:
+        left = self.steps_per_update - self._step % self.steps_per_update
+        return min(self.state.global_step + -(-left // self.args.gradient_accumulation_steps), self.state.max_steps)
+
     def training_state(self) -> dict:
         """Override `training_state`: add PPO's own state, and within an update the rollout and its order in this epoch."""
         state = super().training_state()

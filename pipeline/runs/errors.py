@@ -7,6 +7,7 @@ may be a bug, and keeps its traceback.
 import hashlib
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -18,13 +19,14 @@ from pipeline.runs.launch import launch_command
 
 # Types of the errors that ask a user to change something.
 EXPECTED = (ValueError, OSError, ImportError, FloatingPointError)
+INTERRUPTED = "SIGINT: the command ends now.\n"
 ROOT = Path(__file__).parents[2]
 OURS = tuple(str(ROOT / package) + os.sep for package in ("pipeline", "data", "reward_models"))
 OPTIONS = str(ROOT / "pipeline" / "runs" / "command_line.py")
 
 
 def report_errors() -> None:
-    """Make this process report the error that ends it with `report`; the exit code stays 1."""
+    """Make this process report the error that ends it with `report`; the exit code stays 1, or 130 after Ctrl-C."""
     sys.excepthook = report
 
 
@@ -39,20 +41,21 @@ def is_expected(error: BaseException, trace: TracebackType | None) -> bool:
 
 
 def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print an error: the message and its notes if it is expected, else the traceback.
+    """Print an error: the message and its notes if it is expected, else the traceback. Ctrl-C is a line and exit code 130.
 
     If several processes have the same error, one of them prints it. torch's launcher ends with a table of the processes, and
     gets the message for that table.
     """
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
-        return
+        if not several or _tell_launcher(INTERRUPTED):
+            sys.stderr.write(INTERRUPTED)
+        raise SystemExit(128 + signal.SIGINT)  # the interpreter takes it from here
     expected = is_expected(error, trace)
     notes = [note for one in (error, error.__cause__) for note in getattr(one, "__notes__", [])]
     text = (
         " ".join([str(error), *notes]) + "\n" if expected else "".join(traceback.format_exception(kind, error, trace))
     )
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if several and not _tell_launcher(str(error) if expected else f"{kind.__name__}: {error}"):
         return
     sys.stderr.write(f"[rank {os.environ.get('RANK', 0)}] {text}" if several else text)

@@ -1,4 +1,7 @@
-"""End a run on a signal without loss: finish the current update, write a checkpoint, exit with 128 + signal."""
+"""End a run on a signal without loss: finish the current update, write a checkpoint, exit with 128 + signal.
+
+The first signal asks for that, and the second ends the run at once (`pipeline.runs.listening`).
+"""
 
 import signal
 import threading
@@ -10,14 +13,14 @@ import torch
 from accelerate import PartialState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+from data.waiting import waiting_for
+from pipeline.runs.listening import Listening
 
 
 class StopsOnSignals:
     """Mixin for a `Checkpointed` trainer: SIGTERM, SIGINT and SIGUSR1 end training after the current update."""
 
-    _signal = 0  # the last signal that asked this process to stop
+    _listener: Listening | None = None
     _stopped_by = 0  # the signal for which all processes stop
 
     @property
@@ -25,29 +28,38 @@ class StopsOnSignals:
         """Return whether a signal may end training after this step."""
         return True
 
-    def _ask_to_stop(self, number, frame) -> None:
-        self._signal = number
+    @property
+    def end_of_update(self) -> int:
+        """Return the step after which a signal would end training."""
+        return self.state.global_step + 1
 
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Record the signals while the code inside trains. Only the main thread can."""
-        self._signal = self._stopped_by = 0
-        handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            handlers = {number: signal.signal(number, self._ask_to_stop) for number in STOP_SIGNALS}
+        self._stopped_by = 0
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        self._listener = Listening("the run ends after its first update")
         try:
             yield
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+            self._listener.close()
+            self._listener = None
+
+    def _tell_plan(self) -> None:
+        if self._listener:
+            self._listener.tell(f"the run ends after this update (step {self.end_of_update})")
 
     def _stop_if_asked(self) -> None:
         """End training with a checkpoint if a process was asked to stop and no update is in progress."""
         if not self._stopped_by and (self.between_updates or self.control.should_training_stop):
-            asked = torch.tensor([self._signal], device=self.args.device)
-            self._stopped_by = int(self.accelerator.gather(asked).max())
+            asked = torch.tensor([self._listener.signal if self._listener else 0], device=self.args.device)
+            with waiting_for(f"all processes to end step {self.state.global_step}"):
+                self._stopped_by = int(self.accelerator.gather(asked).max())
             if self._stopped_by:
                 self.control.should_training_stop = self.control.should_save = True
+        self._tell_plan()
 
     def exit_stopped(self) -> NoReturn:
         """Print what is kept, and exit with 128 + signal."""
