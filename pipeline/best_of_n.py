@@ -32,10 +32,12 @@ from pipeline.backbone.sampling import as_answers, gathered, rounds, sample
 from pipeline.reports.metrics import best_of_n, best_of_n_kl, bootstrap_interval, wins
 from pipeline.reports.plots import draw_best_of_n
 from pipeline.reports.report import best_of_n_table, read_report
+from pipeline.runs.agreement import check_same_options
 from pipeline.runs.arguments import CompletionArguments, PolicyArguments
 from pipeline.runs.command_line import parse
 from pipeline.runs.folders import check_folders
 from pipeline.runs.launch import check_launch
+from pipeline.runs.output_lock import lock_output
 from pipeline.runs.outputs import rows_table, seconds_running
 from pipeline.runs.ownership import FILES, former_files
 from reward_models.composite import Composite, call_rewards, load_judge
@@ -67,6 +69,7 @@ OPTIONS = (BestOfNArguments, PolicyArguments, RewardArguments, ModelConfig)
 
 def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArguments, model: ModelConfig) -> None:
     state = check_launch()
+    check_same_options(args, start, rewards, model)
     compared = read_report(args.report) if args.report else None
     check_folders(
         args.output_dir,
@@ -77,6 +80,7 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
         writes=FILES["best_of_n"],
     )
     rewards.check_weights(args.reward_weights)
+    lock_output(args.output_dir, writes=state.is_main_process)
     prompts = args.prompts()
     functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)
     judge = load_judge(args.judge, prompts, args.dataset_name)

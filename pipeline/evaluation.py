@@ -33,10 +33,12 @@ from pipeline.backbone.sampling import as_answers, gathered, rounds, sample
 from pipeline.reports.metrics import bootstrap_interval, wins
 from pipeline.reports.plots import draw_accuracy_by_gap, draw_calibration, draw_ppo_curves, draw_score_histograms
 from pipeline.reports.report import markdown_report
+from pipeline.runs.agreement import check_same_options
 from pipeline.runs.arguments import CompletionArguments
 from pipeline.runs.command_line import parse
 from pipeline.runs.folders import check_folders
 from pipeline.runs.launch import check_launch
+from pipeline.runs.output_lock import lock_output
 from pipeline.runs.outputs import seconds_running
 from pipeline.runs.ownership import FILES, former_files
 from reward_models.composite import Composite, call_rewards, load_judge
@@ -197,6 +199,7 @@ OPTIONS = (EvaluationArguments, RewardArguments, ModelConfig)
 
 def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig) -> None:
     state = check_launch()
+    check_same_options(args, rewards, model)
     check_folders(
         args.output_dir,
         model.model_name_or_path,
@@ -213,6 +216,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         remedy = "Restore the file, or remove it: the report is then silent about the reward model's training."
         check_object(measured, f"{first}/metrics.json", MEASURED, remedy=remedy)
     rewards.check_weights(args.reward_weights)
+    lock_output(args.output_dir, writes=state.is_main_process)
     prompts = args.prompts()
     functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)
     judge = load_judge(args.judge, prompts, args.dataset_name)

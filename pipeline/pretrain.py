@@ -35,6 +35,7 @@ from pipeline.runs.command_line import parse
 from pipeline.runs.folders import check_ours, check_output_dir, check_path
 from pipeline.runs.launch import check_launch, check_wrapper
 from pipeline.runs.manifest import ORDER
+from pipeline.runs.output_lock import lock_for_training
 from pipeline.runs.ownership import FILES, former_files
 from pipeline.runs.resumed_options import ResumesOptions
 
@@ -203,6 +204,7 @@ def main(shape: BackboneConfig, args: TrainingArguments) -> None:
         raise FileNotFoundError(
             f"resume_from_checkpoint={args.resume_from_checkpoint!r}: no such folder. Correct the path."
         )
+    lock_for_training(args)
     options = options_of(shape, args)
     changed = check_options(args, options)
     set_seed(args.seed)

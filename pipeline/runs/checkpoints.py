@@ -25,14 +25,15 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from data.json_files import write_json
 from data.saving import open_to_umask, sync
+from data.waiting import waiting_for
 from pipeline.backbone.adapters import WEIGHTS
+from pipeline.runs.agreement import check_same_rows
 from pipeline.runs.divergence import EndsAtDivergence
 from pipeline.runs.epochs import LOOP, ResumesEpochs
 from pipeline.runs.manifest import (
     MANIFEST,
     STAGING,
     check_checkpoint,
-    checkpoints_in,
     file_digest,
     files_in,
     launch_entries,
@@ -41,16 +42,18 @@ from pipeline.runs.manifest import (
     read_manifest,
 )
 from pipeline.runs.optimizer_shards import OptimizerShards, was_shared_out
+from pipeline.runs.output_lock import release_all
 from pipeline.runs.outputs import check_space, complete_card, seconds_running
-from pipeline.runs.ownership import holds_only_ours, make_way
+from pipeline.runs.ownership import make_way
 from pipeline.runs.resumed_options import ResumesOptions
+from pipeline.runs.rotation import Rotates
 from pipeline.runs.state_files import save_state
 from pipeline.runs.stopping import StopsOnSignals
 from pipeline.runs.worlds import state_of
 from reward_models.composite import RewardError
 
 
-class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDivergence, StopsOnSignals):
+class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDivergence, StopsOnSignals, Rotates):
     """Mixin for one of TRL's trainers, as in `class SFT(Checkpointed, SFTTrainer)`: give it what this module describes.
 
     Trainer saves weights, optimizer, scheduler, its own state and random states, and finds its position among the batches
@@ -93,7 +96,8 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
                     self.state.save_to_json(staged / TRAINER_STATE_NAME)
             if not self.args.save_only_model:
                 save_state(self.training_state(), staged / f"state_{self.args.process_index}")
-            self.accelerator.wait_for_everyone()  # until all files are written
+            with waiting_for(f"all processes to write {name}"):
+                self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 self._publish(staged, folder)
             self._written = self.state.global_step
@@ -106,7 +110,8 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
             ) from error
         finally:
             self._staging = False
-        self.accelerator.wait_for_everyone()
+        with waiting_for(f"{name} to be forced to disk"):
+            self.accelerator.wait_for_everyone()
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(folder))
 
@@ -118,6 +123,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
     def _publish(self, staged: Path, folder: Path) -> None:
         """Force a written checkpoint to disk, give it its name, and remove checkpoints beyond `save_total_limit`."""
         manifest = {
+            "run": self._run,
             "step": self.state.global_step,
             "written": time.time(),
             "holds": ["weights"] if self.args.save_only_model else ["weights", "optimizer"],
@@ -140,24 +146,6 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
         sync(folder.parent)
         # If training has diverged, only the older checkpoints may be good.
         self._make_room(None if self.diverged else self.args.save_total_limit, folder.name)
-
-    def _best(self) -> Path | None:
-        best = self.state.best_model_checkpoint
-        return Path(best) if best else None
-
-    def _make_room(self, limit: int | None, *kept: str) -> None:
-        """Remove the oldest of Spine's checkpoints until `limit` are left, and the staging folder.
-
-        The best checkpoint and the `kept` ones stay. A checkpoint is renamed before it is removed, so that an incomplete one
-        never has its name.
-        """
-        staging, best = Path(self.args.output_dir) / STAGING, self._best()
-        ours = [path for path in checkpoints_in(self.args.output_dir) if holds_only_ours(path)]
-        spare = [path for path in ours if path.name not in (*kept, best and best.name)]
-        staging.mkdir(exist_ok=True)
-        for path in spare[: max(len(ours) - (limit or len(ours)), 0)]:
-            os.rename(path, staging / f"removed-{path.name}")
-        shutil.rmtree(staging, ignore_errors=True)
 
     def training_state(self) -> dict:
         """Return what this process needs to resume and Trainer does not save: nested dicts and lists of tensors and JSON."""
@@ -186,14 +174,18 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
         """Override `train`: check the checkpoint first, and stop on a signal.
 
         On SIGTERM, SIGINT and SIGUSR1 the run finishes the current update, writes a checkpoint and exits with 128 + signal.
+        The second of these ends it at once.
+
         `options` are all options of the stage (`options_of`), to be compared with the checkpoint's.
         """
         if resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.args)
         self.check_changes(resume_from_checkpoint, options)
+        check_same_rows({"train_dataset": (self._contents["rows"], self._contents["row_contents"])})
         self._say_changes(resume_from_checkpoint)
         check_space(self.args, self.model)
         if self.args.should_save:
+            self._number_run(resume_from_checkpoint)
             shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)  # of a killed run
         self._trained = {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
         for config in self.model.peft_config.values():  # peft writes a set in a different order in each process
@@ -278,6 +270,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
         """Override `_run_epoch`: begin at the position of the checkpoint, and add to an error what is kept."""
         if not self._begin_epoch(**kwargs):
             return
+        self._tell_plan()
         try:
             super()._run_epoch(**kwargs)
         except RewardError as error:
@@ -327,8 +320,9 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
         return super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def end(self) -> None:
-        """Finish the trackers and leave the process group, as Trainer does from transformers 5.18 on."""
+        """Finish the trackers, leave the process group, as Trainer does from transformers 5.18 on, and the output folder."""
         self.accelerator.end_training()
+        release_all()
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         if not self.diverged and not self._stopped_by:

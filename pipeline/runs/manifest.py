@@ -130,13 +130,19 @@ def other_checkpoint(folder: Path) -> str:
 
 
 def checkpoints_in(output_dir: str | Path) -> list[Path]:
-    """Return the checkpoint folders in the order in which they were written.
+    """Return the checkpoint folders, the newest last: the highest step of the last run.
 
-    Folders that do not say when come last, as if they were the newest, so that they are noticed.
+    The runs of a folder are numbered. A folder without a manifest counts as one of the last run, so that it is noticed.
     """
     folders = [path for path in Path(output_dir).glob("*") if NAME.fullmatch(path.name) and path.is_dir()]
-    written = {path: (read_manifest(path) or {}).get("written", float("inf")) for path in folders}
-    return sorted(folders, key=lambda path: (written[path], len(path.name), path.name))
+    runs = {path: run_of(path) for path in folders if read_manifest(path)}
+    last = max(runs.values(), default=0)
+    return sorted(folders, key=lambda path: (runs.get(path, last), int(path.name.rpartition("-")[2]), path.name))
+
+
+def run_of(folder: Path) -> int:
+    """Return the number of the run that wrote a checkpoint; 0 if it does not say, as those of older releases."""
+    return (read_manifest(folder) or {}).get("run", 0)
 
 
 def read_manifest(folder: Path) -> dict | None:

@@ -9,6 +9,7 @@ from pipeline.runs.changed_options import changed_options
 from pipeline.runs.folders import check_checkpoints, check_folders
 from pipeline.runs.launch import check_launch
 from pipeline.runs.manifest import find_checkpoint
+from pipeline.runs.output_lock import lock_for_training
 from pipeline.runs.ownership import FILES, SAMPLES, VALUE
 from reward_models.functions import RewardArguments
 from reward_models.normalization import FILE as SCALE
@@ -25,7 +26,7 @@ def open_run(
     data: tuple[str | None, ...] = (),
     shards: bool = True,
 ) -> str | None:
-    """Check launch, folders and reward weights, and return the checkpoint to resume from, if any.
+    """Check launch, folders and reward weights, lock the output folder, and return the checkpoint to resume from, if any.
 
     Args:
         options: all options of the stage (`options_of`), to be compared with the checkpoint's.
@@ -35,7 +36,7 @@ def open_run(
         data: datasets that the run reads.
         shards: whether the run supports a model that is sharded over processes (FSDP, ZeRO-3).
 
-    Raises the errors of `check_launch`, `check_folders`, `RewardArguments.check_weights`, `find_checkpoint` and
+    Raises the errors of `check_launch`, `check_folders`, `RewardArguments.check_weights`, `lock_output`, `find_checkpoint` and
     `check_checkpoints` or `changed_options`.
     """
     check_launch(args, shards=shards)
@@ -54,6 +55,7 @@ def open_run(
     )
     if rewards:
         rewards.check_weights(args.reward_weights)
+    lock_for_training(args)
     checkpoint = find_checkpoint(args)
     if checkpoint is None:
         check_checkpoints(args.output_dir)

@@ -15,6 +15,7 @@ from data.saving import SAVING, save
 from data.tokens import Counts
 from pipeline.backbone.identity import write_identity
 from pipeline.backbone.sharding import kind_of
+from pipeline.runs.agreement import check_same_rows
 from pipeline.runs.ownership import former_files
 
 
@@ -105,6 +106,7 @@ def rows_report(counts: dict[str, tuple[str, Counts]]) -> dict[str, dict]:
     Args:
         counts: source and number of the rows of `train`, `held_out` and so on.
     """
+    check_same_rows({f"{part} ({source})": of_part for part, (source, of_part) in counts.items()})
     for part, (source, of_part) in counts.items():
         PartialState().print(f"{part} ({source}): {of_part}.")
     return {

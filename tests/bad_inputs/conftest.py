@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.backbone import loading
 from pipeline.runs.command_line import parse
+from pipeline.runs.output_lock import LOCK
 
 
 PAIRS = [{"prompt": "A", "chosen": " fine film.", "rejected": " poor film."}] * 8
@@ -34,8 +35,8 @@ def write(path: Path, content: list | str | bytes) -> str:
 
 
 def state(*folders: Path) -> dict:
-    """Bytes and modification time of every file."""
-    files = (path for folder in folders for path in folder.rglob("*") if path.is_file())
+    """Bytes and modification time of every file, without the lock that this process holds until it ends."""
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 

@@ -15,6 +15,7 @@ from data.preferences import check_preferences
 from pipeline.backbone.adapters import HEAD, WEIGHTS
 from pipeline.backbone.loading import load_pretrained
 from pipeline.runs.divergence import learns_from
+from pipeline.runs.output_lock import LOCK
 
 
 pytestmark = pytest.mark.slow
@@ -33,8 +34,9 @@ SMALL = {
 
 
 def left(folder: Path) -> dict:
-    """Bytes of what a run leaves beside its checkpoints."""
-    files = (path for path in folder.rglob("*") if path.is_file() and "checkpoint-" not in str(path))
+    """Bytes of what a run leaves beside its checkpoints, without the lock that this process holds until it ends."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+    files = (path for path in files if "checkpoint-" not in str(path))
     return {path: path.read_bytes() for path in files}
 
 

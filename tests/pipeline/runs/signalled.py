@@ -70,7 +70,6 @@ def workers(listening: Listening) -> None:
     assert count.value == 202 and listening.signal == signal.SIGINT, count.value
 
 
-
 if __name__ == "__main__":
     what = sys.argv[1]
     if what.startswith("orphan"):
