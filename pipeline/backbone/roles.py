@@ -12,7 +12,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from accelerate import PartialState
@@ -23,7 +23,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import ModelOutput
 from trl import ModelConfig
 
 from pipeline.backbone.adapter_tensors import HEAD, WEIGHTS, check_tensors, without_the_base
@@ -386,7 +385,7 @@ class Backbone(PeftModelForCausalLM):
         value_trunk: Float[Tensor, "B S D"] | None = None,
         **kwargs,
     ) -> (
-        ModelOutput
+        dict[str, Any]  # the output of transformers
         | tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"]]
         | tuple[Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "B T"], Float[Tensor, "N L-1"]]
     ):
@@ -410,6 +409,7 @@ class Backbone(PeftModelForCausalLM):
         logprobs, entropy = self._token_logprobs(
             "policy", hidden, completion_ids, temperature, entropy_requires_grad=entropy_requires_grad
         )
+        assert entropy is not None  # asked for
         if ADAPTERS["value"] in self.peft_config:
             values = self.values(input_ids, attention_mask, length, value_trunk if self.value_has_trunk else trunk)
         else:
