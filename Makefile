@@ -24,8 +24,8 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 # These commands run on CPUs. Without this, DeepSpeed, which the tests install, would warn that it found no GPU.
 export DS_ACCELERATOR = cpu
 
-.PHONY: demo smollm2 smollm2-chat baselines seeds ablations reward-long backbone bench bench-scaling gpu soak lint types test \
-	test-fast test-oldest test-python test-vllm
+.PHONY: demo smollm2 smollm2-chat baselines seeds ablations reward-long backbone bench bench-scaling gpu soak faults lint types \
+	test test-fast test-oldest test-python test-vllm
 
 # Run SFT, reward model, PPO and evaluation; write $(OUT)/report.md and report.json. `demo` uses the embedded model and data,
 # and takes four minutes. `smollm2` uses a pretrained model of 135M parameters, and takes less than half an hour after its
@@ -127,6 +127,10 @@ gpu: .venv/tests
 # Run PPO for $(MINUTES) minutes: watch its memory, then kill and resume it many times; print a table.
 soak: .venv/installed
 	.venv/bin/python -m tests.soak --minutes $(MINUTES)
+
+# Run random faults (recipes, files, rewards, kills, full disks) for $(MINUTES) minutes; print what became of them by kind.
+faults: .venv/tests
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/python -m tests.faults --minutes $(MINUTES) --seed $(SEED)
 
 # Run the tests, with one process on each of up to 4 cores: such small models run faster on one core than on several. GPUs are
 # hidden, since the comparisons to the bit hold on CPUs; `make gpu` is for GPUs.

@@ -1,0 +1,154 @@
+"""Reward functions that misbehave: what they return, raise, change or start, at the first call or a later one."""
+
+from typing import NamedTuple
+
+from tests.faults.verdicts import Verdict, judge
+from tests.faults.world import Case, unsound
+
+
+class Fault(NamedTuple):
+    """A body of the reward at the chosen call, and whether a run can end well (None: both are right)."""
+
+    body: str
+    fine: bool | None
+
+
+MODULE = """
+import atexit, decimal, fractions, gc, logging, math, multiprocessing, os, random, signal, sys, threading, time, warnings
+import numpy, torch
+
+CALLS = 0
+good = lambda completions: [float(len(text)) for text in completions]
+
+def work(n):
+    return n * n
+
+def reward(prompts, completions, completion_ids, log_metric=None, log_extra=None, trainer_state=None, **kwargs):
+    global CALLS
+    CALLS += 1
+    if CALLS < {first}:
+        return good(completions)
+    open("acted", "w").close()
+    {body}
+"""
+FAULTS = {
+    # what is returned
+    "dict": Fault("return {n: 1.0 for n in range(len(completions))}", False),
+    "dict of the completions": Fault("return dict.fromkeys(completions, 1.0)", False),
+    "set": Fault("return set(range(len(completions)))", False),
+    "frozenset": Fault("return frozenset(range(len(completions)))", False),
+    "text": Fault("return '1' * len(completions)", False),
+    "bytes": Fault("return bytes(len(completions))", False),
+    "texts": Fault("return ['1.0'] * len(completions)", False),
+    "None": Fault("return None", False),
+    "a number": Fault("return 1.0", False),
+    "nothing": Fault("return []", False),
+    "too many": Fault("return good(completions) + [0.0]", False),
+    "too few": Fault("return good(completions)[1:]", False),
+    "lists": Fault("return [[1.0]] * len(completions)", False),
+    "all None": Fault("return [None] * len(completions)", False),
+    "NaN": Fault("return [math.nan] + good(completions)[1:]", False),
+    "infinite": Fault("return [-math.inf] + good(completions)[1:]", False),
+    "1e300": Fault("return [1e300, *good(completions)[1:]]", None),
+    "a huge integer": Fault("return [10 ** 400] * len(completions)", False),
+    "complex": Fault("return [1j] * len(completions)", False),
+    "a class": Fault("return [object()] * len(completions)", False),
+    "a tensor of 2": Fault("return torch.ones(len(completions), 2)", False),
+    "an array of texts": Fault("return numpy.array(['a'] * len(completions))", False),
+    "a lambda": Fault("return lambda: 1", False),
+    "a generator": Fault("return (float(len(text)) for text in completions)", None),
+    "a map": Fault("return map(len, completions)", None),
+    "a tensor": Fault("return torch.tensor(good(completions))", True),
+    "a bfloat16 tensor": Fault("return torch.tensor(good(completions)).bfloat16()", True),
+    "a tensor with a gradient": Fault("return torch.tensor(good(completions), requires_grad=True)", None),
+    "an array": Fault("return numpy.array(good(completions))", True),
+    "a tuple": Fault("return tuple(good(completions))", True),
+    "booleans": Fault("return [len(text) > 3 for text in completions]", True),
+    "decimals": Fault("return [decimal.Decimal(len(text)) for text in completions]", None),
+    "fractions": Fault("return [fractions.Fraction(len(text), 3) for text in completions]", None),
+    "an async generator": Fault("async def gen():\n        yield 1.0\n    return gen()", False),
+    "a coroutine": Fault("async def later():\n        return good(completions)\n    return later()", None),
+    "itself, endless": Fault("import itertools\n    return itertools.count()", False),
+    # what is raised
+    "ValueError": Fault("raise ValueError('no reward today')", False),
+    "KeyError": Fault("return {}['a']", False),
+    "an assertion": Fault("assert False", False),
+    "StopIteration": Fault("raise StopIteration", False),
+    "sys.exit(0)": Fault("sys.exit(0)", False),
+    "sys.exit()": Fault("sys.exit()", False),
+    "sys.exit('bye')": Fault("sys.exit('bye')", False),
+    "SystemExit in a thread pool": Fault(
+        "from concurrent.futures import ThreadPoolExecutor\n    return list(ThreadPoolExecutor(1).map(sys.exit, [0]))", False
+    ),
+    "GeneratorExit": Fault("raise GeneratorExit", False),
+    "a BaseException": Fault("class Own(BaseException): pass\n    raise Own('mine')", False),
+    "RecursionError": Fault("f = lambda: f()\n    f()", False),
+    "MemoryError": Fault("return bytearray(10 ** 14)", False),
+    "an error with a broken text": Fault(
+        "class Odd(Exception):\n        def __str__(self): raise RuntimeError('no text')\n    raise Odd", False
+    ),
+    "an error with escapes": Fault("raise ValueError('\\x1b[31mred\\nsecond line')", False),
+    "an error of surrogates": Fault("raise ValueError('\\ud800')", False),
+    "an exception group": Fault("raise ExceptionGroup('two', [ValueError('a'), TypeError('b')])", False),
+    "CancelledError": Fault("import asyncio\n    raise asyncio.CancelledError", False),
+    # what is changed
+    "completions emptied": Fault("found = good(completions)\n    completions.clear()\n    return found", True),
+    "prompts changed": Fault("prompts[:] = ['x'] * len(prompts)\n    return good(completions)", True),
+    "ids emptied": Fault("[ids.clear() for ids in completion_ids]\n    return good(completions)", True),
+    "state changed": Fault("trainer_state.global_step = 99\n    trainer_state.log_history.clear()\n    return good(completions)", True),
+    "rows popped": Fault("kwargs.clear()\n    return good(completions)", True),
+    "another folder": Fault("os.chdir('/')\n    return good(completions)", None),
+    "stdout closed": Fault("sys.stdout.close()\n    return good(completions)", None),
+    "stdout gone": Fault("sys.stdout = None\n    return good(completions)", None),
+    "another seed": Fault("torch.manual_seed(7)\n    random.seed(7)\n    numpy.random.seed(7)\n    return good(completions)", True),
+    "no gradients": Fault("torch.set_grad_enabled(False)\n    return good(completions)", None),
+    "another default type": Fault("torch.set_default_dtype(torch.float64)\n    return good(completions)", None),
+    "warnings as errors": Fault("warnings.simplefilter('error')\n    return good(completions)", None),
+    "logging off": Fault("logging.disable(logging.CRITICAL)\n    return good(completions)", True),
+    "no collector": Fault("gc.disable()\n    return good(completions)", True),
+    "signals ignored": Fault("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    return good(completions)", True),
+    "odd environment": Fault("os.environ.clear()\n    return good(completions)", None),
+    "metrics of text": Fault("log_metric('a', 'b')\n    return good(completions)", None),
+    "metrics of NaN": Fault("log_metric('a', math.nan)\n    return good(completions)", None),
+    "a metric's name taken": Fault("log_metric('loss', 5.0)\n    return good(completions)", None),
+    "extra of a wrong length": Fault("log_extra('a', [1])\n    return good(completions)", None),
+    # what is started
+    "a thread": Fault("threading.Thread(target=time.sleep, args=(0.2,)).start()\n    return good(completions)", True),
+    "a daemon": Fault("threading.Thread(target=time.sleep, args=(999,), daemon=True).start()\n    return good(completions)", True),
+    "a pool": Fault(
+        "with multiprocessing.get_context('fork').Pool(2) as pool:\n        pool.map(work, range(4))\n    return good(completions)", True
+    ),
+    "a child that stays": Fault("if os.fork() == 0:\n        time.sleep(1)\n        os._exit(0)\n    return good(completions)", True),
+    "a child that goes on": Fault("import subprocess\n    subprocess.Popen(['sleep', '2'])\n    return good(completions)", True),
+    "sleep": Fault("time.sleep(0.3)\n    return good(completions)", True),
+    "output": Fault("print('x' * 100000)\n    return good(completions)", True),
+    "an error at the exit": Fault("atexit.register(lambda: 1 / 0)\n    return good(completions)", None),
+}  # fmt: skip
+STAGES = ("ppo", "ppo", "evaluation", "best_of_n", "rloo", "grpo")
+
+
+def rewards(case: Case) -> Verdict:
+    """A reward function misbehaves."""
+    stage = case.draw.choice(STAGES)
+    name = case.draw.choice(sorted(FAULTS))
+    fault = FAULTS[name]
+    first = case.draw.choice((1, 1, 2, 3))
+    case.note(f"{stage}, {name}, call {first}")
+    case.write("drawn_reward.py", MODULE.replace("{first}", str(first)).replace("{body}", fault.body))
+    before = case.files()
+    learned = case.draw.random() < 0.3
+    options = {} if learned else {"reward_adapter": []}
+    if case.draw.random() < 0.3 and stage in ("ppo", "rloo", "grpo"):
+        options |= {"save_strategy": "steps", "save_steps": 1}
+    ended = case.run(stage, reward_funcs=["drawn_reward.reward"], **options)
+    acted = (case.folder / "acted").exists()  # it may be called fewer times
+
+    def wrong() -> str | None:
+        if fault.fine is False and acted:
+            return f"a reward that gives {name} was taken"
+        return unsound(stage, case.folder / "out")
+
+    verdict = judge(ended, names=["drawn_reward", "reward"], lost=case.changed(before), wrong=wrong)
+    if fault.fine and verdict.name == "clear error":
+        return Verdict("unclear", f"a sound reward is refused: {verdict.why}")
+    return verdict
