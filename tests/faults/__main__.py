@@ -40,7 +40,7 @@ def prepare(root: Path) -> None:
     tempfile.tempdir = None
 
 
-def names(seed: int, only: str | None, kinds: dict, minutes: float | None, cases: int | None, began: float):
+def names(only: str | None, kinds: dict, minutes: float | None, cases: int | None, began: float):
     """Yield the names of the cases, each kind in turn, until the time or the number is used up."""
     count = number = 0
     while True:
@@ -91,7 +91,6 @@ def main(words: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", help="Only this kind of fault.")
     parser.add_argument("--case", help="Only this case, such as rows-17.")
-    parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help="Folder of the cases that fail; unset: a new one in the system's.")
     given = parser.parse_args(words)
     root = (given.folder or Path(tempfile.mkdtemp(prefix="faults-"))).absolute()
@@ -109,7 +108,7 @@ def main(words: list[str]) -> int:
     world.make_template(root / "template")
     began, counts, failed = time.time(), Counter(), 0
     minutes = given.minutes if given.minutes or given.cases else 2.0
-    chosen = [given.case] if given.case else names(given.seed, given.only, kinds, minutes, given.cases, began)
+    chosen = [given.case] if given.case else names(given.only, kinds, minutes, given.cases, began)
     for name in chosen:
         case, verdict, seconds = run_case(name, given.seed, root, kinds)
         counts[name.rpartition("-")[0], verdict.name] += 1

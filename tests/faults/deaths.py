@@ -282,9 +282,10 @@ INERT = re.compile(
     r"project|trackio.*|gradient_checkpointing.*|use_cache|activation_offloading|optim_target.*|optim_args|tf32|"
     r"num_train_epochs|max_steps|config|env|bf16_full_eval|fp16_full_eval|train_on_.*|remove_unused_columns|ddp.*|tpu.*|local_rank"
 )
-OTHER = ("0", "1", "2", "3", "5", "16", "0.5", "0.01", "0.1", "1.0e-3", "true", "false", "cosine", "constant", "rmsprop", "sgd",
-         "adafactor", "adamw_torch", "head", "policy", "k3", "bfloat16", "eager", "sequence", "left", "right", "all-linear",
-         "c_attn", "c_fc", "[c_attn]", "[1.0]", "[-1.0]", "[-1, 1]", "'<|end|>'", "text", "'more.jsonl'", "group_by_length",
+OTHER = ("0", "1", "2", "3", "5", "16", "0.5", "0.01", "0.1", "1.0e-3", "true", "false", "cosine", "constant", "rmsprop",
+         "sgd", "adafactor", "adamw_torch", "head", "policy", "k3", "bfloat16", "eager", "sequence", "left", "right",
+         "all-linear", "c_attn", "c_fc", "[c_attn]", "[1.0]", "[-1.0]", "[-1, 1]", "'<|end|>'", "text",
+         "'more.jsonl'", "group_by_length",
          "random", "sequential", "{}", "{temperature: 1}", "'other'", "keep_end", "ipo", "sigmoid")  # fmt: skip
 
 

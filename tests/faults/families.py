@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tests.faults import deaths, files, recipes, rewards, rows, surroundings
+from tests.faults import deaths, files, folders, machines, recipes, rewards, rows, tools
 from tests.faults.verdicts import Verdict
 from tests.faults.world import Case
 
@@ -28,9 +28,9 @@ KINDS = {
     "disk": Family(deaths.disk),
     "resume": Family(deaths.resume, 2),
     "changed": Family(deaths.changed),
-    "theirs": Family(surroundings.theirs),
-    "two": Family(surroundings.two, 3),
-    "machine": Family(surroundings.machine),
-    "tools": Family(surroundings.tools),
-    "launch": Family(surroundings.launch, 8),
+    "theirs": Family(folders.theirs),
+    "two": Family(folders.two, 3),
+    "machine": Family(machines.machine),
+    "tools": Family(tools.tools),
+    "launch": Family(machines.launch, 8),
 }

@@ -79,10 +79,17 @@ def damage_json(draw: random.Random, path: Path) -> tuple[str, list[str]]:
     if how == "bytes":
         at = draw.randrange(len(content))
         kind, damaged = draw.choice(
-            (("cut", content[:at]), ("a byte", content[:at] + bytes([draw.randrange(256)]) + content[at + 1 :]),
-             ("empty", b""), ("UTF-16", content.decode().encode("utf-16")), ("deep", b"[" * 100_000), ("BOM", b"\xef\xbb\xbf" + content),
-             ("a long number", content.rstrip()[:-1] + b', "x": ' + b"9" * 5000 + b"}"), ("NUL", content + b"\0"))
-        )  # fmt: skip
+            (
+                ("cut", content[:at]),
+                ("a byte", content[:at] + bytes([draw.randrange(256)]) + content[at + 1 :]),
+                ("empty", b""),
+                ("UTF-16", content.decode().encode("utf-16")),
+                ("deep", b"[" * 100_000),
+                ("a BOM", b"\xef\xbb\xbf" + content),
+                ("a long number", content.rstrip()[:-1] + b', "x": ' + b"9" * 5000 + b"}"),
+                ("NUL", content + b"\0"),
+            )
+        )
         path.write_bytes(damaged)
         return kind, []
     if how == "root":
@@ -156,16 +163,13 @@ def run_on_damage(case: Case, scheme: str, path: Path, fields: list[str], *, ref
 
 
 # ------------------------------------------------------------------------------------ safetensors
-def weights_of(scheme: str) -> list[str]:
-    files = {
-        "sft": ["base/model.safetensors"],
-        "reward": ["base/model.safetensors", "sft/adapter_model.safetensors"],
-        "ppo": ["base/model.safetensors", "sft/adapter_model.safetensors", "reward/adapter_model.safetensors"],
-        "evaluation": ["ppo/adapter_model.safetensors", "sft/adapter_model.safetensors", "reward/adapter_model.safetensors"],
-        "resume": ["ppo/checkpoint-4/adapter_model.safetensors", "ppo/checkpoint-4/state_0.safetensors", "ppo/checkpoint-4/optimizer.pt",
-                   "ppo/checkpoint-4/scheduler.pt", "ppo/checkpoint-4/rng_state.pth"],
-    }  # fmt: skip
-    return files[scheme]
+WEIGHTS = {
+    "sft": ("base/model",),
+    "reward": ("base/model", "sft/adapter_model"),
+    "ppo": ("base/model", "sft/adapter_model", "reward/adapter_model"),
+    "evaluation": ("ppo/adapter_model", "sft/adapter_model", "reward/adapter_model"),
+}
+STATE = ("adapter_model.safetensors", "state_0.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 def damage_weights(draw: random.Random, path: Path) -> tuple[str, bool]:
@@ -215,16 +219,18 @@ def damage_weights(draw: random.Random, path: Path) -> tuple[str, bool]:
         rounds = how in ("int", "fp8") and path.parent.name == "base"  # a model may come in any type
         return f"{how} {name}", how not in ("dtype", "extra", "huge") and not rounds
     length = int.from_bytes(content[:8], "little")
+    header = bytes(
+        draw.randrange(256) if draw.random() < 0.02 else byte for byte in content[8 : 8 + min(length, 4096)]
+    )
     damaged = {
         "cut": content[:at],
         "byte": content[:at] + bytes([content[at] ^ (1 << draw.randrange(8))]) + content[at + 1 :],
-        "header": content[:8] + bytes(draw.randrange(256) if draw.random() < 0.02 else b for b in content[8 : 8 + min(length, len(content))])
-        + content[8 + length :],
+        "header": content[:8] + header + content[8 + len(header) :],
         "empty": b"",
         "text": b"version https://git-lfs.github.com/spec/v1\n",
         "longer": content + b"\0" * 16,
         "huge header": (2**62).to_bytes(8, "little") + content[8:],
-    }[how]  # fmt: skip
+    }[how]
     path.write_bytes(damaged)
     return how, how not in ("byte", "header")
 
@@ -232,7 +238,10 @@ def damage_weights(draw: random.Random, path: Path) -> tuple[str, bool]:
 def damaged_weights(case: Case) -> Verdict:
     """One file of weights or of state that a stage reads is damaged."""
     scheme = case.draw.choice(("sft", "reward", "ppo", "ppo", "evaluation", "resume", "resume"))
-    path = case.folder / case.draw.choice(weights_of(scheme))
+    if scheme == "resume":
+        path = case.folder / "ppo" / "checkpoint-4" / case.draw.choice(STATE)
+    else:
+        path = case.folder / f"{case.draw.choice(WEIGHTS[scheme])}.safetensors"
     content = path.read_bytes()
     done, refused = damage_weights(case.draw, path)
     case.note(f"{scheme} {path.relative_to(case.folder)}: {done}")

@@ -18,6 +18,13 @@ WORDS = (
     "''", "' '", "~", "'null'", "true", "yes", "'off'", "abc", "'no'", '"\\u2028é"', '"\\e[31mred"', "2020-01-01", "a" * 400,
     "'../..'", "/dev/null", "/", "'{}'", "'[1'", '"a\\0b"', "!!binary aGk=", "'--seed'", "steps", "epoch", "auto", "last",
 )  # fmt: skip
+LIKELY = ("1", "2", "3", "4", "6", "0.1", "0.5", "1.0e-3", "2.0", "16")
+CHOICES = (
+    "cosine", "constant", "linear", "polynomial", "sgd", "rmsprop", "adafactor", "adamw_torch", "lion_32bit", "head", "policy",
+    "k3", "sequence", "token", "eager", "float32", "bfloat16", "steps", "epoch", "group_by_length", "random", "keep_end",
+    "c_attn", "all-linear", "gaussian", "'<|end|>'", "prompts.jsonl", "pairs.jsonl", "texts.jsonl", "sft",
+    "ppo", "loss", "eval_loss",
+)  # fmt: skip
 NESTED = ("[]", "[1]", "[1e-1]", "['a']", "[~]", "[[1]]", "[1, two]", "{}", "{a: 1}", "{a: {b: [1]}}", "[true, false]")
 # Options that reach for the network or start services, those of other hardware, and where a large number is honest work.
 LEFT_OUT = re.compile(
@@ -51,8 +58,14 @@ def default_of(stage: str, name: str) -> object:
 
 def draw_value(case: Case, name: str, hint: str) -> str:
     """Return a value as YAML, mostly of the option's own type."""
-    pools = [NUMBERS, WORDS, NESTED]
-    pool = NUMBERS if NUMBER.search(hint) and case.draw.random() < 0.6 else case.draw.choice(pools)
+    number, fits = NUMBER.search(hint), case.draw.random() < 0.6
+    pool: tuple[str, ...] = case.draw.choice((NUMBERS, WORDS, NESTED))
+    if number and fits:
+        pool = case.draw.choice((NUMBERS, LIKELY))
+    elif fits and "bool" in hint:
+        pool = ("true", "false", "'True'")
+    elif fits and "list" not in hint:
+        pool = CHOICES
     value = case.draw.choice(pool)
     while HONEST.fullmatch(name) and value in (
         "1000000000",
@@ -139,7 +152,10 @@ def command_line(case: Case) -> Verdict:
     names = (
         [word.lstrip("-").split("=")[0].replace("-", "_") for word in words] + words + ["--config", *map(repr, words)]
     )
-    wrong = lambda: None if helped or "output_dir" in drawn else unsound(stage, case.folder / "out")  # noqa: E731
+
+    def wrong() -> str | None:
+        return None if helped or "output_dir" in drawn else unsound(stage, case.folder / "out")
+
     return judge(ended, names=[name for name in names if len(name) > 1 or not name.isascii()], lost=lost, wrong=wrong)
 
 

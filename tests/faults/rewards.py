@@ -14,8 +14,8 @@ class Fault(NamedTuple):
 
 
 MODULE = """
-import atexit, decimal, fractions, gc, logging, math, multiprocessing, os, random, signal, sys, threading, time, warnings
-import numpy, torch
+import atexit, decimal, fractions, gc, logging, math, multiprocessing, os, random, signal
+import subprocess, sys, threading, time, warnings, numpy, torch
 
 CALLS = 0
 good = lambda completions: [float(len(text)) for text in completions]
@@ -31,6 +31,13 @@ def reward(prompts, completions, completion_ids, log_metric=None, log_extra=None
     open("acted", "w").close()
     {body}
 """
+
+
+def act(statement: str, fine: bool | None) -> Fault:
+    """Return a fault that does something, and then returns good rewards."""
+    return Fault(f"{statement}\n    return good(completions)", fine)
+
+
 FAULTS = {
     # what is returned
     "dict": Fault("return {n: 1.0 for n in range(len(completions))}", False),
@@ -93,36 +100,34 @@ FAULTS = {
     "CancelledError": Fault("import asyncio\n    raise asyncio.CancelledError", False),
     # what is changed
     "completions emptied": Fault("found = good(completions)\n    completions.clear()\n    return found", True),
-    "prompts changed": Fault("prompts[:] = ['x'] * len(prompts)\n    return good(completions)", True),
-    "ids emptied": Fault("[ids.clear() for ids in completion_ids]\n    return good(completions)", True),
-    "state changed": Fault("trainer_state.global_step = 99\n    trainer_state.log_history.clear()\n    return good(completions)", True),
-    "rows popped": Fault("kwargs.clear()\n    return good(completions)", True),
-    "another folder": Fault("os.chdir('/')\n    return good(completions)", None),
-    "stdout closed": Fault("sys.stdout.close()\n    return good(completions)", None),
-    "stdout gone": Fault("sys.stdout = None\n    return good(completions)", None),
-    "another seed": Fault("torch.manual_seed(7)\n    random.seed(7)\n    numpy.random.seed(7)\n    return good(completions)", True),
-    "no gradients": Fault("torch.set_grad_enabled(False)\n    return good(completions)", None),
-    "another default type": Fault("torch.set_default_dtype(torch.float64)\n    return good(completions)", None),
-    "warnings as errors": Fault("warnings.simplefilter('error')\n    return good(completions)", None),
-    "logging off": Fault("logging.disable(logging.CRITICAL)\n    return good(completions)", True),
-    "no collector": Fault("gc.disable()\n    return good(completions)", True),
-    "signals ignored": Fault("signal.signal(signal.SIGTERM, signal.SIG_IGN)\n    return good(completions)", True),
-    "odd environment": Fault("os.environ.clear()\n    return good(completions)", None),
-    "metrics of text": Fault("log_metric('a', 'b')\n    return good(completions)", None),
-    "metrics of NaN": Fault("log_metric('a', math.nan)\n    return good(completions)", None),
-    "a metric's name taken": Fault("log_metric('loss', 5.0)\n    return good(completions)", None),
-    "extra of a wrong length": Fault("log_extra('a', [1])\n    return good(completions)", None),
+    "prompts changed": act("prompts[:] = ['x'] * len(prompts)", True),
+    "ids emptied": act("[ids.clear() for ids in completion_ids]", True),
+    "state changed": act("trainer_state.global_step = 99; trainer_state.log_history.clear()", True),
+    "rows popped": act("kwargs.clear()", True),
+    "another folder": act("os.chdir('/')", None),
+    "stdout closed": act("sys.stdout.close()", None),
+    "stdout gone": act("sys.stdout = None", None),
+    "another seed": act("torch.manual_seed(7); random.seed(7); numpy.random.seed(7)", True),
+    "no gradients": act("torch.set_grad_enabled(False)", None),
+    "another default type": act("torch.set_default_dtype(torch.float64)", None),
+    "warnings as errors": act("warnings.simplefilter('error')", None),
+    "logging off": act("logging.disable(logging.CRITICAL)", True),
+    "no collector": act("gc.disable()", True),
+    "signals ignored": act("signal.signal(signal.SIGTERM, signal.SIG_IGN)", True),
+    "odd environment": act("os.environ.clear()", None),
+    "metrics of text": act("log_metric('a', 'b')", None),
+    "metrics of NaN": act("log_metric('a', math.nan)", None),
+    "a metric's name taken": act("log_metric('loss', 5.0)", None),
+    "extra of a wrong length": act("log_extra('a', [1])", None),
     # what is started
-    "a thread": Fault("threading.Thread(target=time.sleep, args=(0.2,)).start()\n    return good(completions)", True),
-    "a daemon": Fault("threading.Thread(target=time.sleep, args=(999,), daemon=True).start()\n    return good(completions)", True),
-    "a pool": Fault(
-        "with multiprocessing.get_context('fork').Pool(2) as pool:\n        pool.map(work, range(4))\n    return good(completions)", True
-    ),
-    "a child that stays": Fault("if os.fork() == 0:\n        time.sleep(1)\n        os._exit(0)\n    return good(completions)", True),
-    "a child that goes on": Fault("import subprocess\n    subprocess.Popen(['sleep', '2'])\n    return good(completions)", True),
-    "sleep": Fault("time.sleep(0.3)\n    return good(completions)", True),
-    "output": Fault("print('x' * 100000)\n    return good(completions)", True),
-    "an error at the exit": Fault("atexit.register(lambda: 1 / 0)\n    return good(completions)", None),
+    "a thread": act("threading.Thread(target=time.sleep, args=(0.2,)).start()", True),
+    "a daemon": act("threading.Thread(target=time.sleep, args=(999,), daemon=True).start()", True),
+    "a pool": act("with multiprocessing.get_context('fork').Pool(2) as pool: pool.map(work, range(4))", True),
+    "a child that stays": act("if os.fork() == 0: time.sleep(1); os._exit(0)", True),
+    "a child that goes on": act("subprocess.Popen(['sleep', '2'])", True),
+    "sleep": act("time.sleep(0.3)", True),
+    "output": act("print('x' * 100000)", True),
+    "an error at the exit": act("atexit.register(lambda: 1 / 0)", None),
 }  # fmt: skip
 STAGES = ("ppo", "ppo", "evaluation", "best_of_n", "rloo", "grpo")
 

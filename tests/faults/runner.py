@@ -100,7 +100,7 @@ class Running:
             sys.stderr = io.TextIOWrapper(
                 os.fdopen(2, "wb", closefd=False), encoding="utf-8", errors="backslashreplace", line_buffering=True
             )
-            stack = open(self.stack, "w")  # noqa: SIM115 (for the life of the process)
+            stack = open(self.stack, "w")  # for the life of the process
             faulthandler.enable(stack)
             limit = psutil.Process().memory_info().vms + MEMORY
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
@@ -118,14 +118,14 @@ class Running:
                 code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
                 if isinstance(error.code, str):
                     print(error.code, file=sys.stderr)
-            except BaseException as error:  # noqa: BLE001 (as the interpreter does)
+            except BaseException as error:  # as the interpreter does
                 sys.excepthook(type(error), error, error.__traceback__)
                 if isinstance(error, KeyboardInterrupt):
                     code = -signal.SIGINT
             threading._shutdown()
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()
-        except BaseException as error:  # noqa: BLE001 (the streams of a case may be broken)
+        except BaseException as error:  # the streams of a case may be broken
             os.write(2, f"while it ended: {error!r}\n".encode())
             code = code or 120
         finally:
