@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.faults.verdicts import Verdict, judge
+from tests.faults.deaths import left, undisturbed
+from tests.faults.verdicts import RIGHT, SILENT, Verdict, judge
 from tests.faults.world import Case, unsound
 
 
@@ -71,8 +72,11 @@ def nodes(value: object, path: tuple = ()) -> list[tuple]:
     return found
 
 
-def damage_json(draw: random.Random, path: Path) -> tuple[str, list[str]]:
-    """Damage a JSON file; return what was done, and the names of what was damaged."""
+def damage_json(draw: random.Random, path: Path) -> tuple[str, list[str], bool]:
+    """Damage a JSON file.
+
+    Return what was done, the names of what was damaged, and whether a field is lost or of another type.
+    """
     content = path.read_bytes()
     value = json.loads(content)
     how = draw.choice(("set",) * 6 + ("drop", "drop", "rename", "add", "add", "bytes", "root"))
@@ -91,24 +95,25 @@ def damage_json(draw: random.Random, path: Path) -> tuple[str, list[str]]:
             )
         )
         path.write_bytes(damaged)
-        return kind, []
+        return kind, [], False
     if how == "root":
         value = draw.choice(VALUES + ([value],))
         path.write_text(json.dumps(value))
-        return f"root: {json.dumps(value)[:40]}", []
+        return f"root: {json.dumps(value)[:40]}", [], False
     if how == "add" and isinstance(value, dict):
         key, entry = draw.choice(EXTRA)
         value[key] = entry
         path.write_text(json.dumps(value))
-        return f"{key}: {json.dumps(entry)[:40]}", [key]
+        return f"{key}: {json.dumps(entry)[:40]}", [key], key in ("alora_invocation_tokens", "use_dora", "bias")
     first = draw.choice([key for key in value]) if isinstance(value, dict) and value else None
     if first is None:
-        return "nothing", []
+        return "nothing", [], False
     *parents, last = draw.choice(nodes(value[first], (first,)))
     holder = value
     for key in parents:
         holder = holder[key]
     where = ".".join(map(str, (*parents, last)))
+    odd = True
     if how == "drop":
         del holder[last]
         done = f"without {where}"
@@ -117,9 +122,11 @@ def damage_json(draw: random.Random, path: Path) -> tuple[str, list[str]]:
         done = f"{where} renamed"
     else:
         old, holder[last] = holder[last], draw.choice([entry for entry in VALUES])
+        numbers = all(isinstance(value, (int, float)) for value in (old, holder[last]))
+        odd = not numbers and old is not None and type(old) is not type(holder[last])
         done = f"{where}: {json.dumps(old)[:30]} -> {json.dumps(holder[last])[:30]}"
     path.write_text(json.dumps(value))
-    return done, [str(first), str(last)]
+    return done, [str(name) for name in (first, last) if not str(name).isdigit()], odd
 
 
 def options_for(stage: str) -> tuple[str, dict]:
@@ -140,9 +147,25 @@ def damaged_json(case: Case) -> Verdict:
     folder = case.draw.choice(sorted(READS[scheme]))
     name = case.draw.choice(READS[scheme][folder])
     path = case.folder / folder / ("checkpoint-4" if scheme == "resume" else "") / name
-    done, fields = damage_json(case.draw, path)
+    done, fields, odd = damage_json(case.draw, path)
     case.note(f"{scheme} {folder}/{name}: {done}")
-    return run_on_damage(case, scheme, path, fields, refused=scheme == "resume" and done != "nothing")
+    verdict = run_on_damage(case, scheme, path, fields, refused=scheme == "resume" and done != "nothing")
+    if (
+        verdict.name == RIGHT
+        and odd
+        and name in ("adapter_config.json", "score_normalization.json")
+        and scheme != "resume"
+    ):
+        stage, options = options_for(scheme)
+        whole = undisturbed(case, f"json {scheme}", stage, {"output_dir": "out", **options})
+        now = left(case.folder / "out")
+        changed = [
+            one
+            for one in whole
+            if one.endswith((".safetensors", "report.json", "_n.json")) and now.get(one) != whole[one]
+        ]
+        return Verdict(SILENT, f"it was taken, and changed {changed[0]}") if changed else verdict
+    return verdict
 
 
 def run_on_damage(case: Case, scheme: str, path: Path, fields: list[str], *, refused: bool) -> Verdict:
@@ -154,7 +177,8 @@ def run_on_damage(case: Case, scheme: str, path: Path, fields: list[str], *, ref
         before = case.files()
         options = options | {"max_steps": 6}
     ended = case.run(stage, **options)
-    names = [path.name, path.parent.name, str(path.relative_to(case.folder)), *fields]
+    folder = path.parent.name
+    names = [path.name, f"{folder}/", f"{folder}:", f"'{folder}'", *fields]
 
     def wrong() -> str | None:
         return "the damaged file was taken" if refused else unsound(stage, case.folder / out)

@@ -116,7 +116,6 @@ def machine(case: Case) -> Verdict:
     names = [
         output.rstrip("/"),
         "output_dir",
-        "Errno",
         "umask",
         "descriptor",
         "stdout",

@@ -1,5 +1,6 @@
 """What became of a case: one of seven verdicts, and the reason."""
 
+import re
 import signal
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -51,11 +52,17 @@ def judge_error(ended: Ended, names: Iterable[str]) -> Verdict:
     if "Traceback (most recent call last)" in ended.err:
         return Verdict(TRACEBACK, shown(ended.message))
     names = [name for name in map(str, names) if name]
-    if not ended.message or not any(name in ended.message for name in names):
+    if not any(is_named(name, ended.message) for name in names):
         return Verdict(UNCLEAR, f"names none of {names}: {shown(ended.message)}")
     if "\x1b" in ended.message:
         return Verdict(UNCLEAR, f"has a terminal escape: {shown(ended.message)}")
     return Verdict(CLEAR, shown(ended.message))
+
+
+def is_named(name: str, message: str) -> bool:
+    """Return whether a message has a name as words of their own: `out` is not in `without`."""
+    before, after = (r"(?<!\w)" if name[0].isalnum() else ""), (r"(?!\w)" if name[-1].isalnum() else "")
+    return re.search(f"{before}{re.escape(name)}{after}", message) is not None
 
 
 def shown(text: str, most: int = 240) -> str:
