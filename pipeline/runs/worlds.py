@@ -150,7 +150,7 @@ def check_world(folder: Path, manifest: dict, args: TrainingArguments, others: d
             f"{folder}: written by {then} of an older release, and this launch is {now}. The parts of the optimizer do not "
             f"say which weights they belong to. {again}."
         )
-    if args.fp16 and then.kind != now.kind:
+    if args.fp16 and ("ZeRO" in then.kind) != ("ZeRO" in now.kind):  # DeepSpeed scales the loss itself
         raise ValueError(
             f"{folder}: written by {then}, and this launch is {now}. The loss scale of fp16 is not carried over. {again}, "
             f"or set bf16."

@@ -100,6 +100,40 @@ def test_ppo_resumes_to_the_bit_from_any_step(ppo_run, options, tmp_path):
         assert found[name] == expected[name], name
 
 
+def of_two_processes(folder: Path) -> None:
+    """Make a checkpoint of one process one that two wrote, each with half of its batch and the same state."""
+    for suffix in ("json", "safetensors"):
+        shutil.copy(folder / f"state_0.{suffix}", folder / f"state_1.{suffix}")
+    for process in range(2):
+        shutil.copy(folder / "rng_state.pth", folder / f"rng_state_{process}.pth")
+    (folder / "rng_state.pth").unlink()
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest |= {"world_size": 2, "kind": "DDP"}
+    manifest["order"]["per_device_train_batch_size"] //= 2
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    manifest["files"] = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": file_digest(folder / name)}
+        for name in names
+        if name != MANIFEST
+    }
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"sha256": manifest_digest(manifest)}))
+
+
+@pytest.mark.slow
+def test_what_other_processes_continue_is_the_same_each_time(ppo_run, tmp_path):
+    """They go on with the same prompts, and with random states of their own, in the middle of a pass and at its end."""
+    expected = ppo_run("at once")
+    ppo_run("begun", kill=9, save_steps=4, save_total_limit=None)
+    for step in (4, 8):
+        checkpoint = tmp_path / "begun" / f"checkpoint-{step}"
+        of_two_processes(checkpoint)
+        first, second = (ppo_run(f"{name} {step}", resume=str(checkpoint)) for name in ("first", "second"))
+        assert first == second
+        assert first["table"][0]["prompt"] == expected["table"][0]["prompt"]
+        assert first["table"][0]["completion"] != expected["table"][0]["completion"]
+        assert len(first["metrics"][0]) == len(expected["metrics"][0])
+
+
 # ------------------------------------------------------------------------------------------ the other stages
 PAIRS = [
     {"prompt": f"{prompt} film {i}", "chosen": f" is good {'indeed ' * (i % 4)}.", "rejected": " is not."}
