@@ -108,7 +108,9 @@ def require_columns(rows: Dataset, needed: tuple[str, ...], name: str) -> None:
             remedy = f"Did you mean {near[0]!r}? Rename it." if near else "Rename the column that holds it."
             if len(found) == 1 and any(mark in found[0] for mark in ";,\t|"):
                 remedy = f"Separate the cells by {'tabs' if format_of(name) == '.tsv' else 'commas'}."
-            raise ValueError(f"{name}: no column {column!r}; needed: {list(needed)}, found: {found}. {remedy}")
+            raise ValueError(
+                f"{name}: no column {column!r}; needed: {list(needed)}, found: {shorten(found, 300)}. {remedy}"
+            )
 
 
 def check_cell(where: str, field: str, value: Any, kind: str | None, *, filled: bool) -> str:
@@ -138,7 +140,7 @@ def check_roles(where: str, field: str, turns: list[dict]) -> None:
         if turn["role"] not in ROLES:
             plain = turn["role"].strip().lower()
             name = OTHER_ROLES.get(plain, plain)
-            remedy = f"Rename the role {turn['role']!r} to {name!r}." if name in ROLES else "Rename the role."
+            remedy = f"Rename the role {shorten(turn['role'])} to {name!r}." if name in ROLES else "Rename the role."
             raise cell_error(where, field, turn["role"], f"must have only the roles {', '.join(ROLES)}", remedy)
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from datasets import Dataset
 
 from data.files import load_rows
+from data.quoting import quoted
 from data.saving import save
 
 
@@ -159,7 +160,8 @@ def read_rows(name: str, data_dir: str | None = None) -> Dataset:
     missing = [column for column in ("chosen", "rejected") if column not in columns]
     if missing:
         raise ValueError(
-            f"{name}: no column {missing[0]!r}; found: {list(columns)}. Name data of HH: its rows have chosen and rejected."
+            f"{name}: no column {missing[0]!r}; found: {quoted(list(columns), 300)}. Name data of HH: its rows have "
+            f"chosen and rejected."
         )
     return rows
 

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetInfo, Features, Json
 
 from data.boundaries import check_parquet_metadata
-from data.quoting import escaped
+from data.quoting import escaped, quoted
 
 
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -63,7 +63,7 @@ def dataset_of(columns: dict[str, list], name: str) -> Dataset:
     Raises:
         ValueError: a column has a number, or a mixture of types, that no dataset can hold.
     """
-    made = {column: _array(values, f"{name}: column {column!r}") for column, values in columns.items()}
+    made = {column: _array(values, f"{name}: column {quoted(column)}") for column, values in columns.items()}
     table = pa.table({column: array for column, (array, _) in made.items()})
     features = Features.from_arrow_schema(table.schema)
     features.update({column: Json() for column, (_, mixed) in made.items() if mixed})
@@ -215,7 +215,7 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
     if len(found) < len(pairs):
         names = [key for key, _ in pairs]
         twice = next(key for key in names if names.count(key) > 1)
-        raise _Problem(f"not valid JSON (the key {twice!r} is specified twice)")
+        raise _Problem(f"not valid JSON (the key {quoted(twice)} is specified twice)")
     return found
 
 
@@ -309,7 +309,7 @@ def _csv(name: str, path: Path) -> list[dict]:
                 header = [cell or f"Unnamed: {number}" for number, cell in enumerate(cells)]
                 twice = [column for column in header if header.count(column) > 1]
                 if twice:
-                    raise ValueError(f"{name} line {line}: the header names {twice[0]!r} twice. Rename one.")
+                    raise ValueError(f"{name} line {line}: the header names {quoted(twice[0])} twice. Rename one.")
                 continue
             if len(cells) != len(header):
                 kind = "more" if len(cells) > len(header) else "fewer"

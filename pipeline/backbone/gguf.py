@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from data.caches import check_cache
 from data.embedded import find_embedded
 from data.pip_files import Release, cache_dir, fetch, sha256_of
+from data.quoting import escaped
 from data.waiting import waiting_for
 
 
@@ -78,8 +79,8 @@ def _converted(path: Path, folder: Path) -> Path:
             model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
     except Exception as error:  # damaged bytes can make the reader raise any error
         raise ValueError(
-            f"{path}: not a GGUF file that transformers can read ({type(error).__name__}: {error}). Download it anew, or "
-            f"name the model's folder or hub id."
+            f"{path}: not a GGUF file that transformers can read ({type(error).__name__}: {escaped(error)}). Download it "
+            f"anew, or name the model's folder or hub id."
         ) from error
     del model.config.quantization_config  # the weights are plain now, so save them as plain ones
     model.hf_quantizer = None

@@ -119,9 +119,9 @@ def load_pretrained(
 
     Raises the errors of `check_model_folder`, `model_source`, `quantization`, `check_finite`, `set_pad_token` and
     `check_model`, and:
-        ValueError: a file of the model is damaged, lacks tensors, or has tensors that the model lacks; the tokenizer has no
-            end-of-text token, or more tokens than the model; or the architecture has no language model, or no sequence
-            classifier with its head in `score`.
+        ValueError: config.json cannot be used; a file of the model is damaged, lacks tensors, or has tensors that the model
+            lacks; the tokenizer has no end-of-text token, or more tokens than the model; or the architecture has no language
+            model, or no sequence classifier with its head in `score`.
     """
     name = model.model_name_or_path
     check_model_folder(name)
@@ -130,6 +130,12 @@ def load_pretrained(
     if Path(name).expanduser().is_dir():
         name = str(Path(name).expanduser().resolve())
     source = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(name, **source)
+    except (ImportError, OSError):  # a package that is missing, or no such model
+        raise
+    except Exception as error:  # transformers checks the types of the fields with errors of its own
+        raise _unusable_config(name, error) from error
     tokenizer = load_tokenizer(name, **source)
     if tokenizer.eos_token is None:
         raise ValueError(
@@ -152,10 +158,11 @@ def load_pretrained(
                 base, found = AutoModelForCausalLM.from_pretrained(name, **source, **options)
     except SafetensorError as error:
         raise damaged(Path(name), error) from error
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
+    except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "negative dimension" not in str(error):
             raise
-        config = AutoConfig.from_pretrained(name, **source)
+        if "Unrecognized configuration class" not in str(error):
+            raise _unusable_config(name, error) from error
         missing = (
             f"{name}: transformers has no {'sequence classifier' if head else 'causal language model'} of the family"
         )
@@ -191,6 +198,13 @@ def load_pretrained(
     return fuse_gelu(base).requires_grad_(False), tokenizer
 
 
+def _unusable_config(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"{name}: transformers makes no model of config.json and the options of the model ({type(error).__name__}: "
+        f"{escaped(' '.join(str(error).split()), 600)}). Correct them, or name another model."
+    )
+
+
 def _check_whole(base: PreTrainedModel, found: dict, name: str) -> None:
     """Check the loading report of transformers: the files had each tensor of the model and no others.
 
@@ -213,8 +227,8 @@ def _check_whole(base: PreTrainedModel, found: dict, name: str) -> None:
     ):
         if keys:
             raise ValueError(
-                f"{name}: {len(keys)} tensors of {type(base).__name__} {problem} (first: {keys[0]}). Copy the model anew, or "
-                f"correct `architectures` and `tie_word_embeddings` in config.json."
+                f"{name}: {len(keys)} tensors of {type(base).__name__} {problem} (first: {escaped(keys[0])}). Copy the "
+                f"model anew, or correct `architectures` and `tie_word_embeddings` in config.json."
             )
     # transformers leaves them untied. Code that ties them later (a merged copy, vLLM, FSDP) would lose one of them.
     if apart := sorted(

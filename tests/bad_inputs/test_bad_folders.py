@@ -79,6 +79,22 @@ MODELS_SEEN_IN_LOADING = {
     "cut weights": (cut("model.safetensors", 5000), r"damaged, perhaps by a copy or download that was cut short"),
     "a cut config": (cut("config.json", 20), r"config\.json: not valid JSON .*Restore the file"),
     "no config": (remove("config.json"), r"Unrecognized model in \S+\. Should have a `model_type` key in its config"),
+    "a text for a number": (
+        change("config.json", n_head="two"),
+        r"makes no model of config\.json .*'n_head'.*Correct them",
+    ),
+    "no heads": (
+        change("config.json", n_head=0),
+        r"makes no model of config\.json .*ZeroDivisionError.*or name another",
+    ),
+    "an unknown family": (
+        change("config.json", model_type="own\x1b[2J"),
+        r"no model of config\.json .*type `own\\x1b\[2J`",
+    ),
+    "a text for the architectures": (
+        change("config.json", architectures="GPT2LMHeadModel"),
+        r"config\.json: 'architectures' is 'GPT2LMHeadModel', but must be a list \(a text\) or null\. Restore the file",
+    ),
     "a cut tokenizer": (
         cut("tokenizer.json", 20),
         r"the tokenizer's files are damaged .*Save the tokenizer there anew",
