@@ -77,6 +77,8 @@ MOST = {
 }
 # Text options for which an empty text says something: no evaluation, no reward of this kind, no debugging.
 MAY_BE_EMPTY = ("eval_dataset_name", "reward_adapter", "reward_funcs", "debug", "fsdp")
+# With an empty text, a command line takes back what the recipe names.
+UNSET_BY_EMPTY = ("sft_adapter", "ptx_dataset_name", "report", "judge", "pairwise_judge")
 # TRL's annotations allow null here, and its trainers do not.
 NEVER_NULL = ("max_completion_length", "num_generations")
 # Options that are a mapping or the path of a JSON file; the other mappings may be given as JSON text.
@@ -117,6 +119,8 @@ def _typed(option: Field, value: Any, hint: Any, path: str | None) -> Any:
     default = option.default_factory() if option.default_factory is not MISSING else option.default
     if value is default or (type(value) is type(default) and value == default):
         return value
+    if value == "" and option.name in UNSET_BY_EMPTY:
+        return None
     where = f"{path or 'command line'}: {option.name}={shorten(value)}"
     if isinstance(value, str) and not value and option.name not in MAY_BE_EMPTY:
         raise ValueError(f"{where} is an empty text. Give a value, or leave {option.name} out.")

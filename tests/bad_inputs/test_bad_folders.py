@@ -269,7 +269,7 @@ OPTIONS = {
         r"Target modules \{'q_proj'\} not found in the base model",
     ),
     "more layers than there are": ({"lora_top_layers": 3}, r"lora_top_layers=3: the model has 2 layers"),
-    "no such attention": ({"attn_implementation": "fast"}, r'`attn_implementation="fast"` is not supported'),
+    "no such attention": ({"attn_implementation": "fast"}, r"^attn_implementation='fast' is not one of eager, .*sdpa"),
 }
 
 PAD_TOKENS = {
@@ -278,7 +278,7 @@ PAD_TOKENS = {
         r"^pad_token='\[PAD\]' is not a token of \S+tiny0\. Name a special token: '<\|endoftext\|>', '<\|pad\|>'\.$",
     ),
     "misspelt": ("<|endoftxt|>", r"is not a token of \S+tiny0\. Did you mean '<\|endoftext\|>'\? Name"),
-    "empty": ("", r"^pad_token='' is not a token of"),
+    "empty": ("", r"pad_token='' is an empty text\. Give a value, or leave pad_token out"),
     "a piece of text": ("!", r"^pad_token='!' is a piece of ordinary text in \S+tiny0, but decoding leaves out the pad"),
 }  # fmt: skip
 
