@@ -46,14 +46,12 @@ def complete_card(folder: str | Path, base: str, name: str) -> None:
 
 
 def check_space(args: TrainingArguments, model: nn.Module) -> None:
-    """Check, before training, that the disk has room for what the run will save at least.
+    """Check, before training, that the disk has room for the weights that the run trains.
 
     Raises:
         OSError: it has not.
     """
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    state = 0 if args.save_strategy == "no" or args.save_only_model else 2 * weights  # Adam's two averages
-    needed = weights + (weights + state if args.save_strategy != "no" else 0)
+    needed = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     folder = Path(args.output_dir).absolute()
     there = next(path for path in (folder, *folder.parents) if path.exists())
     disk = shutil.disk_usage(there)
