@@ -37,6 +37,11 @@ class Online(Checkpointed):
         self.composite = Composite(reward_funcs, args.reward_weights)
         super().__init__(reward_funcs=self.composite.functions, args=args, **kwargs)
 
+    @property
+    def between_updates(self) -> bool:
+        """Override `between_updates`: an update takes several steps, and its rollout belongs to these processes."""
+        return self._step % (self.args.steps_per_generation * self.num_iterations) == 0
+
     def _tokenize_prompts(self, prompts: list) -> tuple[list[list[int]], None, dict]:
         """Override `_tokenize_prompts`: continue a prompt that ends in the assistant's turn, instead of closing the turn."""
         return tokenize_prompts(prompts, self.processing_class), None, {}

@@ -13,6 +13,7 @@ from conftest import PROMPTS
 from torch.utils.data import BatchSampler, SequentialSampler
 from trl.trainer.utils import RepeatSampler
 
+from pipeline.rl.online import Online
 from pipeline.runs import worlds
 from pipeline.runs.optimizer_shards import weights_by_name
 from pipeline.runs.state_files import save_state
@@ -193,6 +194,16 @@ def test_in_the_middle_of_an_update_the_end_of_the_last_one_is_named(launch, che
     same = launch(2, 2, 2, 4, distributed_state="ZeRO-2")  # other wrappers hold the same rollout
     assert check_world(folder, others[folder], same, others) == ()
     assert check_world(folder.parent / "checkpoint-8", others[folder.parent / "checkpoint-8"], args, others) == BATCH
+
+
+def test_a_signal_ends_every_online_trainer_where_others_can_go_on():
+    args = SimpleNamespace(steps_per_generation=4)
+    ends = [
+        step
+        for step in range(17)
+        if Online.between_updates.fget(SimpleNamespace(_step=step, args=args, num_iterations=2))
+    ]
+    assert ends == [0, 8, 16]
 
 
 def test_what_is_not_carried_over_is_refused(launch, checkpoint):
