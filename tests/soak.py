@@ -155,7 +155,8 @@ def disturb(
         if len(worlds) > 1:  # the next world is to go on from a checkpoint of this one
             while newest(folder) == before and process.poll() is None:
                 time.sleep(0.05)
-        wait = time.time() - began + draw.uniform(0, 3 * pace.start if len(worlds) == 1 else 4 * UPDATE * pace.step)
+        most = min(3 * pace.start, pace.start + 0.8 * step * pace.step) if len(worlds) == 1 else 4 * UPDATE * pace.step
+        wait = time.time() - began + draw.uniform(0, most)
         left = wait + pace.start + (step - newest(folder)) * pace.step
         while time.time() < began + wait and process.poll() is None:
             time.sleep(0.05)

@@ -14,7 +14,7 @@ from tests.faults.verdicts import CLEAR, HANG, LOST, RIGHT, SILENT, TRACEBACK, U
 
 
 ROOT = Path(__file__).parents[2]
-CASES = 150  # about 100 seconds of CPU
+CASES = 110  # about 100 seconds of CPU
 
 
 @pytest.mark.slow
