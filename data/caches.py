@@ -16,8 +16,8 @@ def check_cache(folder: Path, name: str, variables: str) -> None:
     """
     try:
         folder = folder.expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        with tempfile.TemporaryFile(dir=there):
             pass
     except (OSError, RuntimeError) as error:  # RuntimeError: a user without a home folder
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")

@@ -57,6 +57,7 @@ def fetch(release: Release) -> Path:
         _verify(cached, release, "Delete the file and run again to fetch it anew.")
         return cached
     check_cache(cached.parent, "this cache", "SPINE_CACHE")
+    cached.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cached.parent) as folder:
         requirements = Path(folder) / "requirements.txt"
         requirements.write_text(f"{release.requirement} --hash=sha256:{release.sha256}\n", encoding="utf-8")

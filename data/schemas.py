@@ -218,7 +218,7 @@ MANIFEST = record(
         "order": OBJECT,
         "written": NUMBER,
     },
-    {"kind": TEXT, "step": whole()},
+    {"kind": TEXT, "step": whole(), "run": whole(), "options": mapping(OBJECT), "contents": OBJECT},
 )
 # state_<process>.json of every trainer, as `load_state` returns it. PPO's checkpoints hold more.
 STATE = record(

@@ -84,6 +84,7 @@ def _converted(path: Path, folder: Path) -> Path:
         ) from error
     del model.config.quantization_config  # the weights are plain now, so save them as plain ones
     model.hf_quantizer = None
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
         staged = Path(staging) / folder.name
         tokenizer.save_pretrained(staged)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from trl import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 
+from data.listing import LISTING
 from data.prompts import tokenize_prompts
 from pipeline import ppo, reward, sft
 from pipeline.backbone import padding
@@ -385,6 +386,7 @@ def spoiled(rewards, tmp_path):
 
     def spoiled(*forget: str) -> str:
         folder = Path(shutil.copytree(rewards["chat", END]["folder"], tmp_path / "adapter"))
+        (folder / LISTING).unlink()  # earlier releases wrote none
         if "pad_token_id" in forget:
             record = identity(folder)
             del record["pad_token_id"]
