@@ -24,7 +24,7 @@ from transformers import TrainingArguments
 
 from data.cells import shorten
 from pipeline.rl.config import OPTIONS, UNSUPPORTED
-from pipeline.runs.recipe import check_ranges, check_types, options_of
+from pipeline.runs.recipe import check_ranges, check_types, fields_of
 from pipeline.runs.recipe_file import read_recipe
 
 
@@ -262,7 +262,7 @@ def check_recipe(lines: dict[str, tuple[object, str]]) -> None:
         ValueError: a value has the wrong type, or is outside of its range.
     """
     plain = {int, float, bool, type(None)}
-    checked = {option.name for option, hint in options_of(OPTIONS) if set(get_args(hint) or (hint,)) <= plain}
+    checked = {option.name for option, hint in fields_of(OPTIONS) if set(get_args(hint) or (hint,)) <= plain}
     values = {key: value for key, (value, _) in lines.items() if key in checked}
     check_ranges(check_types(values, OPTIONS, "the new recipe"))
 

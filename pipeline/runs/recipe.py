@@ -87,7 +87,7 @@ MAPPING_OR_PATH = ("accelerator_config", "deepspeed", "fsdp_config")
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 
 
-def options_of(dataclass_types: tuple) -> Iterator[tuple[Field, Any]]:
+def fields_of(dataclass_types: tuple) -> Iterator[tuple[Field, Any]]:
     """Yield each option of the dataclasses, with its annotation."""
     for kind in dataclass_types:
         hints = get_type_hints(kind)
@@ -107,7 +107,7 @@ def check_types(given: Mapping[str, Any], dataclass_types: tuple, path: str | No
         ValueError: a value has another type; a text is empty or holds a zero byte.
     """
     found = dict(given)
-    for option, hint in options_of(dataclass_types):
+    for option, hint in fields_of(dataclass_types):
         if option.name in given:
             found[option.name] = _typed(option, given[option.name], hint, path)
     return found
