@@ -11,8 +11,6 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.logging import get_logger
-from peft import AutoPeftModelForSequenceClassification
-from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoModelForSequenceClassification,
@@ -28,8 +26,6 @@ from reward_models.learned import score_rows
 
 
 logger = get_logger(__name__)
-
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 def get_model(
@@ -52,7 +48,7 @@ def get_model(
     Of a text that is too long the end is scored, and a warning says so once.
 
     Args:
-        name: hub id or folder of the model, or folder of an adapter with a head.
+        name: hub id or folder of the model.
         label: the label whose log odds are the score, such as POSITIVE; for a model with several labels.
         batch_size: texts a pass.
         max_length: most tokens of a text; None is what model and tokenizer allow.
@@ -62,7 +58,8 @@ def get_model(
         device: device of the model, such as cpu; None is that of training.
 
     Raises:
-        ValueError: the files lack the head or other weights; or there is no such label, or several and none is named.
+        ValueError: it is an adapter; the files lack the head or other weights; or there is no such label, or several and
+            none is named.
         OSError: there is no such model.
     """
     name = find_embedded(name)
@@ -103,18 +100,12 @@ def get_model(
 
 def _load(name: str, dtype: str) -> PreTrainedModel:
     """Load a classifier whole, or raise a ValueError that names what its files lack."""
-    folder = Path(name).expanduser()
+    if (Path(name).expanduser() / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{name} is the folder of an adapter. Name it in reward_adapter if it shares the policy's backbone, or else write "
+            f"pipeline.backbone.rewards.get_reward_adapter(folder={name!r})."
+        )
     with loaded_whole():
-        if (folder / ADAPTER_CONFIG).is_file():
-            with safe_open(folder / ADAPTER_WEIGHTS, "pt") as weights:
-                heads = [key for key in weights.keys() if key.endswith(("score.weight", "classifier.weight"))]  # noqa: SIM118
-                outputs = weights.get_slice(heads[0]).get_shape()[0] if heads else 0
-            if not outputs:
-                raise ValueError(f"{name}: the adapter has no head. Name an adapter of the reward stage.")
-            adapted = AutoPeftModelForSequenceClassification.from_pretrained(
-                str(folder), num_labels=outputs, dtype=dtype, trust_remote_code=False, use_safetensors=True
-            )
-            return adapted.merge_and_unload()
         model, found = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )

@@ -1,13 +1,19 @@
-"""Add reward adapters to the backbone as roles, and measure the scale of their scores."""
+"""Use reward adapters: as roles of the policy's backbone, or on one of their own; and measure the scale of their scores."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
+from trl import ModelConfig
 
 from data.prompts import tokenize_prompts
+from pipeline.backbone.adapter_config import read_adapter_config
 from pipeline.backbone.adapters import adapter_folder, read_adapter
+from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.roles import Backbone
 from pipeline.backbone.sampling import gathered, sample
 from reward_models.functions import RewardArguments
@@ -38,6 +44,46 @@ def learned_rewards(
             shift = scale.mean / scale.std
         learned.append(LearnedReward(backbone, tokenizer, role=role, name=Path(folder).absolute().name, shift=shift))
     return learned
+
+
+def get_reward_adapter(
+    folder: str,
+    *,
+    model: str | None = None,
+    dtype: str | None = None,
+    batch_size: int = 32,
+    device: str | None = None,
+) -> Callable:
+    """Make a reward function of a reward adapter on another backbone than the policy's, such as a larger one.
+
+    That backbone has a tokenizer of its own. So the decoded completions are scored, each as one that has ended.
+
+    Args:
+        folder: folder or hub id of the adapter.
+        model: its base model; None is the one that the adapter names.
+        dtype: the precision of the base; None is that of its files.
+        batch_size: texts a pass.
+        device: device of the model, such as cpu; None is that of training.
+
+    Raises the errors of `load_pretrained` and `read_adapter`.
+    """
+    found = adapter_folder(folder)
+    named = read_adapter_config(folder, found)["base_model_name_or_path"]
+    base, tokenizer = load_pretrained(ModelConfig(model or named, dtype=dtype))
+    adapter = read_adapter(folder, needs_head=True, base=base, tokenizer=tokenizer)
+    with torch.random.fork_rng(devices=[]):  # peft draws weights, which the adapter's replace
+        backbone = Backbone(base, adapter)  # the policy role is not used
+        backbone.add_role("reward", adapter)
+    backbone.requires_grad_(False).to(device or PartialState().device).eval()
+    learned = LearnedReward(backbone, tokenizer, batch_size, name=Path(folder).absolute().name)
+
+    def score(prompts: list, completions: list, **kwargs) -> list[float]:
+        texts = [text if isinstance(text, str) else text[0]["content"] for text in completions]
+        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return learned(prompts, [row + [tokenizer.eos_token_id] for row in rows])
+
+    score.__name__ = learned.__name__
+    return score
 
 
 def measure(

@@ -4,7 +4,6 @@ import math
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -183,19 +182,9 @@ def test_a_model_without_a_head_is_refused(tmp_path):
         get_model(str(tmp_path), "LABEL_0")
 
 
-def test_an_adapter_with_its_head(make_classifier, tmp_path):
-    base = make_classifier("llama", labels=("LABEL_0",))
-    model = AutoModelForSequenceClassification.from_pretrained(base)
-    adapted = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", init_lora_weights=False)).eval()
-    torch.nn.init.normal_(adapted.base_model.model.score.modules_to_save["default"].weight)
-    adapted.save_pretrained(tmp_path / "adapter")
-    tokenizer = make_tokenizer("llama")
-    tokenizer.save_pretrained(tmp_path / "adapter")
-    expected = [adapted(**tokenizer(text, return_tensors="pt")).logits.item() for text in TEXTS]
-    assert get_model(str(tmp_path / "adapter"))(prompts=PROMPTS, completions=COMPLETIONS) == pytest.approx(
-        expected, abs=1e-4
-    )
-    assert expected != pytest.approx(by_pipeline(base, TEXTS, "LABEL_0"), abs=1e-2)
+def test_the_error_for_an_adapter_names_what_takes_it(reward_adapter):
+    with pytest.raises(ValueError, match=r"is the folder of an adapter.*rewards.get_reward_adapter\(folder="):
+        get_model(reward_adapter)
 
 
 def test_a_recipe_names_it_in_one_line(make_classifier):
