@@ -154,7 +154,7 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
         )
     result: dict[str, Any] = {
         "seed": args.seed,
-        "judge": args.judge,
+        **({"judge": args.judge} if judge else {}),
         "prompts": len(prompts),
         "read": read,
         "rows": rows,

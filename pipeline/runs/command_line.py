@@ -66,7 +66,8 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
                 raise ValueError(f"{source}: one run has one recipe. Name it with --config, once.")
             nearest = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {nearest[0]}?" if nearest else ""
-            raise ValueError(f"{source}: unknown key {shorten(key)}.{hint}")
+            what = f"unknown key {shorten(key)}" if key else "-- names no option"
+            raise ValueError(f"{source}: {what}.{hint}")
     _set_environment(recipe.pop("env", {}), path)
     parser.set_defaults_with_config(**check_types(recipe, dataclass_types, path))
     options = vars(parser.parse_args(args))
