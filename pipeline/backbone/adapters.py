@@ -194,7 +194,7 @@ def read_adapter(
             problem = f"is of {tensor.dtype}, not of a floating-point type"
             if tensor.is_floating_point():
                 problem = (
-                    "is not finite" if not all_finite([tensor]) else "has weights above 1e6: its training diverged"
+                    "is not finite" if not all_finite([tensor]) else "has weights above 1e8: its training diverged"
                 )
             raise ValueError(f"{folder / WEIGHTS}: {escaped(key)} {problem}. Train the adapter anew.")
     head = tensors.pop(HEAD, None)

@@ -107,7 +107,7 @@ class EndsAtDivergence:
         mine = torch.tensor([int(all_finite(trained, LARGEST_WEIGHT))])
         finite = bool(self.accelerator.gather(mine.to(self.args.device)).all())
         if not self.diverged and not finite:
-            self.diverged = f"A trained weight is not finite, or above 1e6, after step {self.state.global_step}"
+            self.diverged = f"A trained weight is not finite, or above 1e8, after step {self.state.global_step}"
         if self.diverged:
             control.should_training_stop = True
             control.should_log = control.should_evaluate = False

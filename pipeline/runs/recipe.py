@@ -19,7 +19,7 @@ from data.cells import shorten
 
 
 ABOVE_0 = """
-    temperature num_train_epochs epsilon epsilon_high value_clip kl_target kl_horizon max_approx_kl adam_epsilon
+    temperature num_train_epochs epsilon epsilon_high dual_clip value_clip kl_target kl_horizon max_approx_kl adam_epsilon
     repetition_penalty logging_steps eval_steps save_steps lora_alpha vllm_importance_sampling_clip_max
     vllm_importance_sampling_cap delta discopop_tau sapo_temperature_neg sapo_temperature_pos
 """

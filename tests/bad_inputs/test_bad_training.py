@@ -119,13 +119,13 @@ def test_a_policy_that_has_diverged_with_finite_weights(stage, refuses):
     """Its logits are not finite. The reward stage would find out after its training."""
     key = "policy_adapter" if stage == "evaluation" else "sft_adapter"
     spoiled = {key: lambda world: world.copy(world.sft, times(1e18, head=False))}
-    refuses(stage, rf"{WEIGHTS}: .* has weights above 1e6: its training diverged\. Train", loads=True, **spoiled)
+    refuses(stage, rf"{WEIGHTS}: .* has weights above 1e8: its training diverged\. Train", loads=True, **spoiled)
 
 
 @pytest.mark.parametrize("head", [False, True])
 def test_a_reward_that_has_diverged_with_finite_weights(head, refuses):
     spoiled = {"reward_adapter": lambda world: world.copy(world.reward, times(1e18, head))}
-    refuses("evaluation", rf"{WEIGHTS}: .* has weights above 1e6", loads=True, **spoiled)
+    refuses("evaluation", rf"{WEIGHTS}: .* has weights above 1e8", loads=True, **spoiled)
 
 
 @pytest.mark.parametrize("head", [False, True])
@@ -141,5 +141,5 @@ def test_a_base_model_whose_weights_are_too_large(head, world):
 def test_training_that_ends_with_weights_too_large(diverges):
     """Finite ones, whose outputs on the token that is looked at are finite: the next stage would refuse the adapter."""
     diverges(
-        "sft", r"A trained weight is not finite, or above 1e6, after step 4", learning_rate=1e8, max_grad_norm=1e-3
+        "sft", r"A trained weight is not finite, or above 1e8, after step 4", learning_rate=1e8, max_grad_norm=1e-3
     )

@@ -8,7 +8,7 @@ from typing import Union, get_args, get_origin
 import pytest
 
 from pipeline.runs.command_line import parse
-from pipeline.runs.recipe import MOST, RANGES, options_of
+from pipeline.runs.recipe import MOST, RANGES, fields_of
 
 
 STAGES = ("sft", "reward", "ppo", "dpo", "rloo", "grpo", "evaluation", "best_of_n")
@@ -35,7 +35,7 @@ VALUES = (
 DRAWN = 40  # options of a stage, each with one of the values
 
 
-def options_of_stage(stage: str) -> tuple:
+def fields_of_stage(stage: str) -> tuple:
     module = import_module(f"pipeline.{stage}")
     return module.OPTIONS
 
@@ -53,7 +53,7 @@ def needed(stage: str) -> dict[str, str]:
 def judge(stage: str, key: str, value: str, words: list[str], recipe) -> str | None:
     """The fault of what a stage's options say to one value, or None."""
     try:
-        parse(*options_of_stage(stage), args=["--config", str(recipe), *words])
+        parse(*fields_of_stage(stage), args=["--config", str(recipe), *words])
     except (ValueError, OSError, ImportError) as error:
         said = str(error)
         # `fsdp` and `deepspeed` in transformers' own words; two names of one option.
@@ -71,7 +71,7 @@ def judge(stage: str, key: str, value: str, words: list[str], recipe) -> str | N
 def test_a_hostile_value_of_any_option(stage, way, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     draw = random.Random(f"{stage} {way}")
-    names = sorted({option.name for option, _ in options_of(options_of_stage(stage))})
+    names = sorted({option.name for option, _ in fields_of(fields_of_stage(stage))})
     faults = []
     for key in draw.sample(names, min(DRAWN, len(names))):
         value, words = draw.choice(VALUES), []
@@ -91,7 +91,7 @@ def test_every_number_has_a_range(stage):
     """A new version of TRL or transformers may bring more."""
     ranged = {name for names, _, _ in RANGES for name in names}
     assert set(MOST) <= ranged
-    for option, hint in options_of(options_of_stage(stage)):
+    for option, hint in fields_of(fields_of_stage(stage)):
         parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
         numbers = {int, float, list[int], list[float], tuple[float, float]} & set(parts)
         assert not numbers or option.name in ranged, f"{option.name} has no range in pipeline.runs.recipe"

@@ -73,6 +73,7 @@ def test_samples_that_no_run_has_written(refuses, world):
 
 
 SAMPLE = {"step": 0, "prompt": "A", "completion": " film", "score": 0.5, "kl": 0.0, "judge": 0.0}
+REPORT = dict.fromkeys(("sft", "policy"), {"score": 0.5, "kl": 0.0, "distinct_2": 1.0})
 READ = {
     "the table of samples": ("ppo", "dataset_name", "samples.jsonl", {"sample_updates": 1}),
     "held-out rows": ("ppo", "eval_dataset_name", "samples.jsonl", {"sample_updates": 1}),
@@ -87,7 +88,7 @@ READ = {
 @pytest.mark.parametrize(("stage", "key", "name", "options"), READ.values(), ids=READ)
 def test_what_the_run_reads_is_not_written_over(stage, key, name, options, refuses, world):
     path = world.folder / "out" / name
-    put(name, json.dumps(SAMPLE) + "\n")(world.folder / "out")
+    put(name, json.dumps(REPORT if key == "report" else SAMPLE) + "\n")(world.folder / "out")
     refuses(stage, rf"the run reads \S+{name} beneath this folder, and would overwrite", **{key: path}, **options)
 
 
@@ -141,7 +142,8 @@ def test_what_a_former_release_has_saved_is_known(kind, tmp_path):
 # ------------------------------------------------------------------------------------------ checkpoints
 def checkpoint(folder: Path) -> Path:
     put("weights")(folder)
-    manifest = {"step": 2, "written": 1.0, "files": {"weights": {}}}
+    manifest = {"step": 2, "written": 1.0, "world_size": 1, "holds": ["weights"], "order": {}}
+    manifest["files"] = {"weights": {"bytes": 1, "sha256": "0"}}
     put(MANIFEST, json.dumps({**manifest, "sha256": manifest_digest(manifest)}))(folder)
     return folder
 
@@ -204,15 +206,15 @@ PATHS = {
     "not UTF-8": (lambda world: os.fsdecode(os.fsencode(world.folder) + b"/caf\xe9"), "the path is not UTF-8"),
     "a loop of links": (loop, r"the path cannot be used \(Too many levels"),
     "a link to nothing": (dangling, "is a link to nothing"),
-    "a null": (lambda world: str(world.folder / "a\0b"), "null byte"),
+    "a null": (lambda world: str(world.folder / "a\0b"), "zero byte"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("path", "message"), PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("stage", ["sft", "ppo", "evaluation", "best_of_n"])
 def test_paths_that_no_file_can_have(stage, path, message, refuses, world):
-    if message == "null byte":  # no command line has one
-        refuses(stage, rf"^output_dir=.*{message}", recipe=f"output_dir: {json.dumps(path(world))}\n")
+    if message == "zero byte":  # no command line has one
+        refuses(stage, rf"output_dir=.*{message}", recipe=f"output_dir: {json.dumps(path(world))}\n")
     else:
         refuses(stage, rf"^output_dir=.*{message}", output_dir=path)
 
