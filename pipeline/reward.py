@@ -3,24 +3,28 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.reward --config pipeline/recipes/demo/reward.yaml
 
 Trains a LoRA adapter and a score head on the frozen backbone with TRL's RewardTrainer. Pairs of one ranking share a batch,
-and each text is scored once. Then measures the reward model on held-out pairs: accuracy, the accuracy that people
+and each text is scored once. Labels may be shares of raters, and smoothed; the adapter may start from that of SFT. Then
+measures the reward model on held-out pairs: accuracy, the accuracy that people
 reach, accuracy for each rating gap, and calibration.
 """
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from datasets import Dataset
 from trl import ModelConfig, RewardConfig
 
 from data.preferences import explicit_prompts, load_preferences
 from data.prompts import check_prompt_lengths
 from data.saving import save
 from data.tokens import check_max_length
-from pipeline.backbone.adapters import read_adapter
-from pipeline.backbone.identity import fingerprint
+from pipeline.backbone.adapters import Adapter, read_adapter
+from pipeline.backbone.identity import digest, fingerprint
 from pipeline.backbone.loading import context_length, load_pretrained, train_in_float32
 from pipeline.backbone.lora import LoraArguments, lora_config
+from pipeline.backbone.reward_start import reward_config, start_from
 from pipeline.backbone.rewards import measure
 from pipeline.backbone.roles import load_backbone
 from pipeline.runs.arguments import DataArguments
@@ -30,6 +34,7 @@ from pipeline.runs.command_line import parse
 from pipeline.runs.launch import check_wrapper
 from pipeline.runs.opening import open_run
 from pipeline.runs.outputs import finish_stage, push
+from pipeline.runs.resumed_options import json_digest
 from pipeline.runs.rows import prepare_rows
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows
@@ -47,16 +52,79 @@ class RewardModelArguments:
             "help": "Subtract the `margin` column in the loss (Llama 2). Scores spread, and calibration gets worse."
         },
     )
+    use_agreement: bool = field(
+        default=False,
+        metadata={
+            "help": "Learn the share of raters in the `agreement` column (soft labels; 0.5 is a tie), not that all agree."
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={"help": "Share of labels that are taken to be the wrong way round, from 0 to below 0.5; as in DPO."},
+    )
     sft_adapter: str | None = field(
         default=None,
         metadata={"help": "Policy that PPO starts from: measure mean and deviation of its completions' scores."},
     )
+    start_from_sft: bool = field(
+        default=False,
+        metadata={
+            "help": "Start from the LoRA weights of sft_adapter, with a fresh head, instead of a fresh adapter."
+        },
+    )
     sft_completions: int = field(default=256, metadata={"help": "Number of completions of sft_adapter."})
     max_completion_length: int = field(default=64, metadata={"help": "Most tokens sampled for each of them."})
 
+    def __post_init__(self):
+        if 0.5 <= self.label_smoothing <= 1:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing!r} must be below 0.5: at 0.5 labels say nothing, and above it they "
+                f"say the opposite. Set it to 0.1, for example."
+            )
+        if self.use_margin and self.use_agreement:
+            raise ValueError(
+                "use_margin=True and use_agreement=True contradict each other: both say how far apart two scores are to be. "
+                "Set one of them."
+            )
+        if self.start_from_sft and not self.sft_adapter:
+            raise ValueError("start_from_sft=True needs an adapter to start from. Name it in sft_adapter.")
+
+    def check_columns(self, parts: dict[str, tuple[str, Dataset]], args: RewardConfig) -> None:
+        """Check that the rows whose loss is computed have the columns that it needs.
+
+        Args:
+            parts: `train`, and `held_out` if any, each with the source of its rows.
+
+        Raises:
+            ValueError: a column is missing.
+        """
+        evaluates = args.eval_strategy != "no" or args.eval_on_start
+        for part, (source, rows) in parts.items():
+            for option, column in (("use_margin", "margin"), ("use_agreement", "agreement")):
+                if getattr(self, option) and column not in rows.column_names and (part == "train" or evaluates):
+                    raise ValueError(
+                        f"{source}: no column {column!r}, which {option}=True reads. Add it to the rows, or leave {option} "
+                        f"unset."
+                    )
+
 
 class RewardModel(Checkpointed, RankingTrainer):
-    """RankingTrainer, with Spine's checkpoints."""
+    """RankingTrainer, with Spine's checkpoints.
+
+    Args:
+        start: the policy's adapter that the reward adapter starts from, if any.
+    """
+
+    def __init__(self, *args, start: Adapter | None = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.start = start
+
+    def contents(self) -> dict[str, Any]:
+        """Override `contents`: a run that started from a policy resumes with the same one."""
+        found = super().contents()
+        if self.start:
+            found["frozen"] = json_digest([found["frozen"], digest(sorted(self.start.weights.items()))])
+        return found
 
 
 def held_out_report(trainer: RewardModel) -> dict:
@@ -114,11 +182,16 @@ def main(
             f"train_sampling_strategy={args.train_sampling_strategy!r} is not supported: pairs of a ranking are batched "
             f"together. Set random or group_by_length."
         )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor!r} has no effect on pairs. Set label_smoothing."
+        )
     options = options_of(data, pairs, lora, model, args)
     checkpoint = open_run(
         args, model, options=options, policies=(pairs.sft_adapter,), leaves_reward=True, data=data.sources
     )
     parts = data.load(load_preferences, args)
+    pairs.check_columns(parts, args)
     source, train = parts["train"]
     if pairs.sft_adapter:  # completions of the prompts will be scored
         train = explicit_prompts(train, source, drop=data.drop_bad_rows)
@@ -132,24 +205,36 @@ def main(
     check_max_length(args.max_length, context_length(base))
     rows, report = prepare_rows(parts, tokenizer, data, max_length=args.max_length, drops=True, row="pair")
     identity = fingerprint(base)
+    start = None
     if pairs.sft_adapter:
         # Refuse an adapter that does not fit before training.
-        read_adapter(pairs.sft_adapter, needs_head=False, base=base, tokenizer=tokenizer)
+        policy = read_adapter(pairs.sft_adapter, needs_head=False, base=base, tokenizer=tokenizer)
+        start = policy if pairs.start_from_sft else None
         # Draw at random, since pairs of one ranking follow each other.
         train = rows["train"]
         completed = train.shuffle(seed=args.seed).select(range(min(pairs.sft_completions, len(train))))
         limits = context_length(base), pairs.max_completion_length
         completed, _ = check_prompt_lengths(completed, tokenizer, *limits, source, drop=data.drop_bad_rows)
+    if start:
+        config = reward_config(start, model, lora, base)
+    else:
+        config = lora_config(model, task_type="SEQ_CLS", lora=lora, base=base)
     trainer = RewardModel(
+        start=start,
+        use_margin=pairs.use_margin,
+        use_agreement=pairs.use_agreement,
+        label_smoothing=pairs.label_smoothing,
         model=base,
         args=args,
         train_dataset=rows["train"],
         eval_dataset=rows.get("held_out"),
         processing_class=tokenizer,
-        peft_config=lora_config(model, task_type="SEQ_CLS", lora=lora, base=base),
+        peft_config=config,
     )
     if model.load_in_4bit:
         train_in_float32(trainer.model)
+    if start:
+        start_from(trainer.model, start)
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint, options=options)
     metrics = held_out_report(trainer) if "held_out" in rows else {}

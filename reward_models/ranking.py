@@ -1,7 +1,9 @@
 """Train a reward model on rankings: each completion is scored once for all the pairs that it is in."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from copy import copy
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from datasets import Dataset, Value
@@ -10,6 +12,8 @@ from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import RewardConfig, RewardTrainer
+
+from reward_models.losses import centering_loss, preference_loss, soft_labels
 
 
 def groups_of(dataset: Dataset, most: int) -> list[list[int]]:
@@ -93,6 +97,17 @@ def up_to_the_end(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[in
     return ids[:kept] if kept and ids[kept - 1] in known and known[ids[kept - 1]].special else ids
 
 
+@dataclass
+class WithAgreement:
+    """Put the rows' column `agreement` into a batch, as (B,), beside what TRL's collator makes of them."""
+
+    collate: Callable[[list[dict]], dict[str, Any]]
+
+    def __call__(self, rows: list[dict]) -> dict[str, Any]:
+        agreement = torch.tensor([row["agreement"] for row in rows], dtype=torch.float32)
+        return {**self.collate(rows), "agreement": agreement}
+
+
 class RankingTrainer(RewardTrainer):
     """RewardTrainer of TRL for pairs that share texts.
 
@@ -101,11 +116,49 @@ class RankingTrainer(RewardTrainer):
 
     So all comparisons of one prompt enter the same step. This costs less and overfits less than pairs drawn one by one
     (Ouyang et al. 2022, arXiv 2203.02155, section 3.5). Pairs that share no text are shuffled and scored as in TRL.
+
+    Args:
+        use_margin: subtract the column `margin`, if the rows have it, as TRL does.
+        use_agreement: learn the shares in the column `agreement`, which the rows must have.
+        label_smoothing: part of a label that goes to the other side, from 0 to below 0.5.
     """
 
-    def __init__(self, *args, **kwargs):
+    data_collator: Callable[[list[dict]], dict[str, Any]]
+
+    def __init__(
+        self,
+        *args,
+        use_margin: bool = True,
+        use_agreement: bool = False,
+        label_smoothing: float = 0.0,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
+        self.use_margin, self.use_agreement, self.label_smoothing = use_margin, use_agreement, label_smoothing
+        if use_agreement:
+            self.data_collator = WithAgreement(self.data_collator)
         score_each_text_once(self.model)
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """Override `_set_signature_columns_if_needed`: keep the column `agreement` where it is learned."""
+        super()._set_signature_columns_if_needed()
+        if self.use_agreement and "agreement" not in self._signature_columns:
+            self._signature_columns.append("agreement")
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Override `compute_loss`: return TRL's loss, or ours where labels are not all 1. TRL records its figures."""
+        labels = inputs.get("agreement")
+        unread = {"agreement"} if self.use_margin else {"agreement", "margin"}
+        inputs = {name: value for name, value in inputs.items() if name not in unread}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if labels is not None or self.label_smoothing:
+            chosen, rejected = outputs.logits.float().squeeze(-1).chunk(2)
+            agreement = torch.ones_like(chosen) if labels is None else labels
+            labels = soft_labels(agreement, label_smoothing=self.label_smoothing)
+            loss = preference_loss(chosen, rejected, labels, inputs.get("margin"))
+            if self.args.center_rewards_coefficient is not None:
+                loss = loss + self.args.center_rewards_coefficient * centering_loss(chosen, rejected)
+        return (loss, outputs) if return_outputs else loss
 
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: RewardConfig, dataset_name: str

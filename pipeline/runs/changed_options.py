@@ -38,7 +38,7 @@ APPLIED = f"""
     sft_completions
 
     reward_funcs reward_weights normalize_scores reward_clip_range missing_eos_penalty whiten_rewards scale_rewards
-    multi_objective_aggregation center_rewards_coefficient
+    multi_objective_aggregation center_rewards_coefficient use_agreement
 
     temperature top_p top_k min_p repetition_penalty generation_kwargs chat_template_kwargs cache_implementation
     max_completion_length max_tool_calling_iterations use_transformers_continuous_batching
@@ -72,7 +72,7 @@ REFUSED = {
     """,
     "it changes the shape of the model": "vocab_size n_positions n_layer n_embd n_head",
     "it changes which weights train": "critic",
-    "it describes the beginning of a run": "value_init",
+    "it describes the beginning of a run": "value_init start_from_sft",
     "it changes the rows that are trained on, or their order": """
         max_length truncation_mode shuffle_dataset packing packing_strategy padding_free dataset_text_field
         dataset_kwargs completion_only_loss assistant_only_loss use_margin max_pairs ptx_max_length

@@ -133,6 +133,8 @@ RANGES = [
     ("sft", "lora_dropout", 1.5, "from 0 to 1"),
     ("sft", "lora_top_layers", -1, "1 or more"),
     ("reward", "sft_completions", 0, "1 or more"),
+    ("reward", "label_smoothing", 1.5, "from 0 to 1"),
+    ("reward", "label_smoothing", -0.1, "from 0 to 1"),
     ("reward", "max_completion_length", 0, "1 or more"),
     ("ppo", "beta", -0.1, "0 or more"),
     ("ppo", "ptx_max_length", 1, "2 or more"),
@@ -172,6 +174,36 @@ CONTRADICTIONS = {
         "reward",
         {"train_sampling_strategy": "sequential"},
         r"^train_sampling_strategy='sequential' is not supported: pairs of a ranking are batched together",
+    ),
+    "labels that say the opposite": (
+        "reward",
+        {"label_smoothing": 0.5},
+        r"^label_smoothing=0\.5 must be below 0\.5: at 0\.5 labels say nothing",
+    ),
+    "the label smoothing of classifiers": (
+        "reward",
+        {"label_smoothing_factor": 0.1},
+        r"^label_smoothing_factor=0\.1 has no effect on pairs\. Set label_smoothing\.$",
+    ),
+    "two words on how far apart scores are": (
+        "reward",
+        {"use_margin": True, "use_agreement": True},
+        r"^use_margin=True and use_agreement=True contradict each other",
+    ),
+    "the start of no policy": (
+        "reward",
+        {"recipe": "start_from_sft: true\nsft_adapter: null\n"},
+        r"^start_from_sft=True needs an adapter to start from\. Name it in sft_adapter\.$",
+    ),
+    "shares of raters that are not there": (
+        "reward",
+        {"use_agreement": True},
+        r"pairs\.jsonl: no column 'agreement', which use_agreement=True reads\. Add it to the rows, or leave use_",
+    ),
+    "margins that are not there": (
+        "reward",
+        {"use_margin": True},
+        r"pairs\.jsonl: no column 'margin', which use_margin=True reads",
     ),
     **{
         f"{key} among what is sampled by ({stage})": (

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import trl
-from safetensors.torch import load_file
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 from trl import ModelConfig
 
 from pipeline import best_of_n, dpo, evaluation, grpo, ppo, reward, rloo, sft, tables
+from pipeline.backbone.adapter_tensors import HEAD
 from pipeline.backbone.adapters import WEIGHTS, read_adapter
 from pipeline.backbone.loading import load_pretrained
 from pipeline.rl import online
@@ -86,6 +88,39 @@ def test_the_backbone_is_bit_identical_after_the_stage(stage, run, tiny, monkeyp
         p.abs().max() for name, p in kept.items() if "lora_B" in name and (".default." in name or ".value." in name)
     ]
     assert min(moved) > 0
+
+
+@pytest.mark.slow
+def test_the_reward_model_starts_from_the_sft_policy(run, tiny, sft_adapter, tmp_path, monkeypatch):
+    """It trains a copy; the policy's folder stays; and it resumes with the same policy only."""
+    started, original = {}, reward.start_from
+
+    def start(model, policy):
+        original(model, policy)
+        started.update({name: p.clone() for name, p in get_peft_model_state_dict(model).items()})
+
+    monkeypatch.setattr(reward, "start_from", start)
+    rows = [row | {"agreement": 0.75} for row in PAIRS]
+    options = {
+        "dataset_name": write(tmp_path / "pairs.jsonl", rows), "lora_embeddings": False, "start_from_sft": True,
+        "use_agreement": True, "label_smoothing": 0.1, "sft_completions": 4, "max_completion_length": 4,
+        "save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2, "warmup_steps": 0,
+    }  # fmt: skip
+    before = weights(sft_adapter)
+    run("reward", **options)
+    assert before.keys() == started.keys() - {HEAD}
+    assert all(torch.equal(started[name], before[name]) for name in before)
+    found = weights(tmp_path / "out")
+    assert found.keys() == started.keys() and not any(torch.equal(found[name], started[name]) for name in found)
+    assert weights(sft_adapter).keys() == before.keys()
+    base, tokenizer = load_pretrained(ModelConfig(tiny))
+    read_adapter(str(tmp_path / "out"), needs_head=True, base=base, tokenizer=tokenizer)
+    other = shutil.copytree(sft_adapter, tmp_path / "other")
+    save_file({name: 2 * tensor for name, tensor in before.items()}, other / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="checkpoint-2: written with another backbone, SFT adapter"):
+        run("reward", **options, sft_adapter=other, resume_from_checkpoint="auto", max_steps=3)
+    moved = shutil.copytree(sft_adapter, tmp_path / "moved")
+    run("reward", **options, sft_adapter=moved, resume_from_checkpoint="auto", max_steps=3)
 
 
 async def shortness(completions, log_metric, **kwargs):

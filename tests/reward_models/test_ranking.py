@@ -170,3 +170,112 @@ def test_the_order_of_the_data_has_a_seed_of_its_own(tiny, tmp_path):
         return list(trainer._get_train_sampler())
 
     assert order(seed=1, data_seed=7) == order(seed=2, data_seed=7) == order(seed=7) != order(seed=1)
+
+
+# ------------------------------------------------------------------------------------------------ what is learned
+LABELLED = [
+    {"prompt": "It was", "chosen": " fine", "rejected": " bad", "agreement": 0.75, "margin": 2.0},
+    {"prompt": "It was", "chosen": " fine", "rejected": " so so", "agreement": 0.5, "margin": 0.5},
+    {"prompt": "It was", "chosen": " so so", "rejected": " bad", "agreement": 1.0, "margin": 1.0},
+]
+
+
+def labelled_trainer(tiny, folder, kind=RankingTrainer, options=None, **learned):
+    torch.manual_seed(0)
+    base, tokenizer = load_pretrained(ModelConfig(tiny), head=True)
+    args = RewardConfig(
+        str(folder), per_device_train_batch_size=2, bf16=False, use_cpu=True, report_to="none", **(options or {})
+    )
+    return kind(
+        model=base, args=args, train_dataset=Dataset.from_list(LABELLED), processing_class=tokenizer, **learned
+    )
+
+
+def pairs_and_scores(trainer, batch):
+    """The batch's rows by their texts, and the score of each text alone."""
+    decode = trainer.processing_class.decode
+    scores, texts = [], []
+    with torch.no_grad():
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
+            real = ids[mask.bool()].unsqueeze(0)
+            scores.append(trainer.model(input_ids=real, attention_mask=torch.ones_like(real)).logits.item())
+            texts.append(decode(real[0], skip_special_tokens=True))
+    half = len(texts) // 2
+    by_text = {(row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]): row for row in LABELLED}
+    rows = [by_text[pair] for pair in zip(texts[:half], texts[half:], strict=True)]
+    return rows, torch.tensor(scores[:half]), torch.tensor(scores[half:])
+
+
+@pytest.mark.parametrize("centering", [None, 0.5])
+@pytest.mark.parametrize(
+    ("learned", "label"),
+    [
+        ({"use_agreement": True, "use_margin": False}, lambda row: row["agreement"]),
+        ({"label_smoothing": 0.1, "use_margin": False}, lambda row: 0.9),
+        ({"label_smoothing": 0.1}, lambda row: 0.9),
+        ({"label_smoothing": 0.1, "use_agreement": True, "use_margin": False},
+         lambda row: 0.9 * row["agreement"] + 0.1 * (1 - row["agreement"])),
+        ({"use_margin": False}, lambda row: 1.0),
+    ],
+)  # fmt: skip
+def test_the_loss_of_a_batch_by_hand(learned, label, centering, tiny, tmp_path):
+    """From the batches that training reads, in the trainer's own order."""
+    trainer = labelled_trainer(tiny, tmp_path, options={"center_rewards_coefficient": centering}, **learned)
+    trainer.model.eval()
+    sizes = []
+    for batch in trainer.get_train_dataloader():
+        rows, chosen, rejected = pairs_and_scores(trainer, batch)
+        p = torch.tensor([label(row) for row in rows])
+        margin = torch.tensor([row["margin"] if learned.get("use_margin", True) else 0.0 for row in rows])
+        won = torch.sigmoid(chosen - rejected - margin)
+        expected = -(p * won.log() + (1 - p) * (1 - won).log()).mean()
+        expected += (centering or 0) * (chosen + rejected).square().mean()
+        with torch.no_grad():
+            found, outputs = trainer.compute_loss(trainer.model, batch, return_outputs=True)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-4) and len(outputs.logits) == 2 * len(rows)
+        sizes.append(len(rows))
+    assert sorted(sizes) == [1, 2]
+
+
+def test_by_default_the_loss_is_that_of_trl(tiny, tmp_path):
+    """To the bit, with its margins and its figures."""
+    found = []
+    for kind in (RankingTrainer, RewardTrainer):
+        trainer = labelled_trainer(tiny, tmp_path, kind)
+        trainer.model.eval()
+        batch = trainer.data_collator(list(trainer.train_dataset))
+        assert "agreement" not in batch and "margin" in batch
+        with torch.no_grad():
+            loss = trainer.compute_loss(trainer.model, batch).item()
+        found.append((loss, dict(trainer._metrics["eval"])))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)  # each text is scored once, in a batch of another size
+    assert found[0][1].keys() == found[1][1].keys()
+
+
+def test_a_column_that_is_not_learned_changes_no_evaluation(tiny, tmp_path):
+    def loss(rows, **learned):
+        trainer = labelled_trainer(tiny, tmp_path, **learned)
+        return trainer.evaluate(Dataset.from_list(rows))["eval_loss"]
+
+    without = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in LABELLED]
+    assert loss(LABELLED, use_margin=False) == loss(without, use_margin=False) != loss(LABELLED)
+    ties = [row | {"agreement": 0.5} for row in without]
+    learned = {"use_margin": False, "use_agreement": True}
+    assert loss(LABELLED, **learned) != loss(ties, **learned) != loss(without, use_margin=False)
+
+
+def test_scores_are_as_far_apart_as_raters_are(tiny, tmp_path):
+    """All of two texts that three of four raters tell apart so: sigmoid of the gap comes to 3/4."""
+    base, tokenizer = load_pretrained(ModelConfig(tiny), head=True)
+    args = RewardConfig(
+        str(tmp_path), max_steps=60, learning_rate=3e-2, lr_scheduler_type="linear", per_device_train_batch_size=4,
+        bf16=False, use_cpu=True, gradient_checkpointing=False, report_to="none", save_strategy="no",
+    )  # fmt: skip
+    trainer = RankingTrainer(
+        model=base, args=args, train_dataset=Dataset.from_list(LABELLED[:1] * 4), processing_class=tokenizer,
+        use_margin=False, use_agreement=True,
+        peft_config=lora_config(ModelConfig(tiny, lora_r=4), task_type="SEQ_CLS", base=base),
+    )  # fmt: skip
+    trainer.train()
+    _, chosen, rejected = pairs_and_scores(trainer, trainer.data_collator(list(trainer.train_dataset)[:1]))
+    assert torch.sigmoid(chosen - rejected).item() == pytest.approx(0.75, abs=0.02)
