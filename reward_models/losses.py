@@ -36,7 +36,7 @@ def preference_loss(
 
     L = mean_i -p_i log sigmoid(d_i) - (1 - p_i) log sigmoid(-d_i),  d_i = chosen_i - rejected_i - margin_i
 
-    Christiano et al. 2017 (arXiv 1706.03741), eq. 1, where a tie is a label of 0.5. Where no label is given each p_i is 1,
+    Christiano et al. 2017 (arXiv 1706.03741), section 2.2.3, where a tie is a label of 0.5. Without labels each p_i is 1,
     and L is eq. 1 of Ouyang et al. 2022 (arXiv 2203.02155). The margin is that of Llama 2 (Touvron et al. 2023, arXiv
     2307.09288), eq. 2; each margin_i is 0 where none is given. With margins of 0, L is least at d = log(p / (1 - p)), where
     its gradient, (sigmoid(d) - p) / B, is 0.
