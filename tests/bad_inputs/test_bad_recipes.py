@@ -200,6 +200,18 @@ CONTRADICTIONS = {
         {"use_agreement": True},
         r"pairs\.jsonl: no column 'agreement', which use_agreement=True reads\. Add it to the rows, or leave use_",
     ),
+    "shares of raters that only the training rows have": (
+        "reward",
+        {
+            "use_agreement": True,
+            "dataset_name": lambda world: world.write(
+                "shares.jsonl", [{"chosen": "A fine film.", "rejected": "A film.", "prompt": "", "agreement": 0.5}] * 8
+            ),
+            "eval_dataset_name": lambda world: str(world.folder / "pairs.jsonl"),
+            "recipe": "eval_strategy: steps\neval_steps: 1\n",
+        },
+        r"/pairs\.jsonl: no column 'agreement', which use_agreement=True reads",
+    ),
     "margins that are not there": (
         "reward",
         {"use_margin": True},
