@@ -94,6 +94,17 @@ def has_splits(name: str) -> bool:
     return format_of(path) is None
 
 
+def splits_of(name: str) -> list[str]:
+    """Return the splits of a folder; a file, a folder that holds one split and a dataset on the hub give `train`."""
+    path = Path(name).expanduser()
+    saved_splits = path / datasets.config.DATASETDICT_JSON_FILENAME
+    if not path.is_dir() or not has_splits(name):
+        return ["train"]
+    if saved_splits.exists():
+        return list(read_json(saved_splits, DATASET_DICT, remedy="Save the dataset anew.")["splits"]) or ["train"]
+    return list(_data_files(name, path))
+
+
 def _load_folder(name: str, path: Path, split: str) -> Dataset:
     saved_splits = path / datasets.config.DATASETDICT_JSON_FILENAME
     if saved_splits.exists():

@@ -13,6 +13,7 @@ from datasets import Dataset
 from data import human_ratings
 from data.cells import cell_error, check_cell, check_no_tools, check_rows, require_columns
 from data.files import load_rows
+from data.layouts import suggestion
 from data.reading import dataset_of
 from data.rows import Rows
 from data.turns import begins_with, check_answered, split_pair
@@ -46,11 +47,15 @@ def check_preferences(rows: Dataset, name: str, *, drop: bool = False) -> Datase
             answer different prompts; a conversation does not end in an answer, or has an unknown role; `margin` is not a
             finite number; or `agreement` is not a share from 0 to 1.
     """
-    if "chosen" not in rows.column_names and {"completion", "label"} <= set(rows.column_names):
-        raise ValueError(
-            f"{name}: no column 'chosen'. Rows of completion and label are unpaired, but this stage learns from pairs. For "
-            f"each prompt, pair a completion with label True, as chosen, with one with label False, as rejected."
-        )
+    if not {"chosen", "rejected"} <= set(rows.column_names):
+        remedy = suggestion(rows, name)
+        if {"completion", "label"} <= set(rows.column_names):
+            raise ValueError(
+                f"{name}: no column 'chosen'. Rows of completion and label are unpaired, but this stage learns from pairs. "
+                f"{remedy or 'Pair a completion with label True, as chosen, with one of the same prompt with label False.'}"
+            )
+        if remedy:
+            raise ValueError(f"{name}: no columns 'chosen' and 'rejected'. {remedy}")
     require_columns(rows, ("chosen", "rejected"), name)
     check_no_tools(rows, name)
     columns = [column for column in COLUMNS if column in rows.column_names]
@@ -67,7 +72,7 @@ def check_preferences(rows: Dataset, name: str, *, drop: bool = False) -> Datase
     doubled = "prompt" in columns and all(map(_doubled, rows))
 
     def check(where: str, row: dict, kind: str | None) -> str | None:
-        kind = _check_row(where, row, kind)
+        kind = check_pair(where, row, kind)
         split_pair(where, row, doubled=doubled)
         return kind
 
@@ -116,7 +121,12 @@ def _whole(row: dict) -> bool:
     return isinstance(row["chosen"], list) and row["chosen"][0]["role"] != "assistant"
 
 
-def _check_row(where: str, row: dict, kind: str | None) -> str | None:
+def check_pair(where: str, row: dict, kind: str | None) -> str | None:
+    """Check the cells of a pair, and return their kind; see `data.cells.check_cell`.
+
+    Raises:
+        CellError: a cell cannot be used.
+    """
     for field in ("chosen", "rejected"):
         kind = check_cell(where, field, row[field], kind, filled=True)
     if "prompt" in row and not (isinstance(row["prompt"], str) and kind == "conversation"):

@@ -5,6 +5,7 @@ from datasets import Dataset
 from data import human_ratings
 from data.cells import CellError, check_cell, check_chat_template, check_no_tools, check_rows, require_columns, shorten
 from data.files import load_rows
+from data.layouts import suggestion
 from data.preferences import check_preferences, explicit_prompts
 from data.reading import dataset_of
 from data.rows import Rows, left_out
@@ -43,6 +44,8 @@ def check_prompts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
         others = {column: rows[column][:] for column in rows.column_names if column != "prompt"}
         made = dataset_of({"prompt": checked["prompt"][:]} | others, name)
         rows = rows.as_rows(made)
+    if "prompt" not in rows.column_names and (remedy := suggestion(rows, name)):
+        raise ValueError(f"{name}: no column 'prompt'. {remedy}")
     require_columns(rows, ("prompt",), name)
     check_no_tools(rows, name)
 

@@ -7,6 +7,7 @@ from datasets import Dataset
 from data import human_ratings
 from data.cells import cell_error, check_cell, check_no_tools, check_rows
 from data.files import load_rows
+from data.layouts import suggestion
 from data.turns import begins_with, check_answered
 
 
@@ -96,4 +97,5 @@ def _format_of(rows: Dataset, name: str) -> tuple[str, ...]:
     if len(formats) == 1:
         return formats[0]
     problem = f"the columns {rows.column_names} fit {'several formats' if formats else 'no format'}"
-    raise ValueError(f"{name}: {problem}. Give exactly one of: text; messages; prompt and completion.")
+    remedy = "" if formats else suggestion(rows, name)
+    raise ValueError(f"{name}: {problem}. {remedy or 'Give exactly one of: text; messages; prompt and completion.'}")
