@@ -92,6 +92,8 @@ def main(args: list[str]) -> None:
     print(f"{given.source}: {len(rows):,} rows, {layout}; {len(made.pairs):,} pairs.")
     for reason, indices in made.left_out.items():
         print(f"  left out {len(indices):,}: {reason}; the first is {short_place(rows, indices[0])}")
+    if not (made.pairs or made.liked):
+        raise ValueError(f"{given.source}: nothing can be made of these rows. Correct them, or name other data.")
     made, form = in_form(made, given.form, given.between)
     counts = write(made, given.folder, given.held_out)
     for split, stages in counts.items():

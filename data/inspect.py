@@ -82,7 +82,7 @@ def write_clean(rows: Rows, name: str, folder: Path, other: tuple[Rows, str] | N
     problems = unfit(rows, name, other)
     if problems is None:
         raise ValueError(
-            f"{name}: no stage reads these rows, so there is no clean copy. Convert them: {command(name)}"
+            f"{name}: no stage reads these rows as they are, so there is no clean copy. Convert them: {command(name)}"
         )
     dropped = sorted((index, problem) for problem, indices in problems.items() for index in indices)
     left = sorted(set(range(len(rows))) - {index for index, _ in dropped})

@@ -275,12 +275,14 @@ def leaked(rows: Dataset, name: str, other: Dataset, other_name: str) -> list[in
 
 
 def unfit(rows: Dataset, name: str, other: tuple[Dataset, str] | None = None) -> Problems | None:
-    """Return the rows that a clean copy leaves out, by the reason; None if no stage reads the rows at all.
+    """Return the rows that a clean copy leaves out, by the reason; None if the rows have to be converted first.
 
     These are the rows that the stage of their format cannot use, repetitions, and those whose prompt is in the other data.
     """
+    layout = format_of_rows(rows, name)[1]
+    of_sft = any(set(of) <= set(rows.column_names) for of in FORMATS)  # which may be rated too
     found = checked(rows, name)
-    if found is None:
+    if found is None or (layout and layout.kind not in (PAIRS, HH) and (layout.kind == THUMBS or not of_sft)):
         return None
     problems = dict(found[2])
     bad = {index for indices in problems.values() for index in indices}

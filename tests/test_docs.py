@@ -1,6 +1,7 @@
 """README, docs and CONTRIBUTING: links, paths, commands and options that they name exist, and the README is short."""
 
 import re
+import shlex
 from dataclasses import fields
 from functools import cache
 from importlib import import_module
@@ -21,8 +22,8 @@ PAGES = {
 USER_PAGES = [name for name in PAGES if name != "CONTRIBUTING.md"]
 # Commands whose `main` takes arguments that are parsed from a recipe and a command line.
 PARSED = ("sft", "reward", "ppo", "evaluation", "best_of_n", "rloo", "grpo", "dpo", "pretrain", "plan")
-# Options of what has a parser of its own: accelerate, and pipeline.convert_hh.
-OTHER_OPTIONS = {"config_file", "config", "data_dir"}
+# Options of what has a parser of its own: accelerate, pipeline.convert_hh, and the commands of `data`.
+OTHER_OPTIONS = {"config_file", "config", "data_dir", "max_tokens", "pairs", "ties", "form", "between"}
 
 
 def without_fences(text: str) -> str:
@@ -98,7 +99,8 @@ def test_modules_and_targets_exist(name):
 @pytest.mark.parametrize("name", USER_PAGES)
 def test_options_exist(name):
     known = OTHER_OPTIONS.union(*map(options_of, PARSED))
-    text = re.sub(r"pipeline\.migrate -- .*", "", PAGES[name])  # which takes the options of old TRL
+    # The one takes the options of old TRL; those of the others are parsed below.
+    text = re.sub(r"pipeline\.migrate -- .*|data\.(convert|inspect) .*", "", PAGES[name])
     named = set(re.findall(r"(?<![\w-])--([a-z]\w*)", text))
     assert named <= known, f"{name}: {named - known}"
 
@@ -113,3 +115,10 @@ def test_commands_that_python_starts():
     (old,) = re.findall(r"^python -m pipeline\.migrate -- (.+) > new\.yaml$", text, re.MULTILINE)
     recipe = yaml.safe_load(migrate(read_command_line(old.split())))
     assert recipe["learning_rate"] == 1e-5 and recipe["num_iterations"] == 4
+
+
+def test_commands_of_data():
+    found = re.findall(r"^python -m data\.(\w+) (.+)$", "\n".join(map(fences, PAGES.values())), re.MULTILINE)
+    assert {command for command, _ in found} == {"convert", "inspect"}
+    for command, options in found:  # argparse would exit
+        assert import_module(f"data.{command}").arguments(shlex.split(options)).source
