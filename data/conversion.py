@@ -7,13 +7,15 @@ from typing import Any
 
 from datasets import Dataset
 
+from data.cells import CellError
 from data.hh import convert, is_held_out, stage_rows
 from data.judgements import of_judgements
 from data.layouts import HH, JUDGEMENTS, PAIRS, Layout
 from data.listing import read_listing
-from data.pairing import Made, Options, key_of, letters_of, never_rejected
+from data.pairing import Made, Options, key_of, letters_of, never_rejected, prompt_of
 from data.preferences import SCORES, check_preferences
 from data.rated_texts import of_texts
+from data.reading import dataset_of
 from data.rows import place
 from data.saving import complete, save
 from data.sifting import merged, sift
@@ -37,7 +39,7 @@ def make(rows: Dataset, name: str, layout: Layout, options: Options) -> Made:
         left_out = {fault: [number - 1 for number in numbers] for fault, numbers in found.dropped.items()}
         return Made(found.pairs, stage_rows(found.pairs)["sft"], keys, keys, merged(left_out))
     if layout.kind == PAIRS:
-        return _of_pairs(rows, name)
+        return _of_pairs(rows, name, layout)
     return (
         of_judgements(rows, name, layout, options)
         if layout.kind == JUDGEMENTS
@@ -45,8 +47,10 @@ def make(rows: Dataset, name: str, layout: Layout, options: Options) -> Made:
     )
 
 
-def _of_pairs(rows: Dataset, name: str) -> Made:
+def _of_pairs(rows: Dataset, name: str, layout: Layout) -> Made:
     """Return pairs of TRL's formats with the prompt apart; `margin` may be the difference of two columns of scores."""
+    if layout.prompt:
+        rows = _with_prompt(rows, layout)
     kept, problems = sift(rows, name, check_preferences)
     if kept is None:
         return Made([], [], [], [], problems)
@@ -69,6 +73,18 @@ def _of_pairs(rows: Dataset, name: str) -> Made:
     keys = [key_of(pair["prompt"]) or letters_of(pair["chosen"]) for pair in pairs]
     liked, liked_keys = never_rejected(pairs, keys)
     return Made(pairs, liked, keys, liked_keys, problems)
+
+
+def _with_prompt(rows: Dataset, layout: Layout) -> Dataset:
+    """Return pairs with the columns of the prompt as one column `prompt`; a cell that cannot be used stays for the check."""
+    prompts = []
+    for row in rows.select_columns(list(layout.prompt)):
+        try:
+            prompts.append(prompt_of(row, layout, ""))
+        except CellError:
+            prompts.append(None)
+    columns = {column: rows[column][:] for column in rows.column_names if column != "prompt"}
+    return dataset_of({"prompt": prompts} | columns, "")
 
 
 # ------------------------------------------------------------------------------------ text or conversation

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data.commands import run
 from data.conversion import CONVERSATION, TEXT, check_folder, in_form, make, write
-from data.files import load_rows
+from data.files import has_splits, load_rows, splits_of
 from data.layouts import COLUMNS, recognise
 from data.pairing import Options
 from data.rows import short_place
@@ -62,6 +62,7 @@ def arguments(args: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--between", metavar="TEXT", help="Text between prompt and completion; the form is then text.")
     parser.add_argument("--held_out", type=float, default=0.2, help="Share of the prompts that are not trained on.")
+    parser.add_argument("--split", default="train", help="Split of a folder or of a dataset on the hub.")
     parser.add_argument("--data_dir", help="Folder of a dataset on the hub, such as harmless-base.")
     found = parser.parse_args(args)
     if not 0 < found.held_out < 1:
@@ -78,7 +79,9 @@ def main(args: list[str]) -> None:
     check_folder(given.folder, given.source)
     if given.data_dir and Path(given.source).expanduser().exists():
         raise ValueError(f"--data_dir {given.data_dir} is for a dataset on the hub, but {given.source} is here.")
-    rows = load_rows(given.source, "train", data_dir=given.data_dir)
+    rows = load_rows(given.source, given.split, data_dir=given.data_dir)
+    if others := [split for split in splits_of(given.source) if split != given.split and has_splits(given.source)]:
+        print(f"{given.source}: only the split {given.split} is read, not {', '.join(others)}.")
     columns = {option: getattr(given, option) for option in COLUMNS if getattr(given, option)}
     named = {option: [value] if isinstance(value, str) else value for option, value in columns.items()}
     layout = recognise(rows, given.source, named)

@@ -54,13 +54,17 @@ def load_tokenizer(name: str):
         raise ValueError(f"--tokenizer {name}: cannot be loaded ({reason}). Correct the name.") from error
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, source: str) -> None:
     """Check that the clean copy can be written to a folder.
 
     Raises:
         NotADirectoryError: it is a file, or beneath one.
-        ValueError: a file of one of the names is there that no inspection wrote.
+        ValueError: a file of one of the names is there that no inspection wrote, or it is the source.
     """
+    if Path(source).expanduser().resolve() in [folder.resolve(), *(folder.resolve() / name for name in FILES)]:
+        raise ValueError(
+            f"--fix {folder}: the command reads {source} there, and would write over it. Name another folder."
+        )
     there = next((path for path in (folder, *folder.absolute().parents) if path.exists()), folder)
     if not there.is_dir():
         raise NotADirectoryError(f"--fix {folder}: {there} is a file. Name a folder.")
@@ -110,7 +114,7 @@ def write_clean(rows: Rows, name: str, folder: Path, other: tuple[Rows, str] | N
 def main(args: list[str]) -> None:
     given = arguments(args)
     if given.fix:
-        check_folder(given.fix)
+        check_folder(given.fix, given.source)
     splits = splits_of(given.source)
     parts = [(load_rows(given.source, split), given.source if len(splits) == 1 else f"{given.source} ({split})")
              for split in splits]  # fmt: skip

@@ -191,7 +191,7 @@ def inspect(
     again = repeated(rows)
     if again:
         tell(f"  duplicates: {len(again):,} rows repeat an earlier one (first: {short_place(rows, again[0])})")
-    converts = layout is not None and layout.kind != PAIRS
+    converts = layout is not None and (layout.kind != PAIRS or bool(layout.prompt))
     made = None
     if layout is not None:
         try:

@@ -38,8 +38,9 @@ PLACES = ("rank", "ranks")
 FEEDBACK = ("label", "thumbs", "thumb", "feedback", "liked", "like", "vote", "sentiment", "is_good")
 RANKED = ("ranking", "ranked", "ranked_responses", "ranked_completions")
 ANNOTATOR = re.compile(
-    r"(annotat(or|ion)|rater|judge|worker|labell?er|crowdworker|evaluator|label|vote|rating|score)_?[0-9a-z]"
+    r"(annotat(or|ion)|rater|judge|worker|labell?er|crowdworker|evaluator|label|vote|rating|score)_?([0-9]+|[a-z])"
 )
+OTHER_RESPONSES = ("model_output", "message", "sample", "option")  # with an ending
 # Endings of the names of two responses.
 TWO = (("1", "2"), ("a", "b"), ("0", "1"), ("first", "second"), ("left", "right"), ("one", "two"))
 THIRD = ("3", "c", "2", "third", "middle", "three")
@@ -85,7 +86,7 @@ def recognise(rows: Dataset, name: str, given: dict[str, list[str]] | None = Non
     if bool(given.get("first")) != bool(given.get("second")):
         raise ValueError(f"{name}: --first and --second belong together. Give both or neither.")
     if {"chosen", "rejected"} <= set(names) and not given.keys() - {"prompt", "group"}:
-        return Layout(HH if _is_hh(rows) else PAIRS)
+        return Layout(HH) if _is_hh(rows) else Layout(PAIRS, _prompt_of_pairs(rows, given))
     found = _judgements(rows, given) or _scored(rows, given)
     if found is None:
         raise ValueError(f"{name}: {_unrecognised(names)}")
@@ -133,6 +134,16 @@ def _is_hh(rows: Dataset) -> bool:
     return "prompt" not in rows.column_names and 2 * sum(begun) > len(begun)
 
 
+def _prompt_of_pairs(rows: Dataset, given: dict[str, list[str]]) -> tuple[str, ...]:
+    """Return the columns of the prompt of pairs that have another name than `prompt`."""
+    if "prompt" in given:
+        return () if given["prompt"] == ["prompt"] else tuple(given["prompt"])
+    other = None if "prompt" in rows.column_names else _find(rows.column_names, PROMPTS[1:3])
+    if other is None or not all(isinstance(cell, str) for cell in rows[:100]["chosen"]):
+        return ()
+    return (other,)
+
+
 def _prompts(columns: list[str], given: dict[str, list[str]]) -> tuple[str, ...]:
     """Return the columns of the prompt: those given, or `instruction` and `input` (as in Alpaca), or one."""
     if "prompt" in given:
@@ -161,13 +172,16 @@ def _judgements(rows: Dataset, given: dict[str, list[str]]) -> Layout | None:
     left = [column for column in columns if column not in two]
     prompt = _prompts(left, given)
     left = [column for column in left if column not in prompt]
+    scores = None if "label" in given else _find_two(left, SCORES)
+    if scores and all(_are_numbers(rows, column) for column in scores):  # a rating of each
+        return Layout(RATINGS, prompt, two, scores)
     return Layout(JUDGEMENTS, prompt, two, tuple(given.get("label", ())) or _labels(rows, left, LABELS))
 
 
-def _find_two(columns: list[str]) -> tuple[str, str] | None:
+def _find_two(columns: list[str], stems: tuple[str, ...] = (*RESPONSES, *OTHER_RESPONSES)) -> tuple[str, str] | None:
     """Return the columns of two responses, such as `response_1` and `response_2`, unless there is a third one."""
     of = {plain(column).replace("_", ""): column for column in columns}
-    for stem in (*RESPONSES, "model_output", "modeloutput", "message", "sample", "option"):
+    for stem in stems:
         stem = stem.replace("_", "")
         for (one, two), third in zip(TWO, THIRD, strict=True):
             for pattern in ("{0}{1}", "{1}{0}"):

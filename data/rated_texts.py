@@ -19,6 +19,8 @@ from data.verdicts import MISSING, TIE, each, liking, listed, number, word
 
 MOST = 1_000_000  # pairs; more are a mistake, such as ratings of texts that share one prompt
 NO_RATING, NO_LIST = "a rating is missing or is no number", "the texts and their ratings are not lists of one length"
+MIXED = "texts and conversations do not mix in a group"
+NO_GROUP = "the group is missing"
 NO_THUMB = "the label is neither thumbs up nor thumbs down"
 ALONE, LEVEL = "no other text has this prompt", "all texts of the prompt are rated alike"
 CONTRARY = "the same text is liked as often as disliked"
@@ -42,10 +44,10 @@ def of_texts(rows: Dataset, name: str, layout: Layout, options: Options) -> Made
         where = place(rows, index, name)
         try:
             prompt = prompt_of(row, layout, where)
-            group = json.dumps(prompt) if layout.prompt else str(row[layout.group])
-            for text, values in _rated(where, row, layout):
-                if check_cell(where, layout.texts[0], text, None, filled=True) == "conversation":
-                    check_answered(where, layout.texts[0], text)
+            group = json.dumps(prompt) if layout.prompt else _group(where, row[layout.group])
+            for column, text, values in _rated(where, row, layout):
+                if check_cell(where, column, text, None, filled=True) == "conversation":
+                    check_answered(where, column, text)
                 same = texts.setdefault(group, {}).setdefault(json.dumps(text), Text(text, [], []))
                 same.values.extend(values)
                 same.rows.append(index)
@@ -72,32 +74,41 @@ def _distinct(indices: list[int]) -> list[int]:
     return list(dict.fromkeys(indices))
 
 
-def _rated(where: str, row: dict, layout: Layout) -> Iterator[tuple[Any, list[float]]]:
-    """Yield each text of a row with its values.
+def _group(where: str, cell: Any) -> str:
+    if word(cell) in MISSING:
+        raise CellError(f"{where}: {NO_GROUP}.", NO_GROUP)
+    return word(cell)
+
+
+def _rated(where: str, row: dict, layout: Layout) -> Iterator[tuple[str, Any, list[float]]]:
+    """Yield the column, the text and the values of each text of a row.
 
     Raises:
         CellError: a value cannot be read.
     """
+    if len(layout.texts) == 2:  # two texts, each with a rating
+        for column, label in zip(layout.texts, layout.labels, strict=True):
+            yield column, conversation(row[column]), _values(where, each(row[label]), layout)
+        return
     column = layout.texts[0]
-    cell = row[column] if isinstance(row[column], list) else listed(row[column])
+    cell = listed(row[column])
     turns = isinstance(cell, list) and cell and all(isinstance(one, dict) and "role" in one for one in cell)
     if not isinstance(cell, list) or turns:  # one text
         values = [value for label in layout.labels for value in each(row[label])]
-        yield conversation(cell), _values(where, values, layout)
-        return
-    if not layout.labels and all(isinstance(entry, dict) for entry in cell):  # texts with their values
+        yield column, conversation(cell), _values(where, values, layout)
+    elif not layout.labels and all(isinstance(entry, dict) for entry in cell):  # texts with their values
         for entry in cell:
             text, value = inner_keys(entry)
-            yield entry.get(text), _values(where, each(entry.get(value)), layout)
-        return
-    if not layout.labels:  # texts, best first
-        yield from ((conversation(text), [-float(at)]) for at, text in enumerate(cell))
-        return
-    lists = [each(row[label]) for label in layout.labels]
-    if any(len(values) != len(cell) for values in lists):
-        raise CellError(f"{where}: {NO_LIST}.", NO_LIST)
-    for text, *values in zip(cell, *lists, strict=True):
-        yield conversation(text), _values(where, [one for value in values for one in each(value)], layout)
+            yield column, conversation(entry.get(text)), _values(where, each(entry.get(value)), layout)
+    elif not layout.labels:  # texts, best first
+        yield from ((column, conversation(text), [-float(at)]) for at, text in enumerate(cell))
+    else:
+        lists = [each(row[label]) for label in layout.labels]
+        if any(len(values) != len(cell) for values in lists):
+            raise CellError(f"{where}: {NO_LIST}.", NO_LIST)
+        for text, *values in zip(cell, *lists, strict=True):
+            several = [one for value in values for one in each(value)]
+            yield column, conversation(text), _values(where, several, layout)
 
 
 def _values(where: str, cells: list, layout: Layout) -> list[float]:
@@ -148,7 +159,9 @@ def _add(made: Made, key: str, prompt: Any, better: Text, worse: Text, gap: floa
     try:
         pair = sides("", prompt, (better.text, worse.text))
     except CellError as error:
-        made.left_out.setdefault(in_words_of(error.problem, (layout.texts[0],) * 2), []).extend(worse.rows)
+        made.left_out.setdefault(in_words_of(error.problem, (layout.texts[0], layout.texts[-1])), []).extend(
+            worse.rows
+        )
         return
     if layout.kind not in (RANKS, THUMBS):
         pair["margin"] = gap
@@ -173,7 +186,9 @@ def _common_prompt(texts: list[Text]) -> Any:
     """Return what all texts begin with: whole words, turns of a dialogue, or messages.
 
     Raises:
-        CellError: the texts are dialogues with different prompts.
+        CellError: some are texts and others conversations, or they are dialogues with different prompts.
     """
+    if len({type(text.text) for text in texts}) > 1:
+        raise CellError(f"{MIXED}.", MIXED)
     first, *others = sorted((text.text for text in texts), key=letters_of)
     return split_pair("", {"chosen": first, "rejected": others[-1]}).prompt

@@ -47,6 +47,7 @@ LAYOUTS = {
     "ratings of several people": ({"prompt": "Q", "text": "x", "rater_1": 3, "rater_2": 4}, RATINGS),
     "UltraFeedback": ({"instruction": "Q", "completions": [{"response": "x", "overall_score": 7.5}]}, RATINGS),
     "lists": ({"prompt": "Q", "responses": ["x", "y"], "scores": [1, 2]}, RATINGS),
+    "two ratings": ({"question": "Q", "answer_0": "x", "answer_1": "y", "score_0": 0.5, "score_1": -0.5}, RATINGS),
     "ranks": ({"prompt": "Q", "answer": "x", "rank": 1}, RANKS),
     "Nectar": ({"prompt": "Q", "answers": [{"answer": "x", "rank": 1, "model": "m"}]}, RANKS),
     "best first": ({"prompt": "Q", "ranking": ["x", "y"]}, RANKS),
@@ -161,6 +162,19 @@ def test_ratings_of_several_people_give_a_mean_and_an_agreement():
     assert made(in_rows).pairs == made(rows).pairs
 
 
+def test_two_texts_with_a_rating_each():
+    row = {"prompt": "Q", "answer_0": "x", "answer_1": "y", "score_0": -0.5, "score_1": 0.5}
+    assert made([row]).pairs == [pair("y", "x", margin=1.0)]
+
+
+def test_pairs_whose_prompt_has_another_name_and_whose_sides_are_rated():
+    row = {"question": "Q", "chosen": "x", "rejected": "y", "chosen_score": 3, "rejected_score": 1.5}
+    assert made([row, row | {"question": ""}]).pairs == [pair("x", "y", margin=1.5)]
+    assert made([row | {"task": "T"}], prompt=["task"]).pairs == [pair("x", "y", "T", margin=1.5)]
+    implicit = {"chosen": "Q is x", "rejected": "Q is y"}
+    assert made([implicit, {"chosen": "a", "rejected": "b"}]).pairs == [pair(" x", " y", "Q is"), pair("a", "b", "")]
+
+
 ORDERED = {
     "ranks in rows": rated(1, 2, 3, column="rank"),
     "a list of ranks": [{"prompt": "Q", "responses": ["x", "w", "y"], "ranks": [2, 1, 3]}],
@@ -203,6 +217,13 @@ def test_without_a_prompt_texts_of_a_group_begin_alike():
         )
     ]
     assert made(rows).pairs == [pair(" good a film", " bad a film", "So")]
+
+
+def test_texts_whose_group_is_missing_do_not_belong_together():
+    rows = [{"text": text, "score": score, "group": group} for text, score, group in (("x", 1, None), ("y", 2, None))]
+    rows += [{"text": text, "score": score, "group": 1} for text, score in (("x", 1), ("y", 2))]
+    found = made(rows)
+    assert found.pairs == [pair("y", "x", "", margin=1.0)] and found.left_out == {"the group is missing": [0, 1]}
 
 
 def test_too_many_pairs_are_refused():
@@ -278,6 +299,16 @@ def test_a_users_files_are_not_overwritten(tmp_path):
     assert len(list(fresh.glob("*.jsonl"))) == 6
     with pytest.raises(ValueError, match="the command reads .* there, and would write over it"):
         convert.main([str(fresh / "preferences_train.jsonl"), str(fresh)])
+
+
+def test_only_one_split_of_a_folder_is_read(tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    write_judgements(folder / "train.jsonl")
+    write_judgements(folder / "test.jsonl", rows=50)
+    convert.main([str(folder), str(tmp_path / "out"), "--split", "test"])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == f"{folder}: only the split test is read, not train." and ": 50 rows" in said[1]
 
 
 def test_thumbs_without_pairs_leave_no_file_of_pairs(tmp_path):

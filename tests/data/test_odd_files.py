@@ -180,6 +180,8 @@ def test_a_clean_copy_overwrites_no_file_of_a_user(tmp_path):
     with pytest.raises(ValueError, match="clean.jsonl is there, and no inspection has written it"):
         inspect.main([source, "--fix", str(folder)])
     assert (folder / "clean.jsonl").read_text() == "mine" and len(list(folder.iterdir())) == 1
+    with pytest.raises(ValueError, match="the command reads .* there, and would write over it"):
+        inspect.main([str(folder / "clean.jsonl"), "--fix", str(folder)])
     judgements = tmp_path / "j.jsonl"
     judgements.write_bytes(lines(GOOD))
     with pytest.raises(ValueError, match=r"no stage reads these rows as they are.*python -m data\.convert"):
