@@ -202,14 +202,11 @@ def inspect(
         for line in noise(made, layout):
             tell(f"  {line}")
     found = uses(rows, name)
-    told: dict[str, Use] = {}
     for stage, use in found.items():
-        same = next((other for other, before in told.items() if _are_alike(use, before)), None)
-        if same:
-            tell(f"  {stage} does the same as {same}")
+        if stage == "pipeline.dpo" and _are_alike(use, found["pipeline.reward"]):
+            tell(f"  {stage} does the same as pipeline.reward")
         else:
             _tell_use(rows, name, stage, use, tokenizer, tell)
-            told[stage] = use
     if converts and layout is not None:
         tell(f"  convert it: {command(name)}")
         if made is not None:

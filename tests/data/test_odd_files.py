@@ -150,16 +150,15 @@ def pair(prompt: str, chosen: str = " x", rejected: str = " y") -> dict:
 
 
 def test_a_clean_copy_keeps_the_cells_and_lists_what_it_drops(tmp_path, capsys):
-    source = pairs_file(
-        tmp_path / "p.jsonl", pair("A"), pair("A"), pair("B", " x", " x"), pair("C"), pair("D", ""), pair("E")
-    )
+    rows = [pair("A"), pair("A"), pair("B", " x", " x"), pair("C"), pair("D", ""), pair("E"), pair("D", "")]
+    source = pairs_file(tmp_path / "p.jsonl", *rows)
     held = pairs_file(tmp_path / "held.jsonl", pair("c!", " z"), pair("F"))
     inspect.main([source, "--eval", held, "--fix", str(tmp_path / "clean")])
     said = capsys.readouterr().out
     assert f"leakage: the prompts of 1 rows are also in {held} (first: row 4)" in said
-    assert "pipeline.reward takes 4 of 6 rows with drop_bad_rows: true" in said and "pipeline.sft stops" in said
+    assert "pipeline.reward takes 4 of 7 rows with drop_bad_rows: true" in said and "pipeline.sft stops" in said
     assert said.splitlines()[-1].endswith(
-        "2 of 6 rows. " + str(tmp_path / "clean" / "dropped.jsonl") + " lists the other 4."
+        "2 of 7 rows. " + str(tmp_path / "clean" / "dropped.jsonl") + " lists the other 5."
     )
     kept = [json.loads(line) for line in (tmp_path / "clean" / "clean.jsonl").read_text().splitlines()]
     assert kept == [pair("A"), pair("E")]
@@ -169,6 +168,7 @@ def test_a_clean_copy_keeps_the_cells_and_lists_what_it_drops(tmp_path, capsys):
         (3, "'rejected' must differ from 'chosen'"),
         (4, "its prompt is also in the other data"),
         (5, "'chosen' must not be empty"),
+        (7, "'chosen' must not be empty"),
     ]
     assert {row["file"] for row in dropped} == {source}
 
