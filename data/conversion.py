@@ -12,14 +12,13 @@ from data.hh import convert, is_held_out, stage_rows
 from data.judgements import of_judgements
 from data.layouts import HH, JUDGEMENTS, PAIRS, Layout
 from data.listing import read_listing
-from data.pairing import Made, Options, key_of, letters_of, never_rejected, prompt_of
+from data.pairing import Made, Options, apart, key_of, letters_of, never_rejected, prompt_of
 from data.preferences import SCORES, check_preferences
 from data.rated_texts import of_texts
 from data.reading import dataset_of
 from data.rows import place
 from data.saving import complete, save
 from data.sifting import merged, sift
-from data.turns import split_pair
 from data.verdicts import number
 
 
@@ -60,7 +59,7 @@ def _of_pairs(rows: Dataset, name: str, layout: Layout) -> Made:
     for index, pair in zip(indices.tolist(), pairs, strict=True):
         where = place(rows, index, name)
         if "prompt" not in pair or (isinstance(pair["prompt"], str) and not isinstance(pair["chosen"], str)):
-            pair |= split_pair(where, pair)._asdict()
+            pair |= apart(where, pair)
         if scored and "margin" not in pair:
             gap = [number(rows[index][column]) for column in scored]
             if None not in gap:

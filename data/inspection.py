@@ -11,14 +11,13 @@ from datasets import Dataset
 from data.conversion import in_form, make
 from data.judgements import disagreement
 from data.layouts import HH, JUDGEMENTS, PAIRS, THUMBS, Layout, command, recognise, suggestion
-from data.pairing import Made, Options, key_of
+from data.pairing import Made, Options, apart, key_of
 from data.preferences import check_preferences, explicit_prompts
 from data.prompts import check_prompts, tokenize_prompts
 from data.rows import short_place
 from data.sifting import Check, Problems, merged, sift
 from data.texts import FORMATS, check_texts
 from data.tokens import prepare_tokens
-from data.turns import split_pair
 
 
 def check_dpo(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
@@ -93,7 +92,7 @@ def prompts_of(rows: Dataset) -> list[str]:
     found = []
     for row in rows:
         if "chosen" in row and "prompt" not in row:
-            row = row | split_pair("", row)._asdict()
+            row = row | apart("", row)
         prompt = row.get("prompt") or row.get("chosen") or row.get("messages") or row.get("text") or ""
         found.append("".join(letter for letter in key_of(prompt).lower() if letter.isalnum()))
     return found

@@ -120,7 +120,16 @@ def sides(where: str, prompt: Any, texts: tuple[Any, Any]) -> dict:
         prompt = None if whole else [{"role": "user", "content": prompt}]
     pair = {"chosen": one, "rejected": two} | ({} if prompt is None else {"prompt": prompt})
     check_pair(where, pair, None)
-    return split_pair(where, pair)._asdict()
+    return apart(where, pair)
+
+
+def apart(where: str, pair: dict) -> dict:
+    """Return prompt, chosen and rejected of a pair, with the prompt split from both sides.
+
+    Raises the errors of `split_pair`.
+    """
+    parts = split_pair(where, pair)
+    return {"prompt": parts.prompt, "chosen": parts.chosen, "rejected": parts.rejected}
 
 
 def in_words_of(problem: str, columns: tuple[str, str]) -> str:
