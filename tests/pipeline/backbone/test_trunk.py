@@ -231,7 +231,7 @@ def test_evaluation_measures_the_same_from_the_trunk(of_reference, tiny, tokeniz
         for share in (False, True):
             if share:
                 backbone.share_trunk()
-            found.append(complete("policy", backbone, prompts, tokenizer, composite, runner, args))
+            found.append(complete("policy", backbone, prompts, tokenizer, composite, None, runner, args))
     full, short = found
     assert backbone.trunk_depth == 1 and full.ids == short.ids
     tried = 2  # `share_trunk` runs it so often to see that a pass can start from there

@@ -77,7 +77,7 @@ def test_every_text_file_is_read_and_written_as_utf_8(package):
             archive = (
                 name == "open"
                 and isinstance(node.func, ast.Attribute)
-                and ast.unparse(node.func.value) in ("tarfile", "os")
+                and ast.unparse(node.func.value) in ("tarfile", "os", "opener")
             )
             if name in ("open", "read_text", "write_text") and not binary and not archive:
                 assert "encoding" in [word.arg for word in node.keywords], f"{path}:{node.lineno}"

@@ -10,6 +10,10 @@ from pipeline.runs.manifest import MANIFEST, checkpoints_in, manifest_digest, ot
 from pipeline.runs.rotation import Rotates
 
 
+# What else a manifest has.
+EMPTY = {"files": {}, "world_size": 1, "holds": ["weights"], "order": {}}
+
+
 class Run(Rotates):
     """A trainer, as far as it keeps checkpoints. Each is written an hour before the one before: the clock goes back."""
 
@@ -25,7 +29,7 @@ class Run(Rotates):
             Run.clock -= 3600
             folder = Path(self.args.output_dir) / f"checkpoint-{step}"
             folder.mkdir(parents=True, exist_ok=True)
-            manifest = {"run": self._run, "step": step, "written": Run.clock, "files": {}}
+            manifest = {"run": self._run, "step": step, "written": Run.clock, **EMPTY}
             write_json(folder / MANIFEST, manifest | {"sha256": manifest_digest(manifest)})
             self._make_room(self.args.save_total_limit, folder.name)
         return self
@@ -39,7 +43,7 @@ def names(folder: Path) -> list[int]:
 def older_release(folder: Path, *steps: int) -> None:
     for step in steps:
         (folder / f"checkpoint-{step}").mkdir()
-        manifest = {"step": step, "written": 2e9 - step, "files": {}}
+        manifest = {"step": step, "written": 2e9 - step, **EMPTY}
         write_json(folder / f"checkpoint-{step}" / MANIFEST, manifest | {"sha256": manifest_digest(manifest)})
 
 
