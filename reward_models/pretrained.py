@@ -63,8 +63,8 @@ def get_model(
         OSError: there is no such model.
     """
     name = find_embedded(name)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, truncation_side="left")
     model = _load(name, dtype)
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, truncation_side="left")
     model.to(device or PartialState().device).eval().requires_grad_(False)
     index = label_index(model.config, label, name)
     if tokenizer.pad_token_id is None:
