@@ -121,4 +121,4 @@ def test_commands_of_data():
     found = re.findall(r"^python -m data\.(\w+) (.+)$", "\n".join(map(fences, PAGES.values())), re.MULTILINE)
     assert {command for command, _ in found} == {"convert", "inspect"}
     for command, options in found:  # argparse would exit
-        assert import_module(f"data.{command}").arguments(shlex.split(options)).source
+        assert import_module(f"data.{command}").arguments(shlex.split(options, comments=True)).source
