@@ -141,6 +141,7 @@ def test_ctrl_c_outside_of_training_is_a_line(world, capsys, monkeypatch, tmp_pa
 STARTING = """
 import os, signal, sys
 sys.argv = ["-m"]  # as while Python looks for `pipeline.ppo`
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 import pipeline
 os.kill(os.getpid(), signal.SIGINT)
 """

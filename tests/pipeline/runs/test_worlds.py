@@ -41,6 +41,19 @@ def launch(monkeypatch):
     return launch
 
 
+# What every state has besides.
+DRAWS = {"torch": None, "sampler": None}
+OTHER_STATE = {
+    "metrics": {},
+    "trained_for": 1.0,
+    "seconds": 1.0,
+    "epoch_start": DRAWS,
+    "now": DRAWS,
+    "rows": 8,
+    "frozen": "0",
+}
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """Makes a checkpoint, as far as it is looked at here, and returns its folder and manifest."""
@@ -61,6 +74,7 @@ def checkpoint(tmp_path):
                 "counters": {**passes, "_total_train_tokens": 7, "_buffered_inputs": [torch.zeros(2)]},
                 "loop": {"_tr_loss": torch.tensor(float(process)), "_total_loss_scalar": 3.0},
                 "ppo": {"beta": 0.3},
+                **OTHER_STATE,
             }
             save_state(state, folder / f"state_{process}")
         return folder, {
