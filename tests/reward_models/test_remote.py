@@ -48,7 +48,9 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/get_reward"
-        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        threading.Thread(
+            target=self.http.serve_forever, args=[0.01], daemon=True
+        ).start()  # asks so often whether to end
         return self
 
     def __exit__(self, *args):

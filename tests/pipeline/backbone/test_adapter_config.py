@@ -25,6 +25,9 @@ from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.roles import Backbone
 
 
+pytestmark = pytest.mark.slow
+
+
 SECONDS, BYTES = 5, 10**9
 HANGS = r"((a|[a-z.0-9_])+)+!"
 ESCAPES = "\x1b[2J\x1b]0;owned\x07\u202e"

@@ -35,6 +35,9 @@ from reward_models.functions import RewardArguments
 from reward_models.learned import KNOWN_SCORES, LearnedReward, with_known_scores
 
 
+pytestmark = pytest.mark.slow
+
+
 ROOT = Path(__file__).parents[3]
 END, TEXT_END, START = "<|im_end|>", "<|endoftext|>", "<|im_start|>"
 CHATML = (

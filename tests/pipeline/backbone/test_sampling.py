@@ -12,6 +12,9 @@ from pipeline.rl.config import PPOConfig
 from tests.benchmarks.gpu import Live
 
 
+pytestmark = pytest.mark.slow
+
+
 ROWS = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 
 

@@ -15,6 +15,9 @@ from pipeline.rl.checks import Check
 from pipeline.rl.preflight import preflight
 
 
+pytestmark = pytest.mark.slow
+
+
 MEASURED = {"accuracy": 0.7, "ece": 0.05}
 NAMES = [
     "dropout is off",

@@ -24,6 +24,9 @@ from pipeline.runs.resumed_options import MOST_ROWS, rows_digest
 from tests.pipeline import test_stages
 
 
+pytestmark = pytest.mark.slow
+
+
 run_stage = test_stages.run
 TRAINING = ("sft", "reward", "ppo", "rloo", "grpo", "dpo")
 PARTS = {stage: test_stages.TYPES[stage] for stage in TRAINING} | {"pretrain": (BackboneConfig, TrainingArguments)}

@@ -30,6 +30,9 @@ from reward_models.normalization import Normalization, read_normalization
 from tests.cuts import Cut, contents
 
 
+pytestmark = pytest.mark.slow
+
+
 COMMON = {"report_to": "none", "use_cpu": True, "bf16": False, "save_strategy": "no", "disable_tqdm": True}
 LORA = {"r": 2, "target_modules": ["c_attn"], "fan_in_fan_out": True}
 PAIRS = Dataset.from_dict({"prompt": ["A"] * 2, "chosen": [" film."] * 2, "rejected": [" play."] * 2})

@@ -15,6 +15,9 @@ from conftest import ROOT
 from pipeline.runs.errors import report
 
 
+pytestmark = pytest.mark.slow
+
+
 SCRIPT = Path(__file__).with_name("signalled.py")
 TERM, INT, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 APART = 1.4  # seconds: more than the same signal takes to come from all that pass it on
