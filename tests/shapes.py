@@ -10,7 +10,7 @@ from jaxtyping import jaxtyped
 
 
 def checked(function: Callable) -> Callable:
-    """The same function, which refuses arguments and results that are not as its signature says."""
+    """Return the same function, which refuses arguments and results that are not as its signature says."""
     return jaxtyped(typechecker=beartype)(function)
 
 
@@ -21,7 +21,7 @@ def axes(annotation: Any) -> list[str] | None:
 
 
 def has_shapes(function: Callable) -> bool:
-    """Whether a signature names the axes of an argument, or of what is returned, alone or in a tuple."""
+    """Tell whether a signature names the axes of an argument, or of what is returned, alone or in a tuple."""
     notes = inspect.get_annotations(function).values()
     return any(axes(part) is not None for note in notes for part in (note, *get_args(note)))
 

@@ -93,14 +93,14 @@ def with_config(folder: Path, **fields) -> Path:
 
 
 def logits(base, folder: Path) -> torch.Tensor:
-    """Of the policy that an adapter makes of a copy of the base."""
+    """Return the logits of the policy that an adapter makes of a copy of the base."""
     backbone = Backbone(copy.deepcopy(base), read_adapter(str(folder), base=base)).eval()
     with torch.no_grad():
         return backbone(input_ids=torch.arange(5, 13)[None]).logits
 
 
 def outcome(work):
-    """What comes out, or the message of an error that is ours: one line that a terminal shows as it is."""
+    """Return what comes out, or the message of our error: one line that a terminal shows as it is."""
     try:
         return work(), None
     except (ValueError, OSError) as error:
@@ -232,7 +232,7 @@ def test_a_pattern_is_told_the_names_to_write(base, sft_adapter, tmp_path):
 
 
 def test_an_adapter_of_patterns_and_ranks_by_layer(base, tmp_path):
-    """What peft makes of ranks by layer is what is expected, also where the base has adapters already."""
+    """Compare with what peft makes of ranks by layer, also where the base has adapters already."""
     options = {
         "task_type": "CAUSAL_LM",
         "target_modules": ["c_attn", "c_fc", "transformer.wte"],

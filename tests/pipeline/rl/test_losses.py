@@ -119,7 +119,7 @@ def test_a_dual_clip_bounds_a_ratio_beyond_float32(log_ratio):
 
 @pytest.mark.parametrize("log_ratio", [70.0, 85.0, 89.0])
 def test_a_ratio_that_is_not_clipped_is_never_bounded(log_ratio):
-    """Where a bad token became likelier. Beyond float32 it is infinite, which ends training, and not NaN."""
+    """Let a bad token become likelier. Beyond float32 its loss is infinite, which ends training, and not NaN."""
     logprobs = tensor([[log_ratio]], requires_grad=True)
     found, _ = policy_loss(logprobs, tensor([[0.0]]), tensor([[-2.0]]), tensor([[True]]), clip=0.2)
     found.backward()

@@ -308,7 +308,7 @@ def test_other_contents_of_the_same_shape_are_refused(resumed, capsys):
 
 
 def test_a_checkpoint_without_options_goes_on(resumed, capsys):
-    """What a former release wrote: the manifest of it has neither options nor contents."""
+    """Make the checkpoint one of a former release, whose manifest has neither options nor contents."""
     resume = resumed(4, lr_scheduler_type="cosine", max_steps=6)
     expected = resume(look=False)
     checkpoint = checkpoint_of(resume)

@@ -131,7 +131,7 @@ def test_a_lock_that_cannot_be_made_is_an_error_of_all_processes(monkeypatch, tm
 
 # ------------------------------------------------------------------------------------------ several processes
 def others(monkeypatch, *objects) -> None:
-    """What the other processes of the run bring to each gathering in turn."""
+    """Play the other processes of the run: give what they bring to each gathering in turn."""
     rounds = iter(objects)
     monkeypatch.setattr(output_lock, "gather_object", lambda mine: [*next(rounds), *mine])
 
