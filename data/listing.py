@@ -61,4 +61,5 @@ def known_digest(path: Path, size: int, modified: int, inode: int) -> str:
 
 
 def json_digest(value: Any) -> str:
+    """Return the hex SHA-256 of a JSON value; the order of the keys does not count."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -218,7 +218,7 @@ def _is_one_of(path: Path, known: Iterable[dict[str, Any] | None]) -> bool:
 
 
 def _make_way(folder: Path, name: str, known: Iterable[dict[str, Any] | None]) -> None:
-    """Rename what stands at the place of a file of ours, unless it is one of the `known` files."""
+    """Rename what stands where a saved file goes, unless it is one of the `known` files."""
     for parent in reversed(PurePosixPath(name).parents[:-1]):
         path = folder / parent
         if path.is_symlink() or (path.exists() and not path.is_dir()):

@@ -16,6 +16,7 @@ import torch
 from datasets import Dataset
 from trl import ModelConfig, RewardConfig
 
+from data.listing import json_digest
 from data.preferences import explicit_prompts, load_preferences
 from data.prompts import check_prompt_lengths
 from data.saving import save
@@ -34,7 +35,6 @@ from pipeline.runs.command_line import parse
 from pipeline.runs.launch import check_wrapper
 from pipeline.runs.opening import open_run
 from pipeline.runs.outputs import finish_stage, push
-from pipeline.runs.resumed_options import json_digest
 from pipeline.runs.rows import prepare_rows
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows

@@ -194,7 +194,7 @@ def prompts_read(folder: Path) -> dict[int, list[str]]:
 
 
 def logged(folder: Path) -> list[dict]:
-    """What a run has logged of its updates."""
+    """Return what a run has logged of its updates."""
     metrics, states = folder / "metrics.json", folder / f"checkpoint-{newest(folder)}" / "trainer_state.json"
     rows = (
         json.loads(metrics.read_text())["history"]

@@ -8,6 +8,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor
 
 from data.json_files import check_object
+from data.listing import json_digest
 from data.schemas import PPO_STATE
 from pipeline.backbone.adapters import read_adapter
 from pipeline.backbone.roles import ADAPTERS
@@ -15,7 +16,6 @@ from pipeline.rl.health import Health
 from pipeline.rl.rollout import Rollout
 from pipeline.runs.optimizer_shards import weights_by_name
 from pipeline.runs.outputs import completions_sampled
-from pipeline.runs.resumed_options import json_digest
 
 
 VALUE_HEAD = "heads.value.weight"  # the name of the parameter

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from torch.optim.lr_scheduler import LambdaLR
 
+from data.listing import json_digest
 from pipeline.backbone.identity import digest
 from pipeline.runs.changed_options import OPTIMIZER, SCHEDULE, changed_options, options_of, shown
 from pipeline.runs.manifest import read_manifest
@@ -130,7 +131,3 @@ def rows_digest(rows: Dataset) -> str:
     for batch in chosen.with_format("arrow").iter(1000):
         result.update(json.dumps(batch.to_pydict(), default=str).encode())
     return result.hexdigest()
-
-
-def json_digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, default=str).encode()).hexdigest()
