@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import TrainerState
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from data.cells import shorten
+from data.quoting import quoted
 from reward_models.functions import HIDDEN, check_weights_count, extra_columns, load_functions
 from reward_models.learned import KNOWN_SCORES, LearnedReward
 
@@ -70,7 +70,7 @@ class Composite:
 
         def finish(output: object, given: dict) -> list[float | None]:
             if output is None or isinstance(output, (str, bytes, Mapping, Set)) or not hasattr(output, "__iter__"):
-                kind = "None" if output is None else f"a {type(output).__name__} ({shorten(output)})"
+                kind = "None" if output is None else f"a {type(output).__name__} ({quoted(output)})"
                 return fail(f"returned {kind}. Return a list with one number for each completion.", given)
             if any(getattr(stream, "closed", False) for stream in (sys.stdout, sys.stderr)):
                 return fail("closed sys.stdout or sys.stderr, to which the run prints. Leave them open.", given)
@@ -135,8 +135,8 @@ class Composite:
                 f"{name} {value:g}" for name, value in zip(self.names, columns[row].tolist(), strict=True)
             )
             raise RewardError(
-                f"reward functions make no finite score ({gave}; nan is None) for prompt {prompt!r}, completion "
-                f"{completion!r}. At least one function must return a number for each row."
+                f"reward functions make no finite score ({gave}; nan is None) for prompt {quoted(prompt, 300)}, completion "
+                f"{quoted(completion, 300)}. At least one function must return a number for each row."
             )
         return scores
 
@@ -168,8 +168,8 @@ def _problem(values: list, prompts: list, completions: list) -> str | None:
     for value, prompt, completion in zip(values, prompts, completions, strict=True):
         if value is not None and not _is_finite(value):
             return (
-                f"returned {shorten(value)} for prompt {prompt!r}, completion {completion!r}. Return a finite number, or None "
-                f"if the function does not apply."
+                f"returned {quoted(value)} for prompt {quoted(prompt, 300)}, completion {quoted(completion, 300)}. Return a "
+                f"finite number, or None if the function does not apply."
             )
     return None
 
@@ -242,7 +242,8 @@ def _where(error: BaseException | None) -> str:
 
 
 def _samples(prompts: list, completions: list) -> str:
-    return f"{len(prompts)} completions, the first for prompt {prompts[0]!r}, completion {completions[0]!r}"
+    first = f"the first for prompt {quoted(prompts[0], 300)}, completion {quoted(completions[0], 300)}"
+    return f"{len(prompts)} completions, {first}"
 
 
 class Runner(Protocol):

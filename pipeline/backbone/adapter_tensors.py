@@ -29,12 +29,12 @@ MANY = 1000  # names of modules; the names of more are looked at before peft com
 Shape = tuple[int, ...]
 
 
-def read_header(path: Path) -> dict[str, Shape]:
-    """Return the name and shape of each tensor in an adapter's file, without reading a tensor.
+def read_header(path: Path, *, any_type: bool = False) -> dict[str, Shape]:
+    """Return the name and shape of each tensor in a safetensors file, without reading a tensor.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is damaged, or a tensor is of a type that is not trained.
+        ValueError: the file is damaged; or, without `any_type`, a tensor is of a type that is not trained.
     """
     shapes = {}
     try:
@@ -42,12 +42,12 @@ def read_header(path: Path) -> dict[str, Shape]:
             length = int.from_bytes(file.read(8), "little")
         if LONGEST_HEADER < length <= path.stat().st_size:
             raise ValueError(
-                f"{path}: the header takes {length:,} bytes, and at most {LONGEST_HEADER:,} are read. Name another adapter."
+                f"{path}: the header takes {length:,} bytes, and at most {LONGEST_HEADER:,} are read. Name another file."
             )
         with safe_open(path, "np") as opened:  # "pt" would reserve memory for the whole file
             for key in opened.keys():  # noqa: SIM118 (no mapping)
                 tensor = opened.get_slice(key)
-                if tensor.get_dtype() not in DTYPES:
+                if not any_type and tensor.get_dtype() not in DTYPES:
                     raise ValueError(
                         f"{path}: {escaped(key)} is of {tensor.get_dtype()}, not of a floating-point type that is trained "
                         f"({', '.join(DTYPES)}). Convert the tensors, or train the adapter anew."

@@ -36,6 +36,7 @@ from pipeline.backbone.adapter_tensors import damaged
 from pipeline.backbone.adapters import load_tokenizer
 from pipeline.backbone.architecture import check_finite, check_model
 from pipeline.backbone.gguf import SMOLLM2, is_gguf, model_source
+from pipeline.backbone.model_size import check_size
 from pipeline.backbone.padding import choose_pad_token, set_pad_token
 from pipeline.backbone.sharding import kind_of
 from reward_models.pretrained import loaded_whole
@@ -117,8 +118,8 @@ def load_pretrained(
 
     The model is loaded with all its tensors or not at all. `check_model` tests it on a few tokens.
 
-    Raises the errors of `check_model_folder`, `model_source`, `quantization`, `check_finite`, `set_pad_token` and
-    `check_model`, and:
+    Raises the errors of `check_model_folder`, `model_source`, `quantization`, `check_size`, `check_finite`,
+    `set_pad_token` and `check_model`, and:
         ValueError: config.json cannot be used; a file of the model is damaged, lacks tensors, or has tensors that the model
             lacks; the tokenizer has no end-of-text token, or more tokens than the model; or the architecture has no language
             model, or no sequence classifier with its head in `score`.
@@ -148,6 +149,8 @@ def load_pretrained(
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_whole` reports them
     if bits:  # by default transformers uses the first GPU, even with `use_cpu`
         options |= {"quantization_config": bits, "device_map": {"": PartialState().device}}
+    if Path(name).is_dir() and not trust_remote_code:
+        check_size(config, Path(name))
     try:
         with loaded_whole(), suppress_seqcls_warning():  # the warning is about the fresh score head, which we want
             if head:

@@ -87,6 +87,20 @@ MODELS_SEEN_IN_LOADING = {
         change("config.json", n_head=0),
         r"makes no model of config\.json .*ZeroDivisionError.*or name another",
     ),
+    **{
+        f"a huge {name}": (change("config.json", **{name: size}), rf"config\.json {says}.*Correct the sizes there")
+        for name, size, says in (
+            (
+                "n_layer",
+                10**9,
+                r"names 1,000,000,000 layers \(num_hidden_layers\), but the model's files have \d+ tensors\.",
+            ),
+            ("vocab_size", 10**9, r"describes a model of [\d,]{13,} numbers, but the model's files hold [\d,]+\."),
+            ("n_embd", 10**7, "describes a model of"),
+            ("n_positions", 10**10, "describes a model of"),
+            ("n_inner", 10**9, "describes a model of"),
+        )
+    },
     "an unknown family": (
         change("config.json", model_type="own\x1b[2J"),
         r"no model of config\.json .*type `own\\x1b\[2J`",

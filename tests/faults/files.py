@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+from data.listing import LISTING
 from tests.faults.deaths import left, undisturbed
 from tests.faults.verdicts import RIGHT, SILENT, Verdict, judge
 from tests.faults.world import Case, unsound
@@ -148,6 +149,11 @@ def damaged_json(case: Case) -> Verdict:
     name = case.draw.choice(READS[scheme][folder])
     path = case.folder / folder / ("checkpoint-4" if scheme == "resume" else "") / name
     done, fields, odd = damage_json(case.draw, path)
+    listed = path.parent / LISTING
+    # With the list of a save's files, each file that was changed is refused. Adapters from elsewhere have no such list.
+    if scheme != "resume" and listed.exists() and case.draw.random() < 0.5:
+        listed.unlink()
+        done += ", unlisted"
     case.note(f"{scheme} {folder}/{name}: {done}")
     verdict = run_on_damage(case, scheme, path, fields, refused=scheme == "resume" and done != "nothing")
     if (
