@@ -5,6 +5,7 @@ whose cells are files (images, audio, ...) are left out. A local folder's README
 """
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -35,6 +36,11 @@ TABLE_TYPES = (
 )
 
 
+def real_path(path: Path) -> Path:
+    """Return a path without symbolic links. Unlike `Path.resolve`, it raises no error where links lead in a circle."""
+    return Path(os.path.realpath(path))
+
+
 def check_link(name: str, folder: Path, path: Path) -> None:
     """Check that a path in a folder leads to a file in the folder.
 
@@ -43,7 +49,7 @@ def check_link(name: str, folder: Path, path: Path) -> None:
     Raises:
         ValueError: the path leads elsewhere.
     """
-    own, real = folder.resolve(), path.resolve()
+    own, real = real_path(folder), real_path(path)
     blobs = own.parents[1] / "blobs" if own.parent.name == "snapshots" else own
     if not real.is_relative_to(own) and not real.is_relative_to(blobs):
         raise ValueError(

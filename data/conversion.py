@@ -7,6 +7,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from data.boundaries import real_path
 from data.cells import CellError
 from data.hh import convert, is_held_out, stage_rows
 from data.judgements import of_judgements
@@ -152,7 +153,7 @@ def check_folder(folder: Path, source: str) -> None:
     if not there.is_dir():
         raise NotADirectoryError(f"{folder}: {there} is a file. {remedy}")
     path = Path(source).expanduser()
-    if path.exists() and path.resolve() in [folder.resolve(), *(folder.resolve() / name for name in FILES)]:
+    if path.exists() and real_path(path) in [real_path(folder), *(real_path(folder) / name for name in FILES)]:
         raise ValueError(f"{folder}: the command reads {source} there, and would write over it. {remedy}")
     complete(folder)
     listed = read_listing(folder) or {} if folder.is_dir() else {}

@@ -12,6 +12,7 @@ import argparse
 import os
 from pathlib import Path
 
+from data.boundaries import real_path
 from data.commands import run
 from data.conversion import json_lines
 from data.embedded import find_embedded
@@ -61,7 +62,7 @@ def check_folder(folder: Path, source: str) -> None:
         NotADirectoryError: it is a file, or beneath one.
         ValueError: a file of one of the names is there that no inspection wrote, or it is the source.
     """
-    if Path(source).expanduser().resolve() in [folder.resolve(), *(folder.resolve() / name for name in FILES)]:
+    if real_path(Path(source).expanduser()) in [real_path(folder), *(real_path(folder) / name for name in FILES)]:
         raise ValueError(
             f"--fix {folder}: the command reads {source} there, and would write over it. Name another folder."
         )

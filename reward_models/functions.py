@@ -11,6 +11,8 @@ from pathlib import Path
 
 from datasets import Dataset
 
+from data.boundaries import real_path
+
 
 # Arguments that TRL's trainers give each reward function by name, besides the columns of the dataset.
 PROTOCOL = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric")
@@ -119,7 +121,7 @@ def _dotted(path: str, options: str) -> str:
     file = Path(of_file.rstrip(":").removesuffix(".py")).expanduser()
     parts, folder = [part for part in file.parts if part not in (".", "..")], Path.cwd()
     if file.is_absolute() or ".." in file.parts:
-        parts, folder = [file.name], file.resolve().parent
+        parts, folder = [file.name], real_path(file).parent
     module = ".".join(parts)
     return (
         f"Write it as package.module.function: {module}.{name}{options}. Start the run in {folder}, or put that folder into "

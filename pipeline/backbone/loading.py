@@ -1,8 +1,10 @@
 """Load a pretrained model and its tokenizer, and check both."""
 
 import math
+import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accelerate import PartialState
@@ -123,21 +125,24 @@ def load_pretrained(
         ValueError: config.json cannot be used; a file of the model is damaged, lacks tensors, or has tensors that the model
             lacks; the tokenizer has no end-of-text token, or more tokens than the model; or the architecture has no language
             model, or no sequence classifier with its head in `score`.
+        OSError: the model is no local folder, and the hub does not give it.
     """
     name = model.model_name_or_path
     check_model_folder(name)
     bits = quantization(model)
     name = model_source(name)
     if Path(name).expanduser().is_dir():
-        name = str(Path(name).expanduser().resolve())
+        name = os.path.realpath(Path(name).expanduser())
     source = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
     try:
-        config = AutoConfig.from_pretrained(name, **source)
+        with reached(name):
+            config = AutoConfig.from_pretrained(name, **source)
     except (ImportError, OSError):  # a package that is missing, or no such model
         raise
     except Exception as error:  # transformers checks the types of the fields with errors of its own
         raise _unusable_config(name, error) from error
-    tokenizer = load_tokenizer(name, **source)
+    with reached(name):
+        tokenizer = load_tokenizer(name, **source)
     if tokenizer.eos_token is None:
         raise ValueError(
             f"{name}: the tokenizer has no end-of-text token. Set eos_token in its tokenizer_config.json."
@@ -152,7 +157,8 @@ def load_pretrained(
     if Path(name).is_dir() and not trust_remote_code:
         check_size(config, Path(name))
     try:
-        with loaded_whole(), suppress_seqcls_warning():  # the warning is about the fresh score head, which we want
+        # The warning is about the fresh score head, which we want.
+        with reached(name), loaded_whole(), suppress_seqcls_warning():
             if head:
                 base, found = AutoModelForSequenceClassification.from_pretrained(
                     name, num_labels=1, **source, **options
@@ -180,12 +186,11 @@ def load_pretrained(
             f"{name}: the tokenizer has {len(tokenizer)} tokens, but the model embeds {rows}. Use the tokenizer that the "
             f"model was trained with, or call `model.resize_token_embeddings({len(tokenizer)})`, train and save it."
         )
-    if head:
-        if not isinstance(getattr(base, "score", None), nn.Linear):
-            raise ValueError(
-                f"{name}: {type(base).__name__} does not keep its head in `score`. Use a decoder-only model "
-                f"(GPT-2, Llama, Qwen, Mistral ...)."
-            )
+    if head and not isinstance(getattr(base, "score", None), nn.Linear):
+        raise ValueError(
+            f"{name}: {type(base).__name__} does not keep its head in `score`. Use a decoder-only model "
+            f"(GPT-2, Llama, Qwen, Mistral ...)."
+        )
     _check_whole(base, found, name)
     if head:
         nn.init.normal_(base.score.weight, std=(base.score.in_features + 1) ** -0.5)
@@ -199,6 +204,25 @@ def load_pretrained(
             layer.support_avx512bf16_for_cpu = False
     check_model(base, name)
     return fuse_gelu(base).requires_grad_(False), tokenizer
+
+
+@contextmanager
+def reached(name: str) -> Iterator[None]:
+    """Say in one line that the files of a model that is no local folder cannot be had.
+
+    Raises:
+        OSError: the code inside raised one: there is no such model, it is not public, or the hub cannot be reached.
+    """
+    try:
+        yield
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise OSError(
+            f"model_name_or_path={name!r}: there is no such folder, and the hub did not give such a model "
+            f"({escaped(' '.join(str(error).split()), 400)}). Correct the name; or reach the hub, and log in if the model is "
+            f"not public; or copy the model to a folder here."
+        ) from error
 
 
 def _unusable_config(name: str, error: Exception) -> ValueError:

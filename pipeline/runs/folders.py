@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from data.boundaries import real_path
 from data.json_files import read_json
 from data.saving import SAVED, SAVING, complete
 from pipeline.backbone.adapter_config import ADAPTER_CONFIG
@@ -120,11 +121,11 @@ def check_output_dir(output_dir: str, inputs: tuple[str | None, ...] = (), leave
         return
     remedy = "Name another folder in output_dir."
     for name in inputs:
-        path = Path(name).expanduser().resolve() if name else None
-        if path == folder.resolve():
+        path = real_path(Path(name).expanduser()) if name else None
+        if path == real_path(folder):
             raise ValueError(f"output_dir={output_dir!r}: the run reads this folder and would overwrite it. {remedy}")
-        if path and path.is_relative_to(folder.resolve()):
-            below = path.relative_to(folder.resolve()).parts[0]
+        if path and path.is_relative_to(real_path(folder)):
+            below = path.relative_to(real_path(folder)).parts[0]
             if below == "value" or below.startswith("checkpoint-"):
                 raise ValueError(
                     f"output_dir={output_dir!r}: the run reads {name} beneath this folder, and would overwrite or remove "
@@ -156,9 +157,9 @@ def check_ours(output_dir: str, writes: tuple[str, ...], reads: tuple[str | None
     remedy = "Name another folder in output_dir"
     for name in reads:
         path = Path(name).expanduser() if name and name != "human_ratings" else None
-        if path is None or not path.exists() or not path.resolve().is_relative_to(folder.resolve()):
+        if path is None or not path.exists() or not real_path(path).is_relative_to(real_path(folder)):
             continue
-        beneath = path.resolve().relative_to(folder.resolve())
+        beneath = real_path(path).relative_to(real_path(folder))
         if not beneath.parts:
             raise ValueError(
                 f"output_dir={output_dir!r}: the run reads this folder and would write into it. {remedy}."

@@ -20,6 +20,7 @@ from pathlib import Path
 from accelerate.utils import gather_object
 from transformers import TrainingArguments
 
+from data.boundaries import real_path
 from data.waiting import waiting_for
 
 
@@ -43,7 +44,7 @@ def lock_output(output_dir: str, *, writes: bool, shared: bool = False, each_nod
         ValueError: another run writes in the folder; or not all processes find the same folder.
         OSError: the folder or the file cannot be made.
     """
-    folder = Path(output_dir).expanduser().resolve()
+    folder = real_path(Path(output_dir).expanduser())
     host = socket.gethostname()
     found: dict = {"host": host}
     if writes:

@@ -72,7 +72,7 @@ def former_files(folder: str | Path, kind: str) -> list[str]:
         contents = [(_json(folder / name), key) for name, key in FORMER[kind]]
         known = all(isinstance(content, dict) and (key is None or key in content) for content, key in contents)
     names = (*FILES[kind], *VALUE, SCALE) if kind == "adapter" else FILES[kind]
-    return [name for name in names if known and (folder / name).is_file()]
+    return [name for name in names if known and (folder / name).is_file() and not (folder / name).is_symlink()]
 
 
 def _json(path: Path):
@@ -100,9 +100,11 @@ def not_ours(folder: Path, names: Iterable[str]) -> list[str]:
 
     Raises the errors of `read_listing`.
     """
-    listed = set(read_listing(folder) or {})
+    files = read_listing(folder) or {}
+    listed, kinds = set(files), {entry["kind"] for entry in files.values()}
     for kind in FILES:
-        listed.update(former_files(folder, kind))
+        if kind not in kinds:
+            listed.update(former_files(folder, kind))
     found = []
     for name in names:
         path = folder / name

@@ -253,7 +253,7 @@ def _number(value: Any, hint: type) -> Any:
         return number
     if not isinstance(value, (int, float)) or not (number == value or math.isnan(number)):
         raise ValueError
-    return number if hint is int else value  # a whole number is a number, too
+    return number  # also a whole number as a float, as on the command line: transformers refuses temperature 1
 
 
 def _words(hint: Any) -> str:

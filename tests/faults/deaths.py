@@ -211,7 +211,7 @@ def disk(case: Case) -> Verdict:
     if ended.code == 0:
         problem = unsound(stage, case.folder / stage) or mixture(case.folder / stage, old, new)
         return Verdict(SILENT, problem) if problem else Verdict(RIGHT)
-    verdict = judge(ended, names=[f"{stage}/", f"'{stage}'", "disk/"])
+    verdict = judge(ended, names=[f"{stage}/", f"'{stage}'", f"{stage} could not be saved", "disk/"])
     after = verdict_on_what_is_left(case, stage, old, new, "the disk was full")
     return after if verdict.name == CLEAR and after.name not in (RIGHT, CLEAR) or after.name == LOST else verdict
 

@@ -184,7 +184,7 @@ def run_on_damage(case: Case, scheme: str, path: Path, fields: list[str], *, ref
         options = options | {"max_steps": 6}
     ended = case.run(stage, **options)
     folder = path.parent.name
-    names = [path.name, f"{folder}/", f"{folder}:", f"'{folder}'", *fields]
+    names = [path.name, str(path.parent), f"{folder}/", f"{folder}:", f"'{folder}'", *fields]
 
     def wrong() -> str | None:
         return "the damaged file was taken" if refused else unsound(stage, case.folder / out)

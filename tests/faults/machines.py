@@ -210,5 +210,8 @@ def launch(case: Case) -> Verdict:
 
 def _of_the_stage(err: str) -> str:
     """Return what a stage told, without the traceback that accelerate adds."""
-    told, mark, rest = err.partition("(accelerate adds its own traceback.")
+    first, _, _ = err.partition("\n")
+    if "Error while finding module specification" in first:  # Python's own line, with the error of our package
+        return first
+    told, mark, _ = err.partition("(accelerate adds its own traceback.")
     return told if mark else err
