@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from gguf import GGUFReader
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from data.caches import check_cache
 from data.embedded import find_embedded
@@ -63,6 +64,18 @@ def model_source(name: str) -> str:
             return str(_converted(path, folder))
 
 
+def with_special_tokens(tokenizer: PreTrainedTokenizerBase, file: GGUFReader) -> PreTrainedTokenizerBase:
+    """Give a tokenizer the special tokens that its GGUF file names by their ids.
+
+    transformers 5.17 gives SmolLM2 the begin of a turn as its end.
+    """
+    for token in ("bos", "eos", "unknown", "padding"):
+        if (entry := file.get_field(f"tokenizer.ggml.{token}_token_id")) is not None:
+            text = tokenizer.convert_ids_to_tokens(int(entry.contents()))
+            setattr(tokenizer, {"unknown": "unk", "padding": "pad"}.get(token, token) + "_token", text)
+    return tokenizer
+
+
 def _converted(path: Path, folder: Path) -> Path:
     """Convert a GGUF file to a model and tokenizer in `folder`, and return the folder.
 
@@ -75,7 +88,7 @@ def _converted(path: Path, folder: Path) -> Path:
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     try:
         with torch.random.fork_rng(devices=[]):  # so a run that converts draws the same numbers as the next one
-            tokenizer = AutoTokenizer.from_pretrained(**source)
+            tokenizer = with_special_tokens(AutoTokenizer.from_pretrained(**source), GGUFReader(path))
             model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
     except Exception as error:  # damaged bytes can make the reader raise any error
         raise ValueError(

