@@ -134,8 +134,9 @@ def _save_elsewhere(folder: Path, kind: str, write: Callable[[Path], None]) -> s
 
 
 def _is_of_writing(error: Exception) -> bool:
-    """Tell whether a writer raised this error: tokenizers raise a bare Exception."""
-    return isinstance(error, (OSError, SafetensorError)) or type(error) is Exception
+    """Tell whether a writer raised this error: tokenizers raise a bare Exception, torch a RuntimeError of its streams."""
+    of_torch = isinstance(error, RuntimeError) and ("iostream" in str(error) or "inline_container" in str(error))
+    return isinstance(error, (OSError, SafetensorError)) or type(error) is Exception or of_torch
 
 
 def _reason(error: Exception) -> str:

@@ -264,7 +264,12 @@ def check_recipe(lines: dict[str, tuple[object, str]]) -> None:
     plain = {int, float, bool, type(None)}
     checked = {option.name for option, hint in fields_of(OPTIONS) if set(get_args(hint) or (hint,)) <= plain}
     values = {key: value for key, (value, _) in lines.items() if key in checked}
-    check_ranges(check_types(values, OPTIONS, "the new recipe"))
+    for key, value in values.items():
+        try:
+            check_ranges(check_types({key: value}, OPTIONS, "the new recipe"))
+        except ValueError as error:
+            remark = lines[key][1]
+            raise ValueError(f"{error} The old config says {remark}." if remark else str(error)) from error
 
 
 class Recipe:

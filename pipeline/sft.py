@@ -9,6 +9,7 @@ import torch
 from accelerate.logging import get_logger
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
 from trl import ModelConfig, SFTConfig, SFTTrainer
+from trl.data_utils import is_conversational
 
 from data.texts import load_texts
 from data.tokens import check_max_length
@@ -39,6 +40,9 @@ def main(data: DataArguments, lora: LoraArguments, model: ModelConfig, args: SFT
     options = options_of(data, lora, model, args)
     checkpoint = open_run(args, model, options=options, leaves_reward=False, data=data.sources)
     parts = data.load(load_texts, args)
+    source, train = parts["train"]
+    if args.assistant_only_loss and not is_conversational(train[0]):
+        raise ValueError(f"assistant_only_loss=True needs conversations, and {source} has texts. Leave it unset.")
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token)
     check_max_length(args.max_length, context_length(base))
     if type(base.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:  # say so now, not after SFT

@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Set
 from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import islice
 from typing import Any, Protocol
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from transformers import TrainerState
 from trl.trainer.utils import get_callable_name, is_async_callable
 
-from data.quoting import quoted
+from data.quoting import escaped, quoted
 from reward_models.functions import HIDDEN, check_weights_count, extra_columns, load_functions
 from reward_models.learned import KNOWN_SCORES, LearnedReward
 
@@ -81,7 +82,7 @@ class Composite:
 
         def raised(error: BaseException, given: dict) -> list[float | None]:
             samples = _samples(given["prompts"], given["completions"])
-            return fail(f"raised {type(error).__name__}: {error}. It was called with {samples}.", given, error)
+            return fail(f"raised {type(error).__name__}: {_text(error)}. It was called with {samples}.", given, error)
 
         def call(**given):
             try:
@@ -114,7 +115,7 @@ class Composite:
 
         All processes call it together. `columns` are gathered; `prompts` and `completions` are those of this process. With
         `all_scored`, a row for which every function returned None is an error. TRL's RLOO and GRPO allow such a row: they
-        leave it out of their baselines.
+        leave it out of their baselines. They learn nothing if all rows are such rows, so that is an error too.
 
         Raises:
             RewardError: on some process a function raised, returned the wrong number of rewards, or returned one that is
@@ -125,9 +126,9 @@ class Composite:
         if messages:
             raise failures[0] if failures else RewardError(messages[0])
         scores = self.weigh(columns)
-        bad = ~scores.isfinite()
-        if all_scored:
-            bad |= columns.isnan().all(dim=1)
+        bad, unscored = ~scores.isfinite(), columns.isnan().all(dim=1)
+        if all_scored or unscored.all():
+            bad |= unscored
         if bad.any():  # the columns are gathered, so this is the same on all processes
             row = int(bad.nonzero()[0])
             prompt, completion = gather_object(list(zip(prompts, completions, strict=True)))[row]
@@ -198,10 +199,31 @@ def _own(function: Callable, given: dict) -> dict:
             value = copy.copy(value)
             value.log_history = [dict(row) for row in value.log_history]
             value.stateful_callbacks = copy.deepcopy(value.stateful_callbacks)
-        elif name not in ("log_extra", "log_metric"):
+        elif name == "log_metric":
+            value = partial(_log_number, value)
+        elif name != "log_extra":
             value = _copy(value)
         own[name.removeprefix(HIDDEN)] = value
     return own
+
+
+def _log_number(log_metric: Callable[[str, float], None], name: str, value: Any) -> None:
+    """Call TRL's `log_metric`, which adds numbers up only after the rewards are there."""
+    if not isinstance(name, str):
+        raise TypeError(f"log_metric has {quoted(name)} for a name. Give it a text.")
+    try:
+        value = float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"log_metric has {quoted(value)} for {quoted(name)}. Give it a number.") from error
+    log_metric(name, value)
+
+
+def _text(error: BaseException) -> str:
+    """Return an error's text in short; its class may be a user's, and fail at it."""
+    try:
+        return escaped(error, 1000).rstrip(".")
+    except Exception:
+        return "<an error without a text>"
 
 
 def _copy(value: object) -> object:

@@ -2,8 +2,6 @@
 
 import os
 
-from pipeline.backbone.identity import write_identity
-
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,7 +17,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel  # noqa: E40
 from trl import ModelConfig  # noqa: E402
 
 from pipeline.backbone.adapters import read_adapter
-from pipeline.backbone.identity import fingerprint
+from pipeline.backbone.identity import fingerprint, write_identity
 from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import Backbone  # noqa: E402

@@ -121,7 +121,7 @@ def load_tokenizer(name: str, **source) -> PreTrainedTokenizerBase:
         ValueError: its files are damaged.
     """
     try:
-        return AutoTokenizer.from_pretrained(name, **source)
+        tokenizer = AutoTokenizer.from_pretrained(name, **source)
     except (ImportError, OSError):  # a package that is missing, or no such tokenizer
         raise
     except Exception as error:  # the readers raise types of all kinds, also a bare Exception
@@ -130,6 +130,12 @@ def load_tokenizer(name: str, **source) -> PreTrainedTokenizerBase:
         raise ValueError(
             f"{name}: the tokenizer's files are damaged ({escaped(error)}). Save the tokenizer there anew."
         ) from error
+    longest = tokenizer.model_max_length
+    if not isinstance(longest, (int, float)) or isinstance(longest, bool):
+        raise ValueError(
+            f"{name}: tokenizer_config.json has model_max_length={quoted(longest)}. Write a whole number."
+        )
+    return tokenizer
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 import math
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from accelerate import PartialState
@@ -30,7 +29,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from data.caches import check_cache
 from data.embedded import find_embedded
 from data.json_files import read_json
-from data.quoting import escaped
+from data.quoting import escaped, quoted
 from data.saving import check_saved
 from data.schemas import MODEL_CONFIG
 from pipeline.backbone.adapter_config import ADAPTER_CONFIG
@@ -38,7 +37,7 @@ from pipeline.backbone.adapter_tensors import damaged
 from pipeline.backbone.adapters import load_tokenizer
 from pipeline.backbone.architecture import check_finite, check_model
 from pipeline.backbone.gguf import SMOLLM2, is_gguf, model_source
-from pipeline.backbone.model_size import check_size
+from pipeline.backbone.model_files import check_size, reached
 from pipeline.backbone.padding import choose_pad_token, set_pad_token
 from pipeline.backbone.sharding import kind_of
 from reward_models.pretrained import loaded_whole
@@ -194,8 +193,9 @@ def load_pretrained(
     _check_whole(base, found, name)
     if head:
         nn.init.normal_(base.score.weight, std=(base.score.in_features + 1) ** -0.5)
+    ends = _ends(base, name, model.model_revision)
     if pad_token is None:
-        choose_pad_token(tokenizer, _ends(base, name, model.model_revision))
+        choose_pad_token(tokenizer, ends)
     _pad_with(base, tokenizer.pad_token_id)
     for layer in base.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
@@ -204,25 +204,6 @@ def load_pretrained(
             layer.support_avx512bf16_for_cpu = False
     check_model(base, name)
     return fuse_gelu(base).requires_grad_(False), tokenizer
-
-
-@contextmanager
-def reached(name: str) -> Iterator[None]:
-    """Say in one line that the files of a model that is no local folder cannot be had.
-
-    Raises:
-        OSError: the code inside raised one: there is no such model, it is not public, or the hub cannot be reached.
-    """
-    try:
-        yield
-    except OSError as error:
-        if Path(name).is_dir():
-            raise
-        raise OSError(
-            f"model_name_or_path={name!r}: there is no such folder, and the hub did not give such a model "
-            f"({escaped(' '.join(str(error).split()), 400)}). Correct the name; or reach the hub, and log in if the model is "
-            f"not public; or copy the model to a folder here."
-        ) from error
 
 
 def _unusable_config(name: str, error: Exception) -> ValueError:
@@ -274,7 +255,12 @@ def _ends(base: PreTrainedModel, name: str, revision: str | None) -> set[int]:
         found.append(GenerationConfig.from_pretrained(name, revision=revision).eos_token_id)
     except OSError:  # the model has none; transformers treats the error in the same way
         pass
-    return {end for ends in found if ends is not None for end in (ends if isinstance(ends, list) else [ends])}
+    ends = [end for ids in found if ids is not None for end in (ids if isinstance(ids, list) else [ids])]
+    if odd := next((end for end in ends if not isinstance(end, int) or isinstance(end, bool)), None):
+        raise ValueError(
+            f"{name}: eos_token_id names {quoted(odd)}, which is no token's id. Correct generation_config.json."
+        )
+    return set(ends)
 
 
 def _pad_with(base: PreTrainedModel, pad_token_id: int) -> None:

@@ -7,6 +7,7 @@ tokens have a bound. `tests/benchmarks/NOTES.md` gives the size of rounding and 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from functools import partial
 
 import torch
@@ -14,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from pipeline.backbone.roles import Backbone
-from pipeline.backbone.sampling import Sample
+from pipeline.backbone.sampling import Sample, sampling_options
 from pipeline.rl.checks import ROWS, Check, held, is_exact
 from pipeline.rl.config import PPOConfig
 from pipeline.rl.importance import CLIP, disagreement
@@ -24,6 +25,14 @@ DISAGREE = (
     "Above the bound, the policy that samples is not the policy that learns: check positions, padding, attention and "
     "temperature."
 )
+
+
+def _sampled_with(args: PPOConfig) -> str:
+    """Return a sentence on the options of sampling that training knows nothing of, or ""."""
+    defaults = {option.name: option.default for option in fields(args)}
+    options = sampling_options(args).items()
+    given = ", ".join(f"{name}={value}" for name, value in options if value != defaults.get(name))
+    return f" Sampling also has {given}, which training does not follow." if given else ""
 
 
 @contextmanager
@@ -88,7 +97,7 @@ def policy_checks(
         1e-3 if exact else 0.1,
         "refused",
         f"Mean difference (nats, times a temperature below 1) between a token's logprob in generation and in PPO's training "
-        f"pass. The largest difference is {sampled['largest']:.3g}. {DISAGREE}",
+        f"pass. The largest difference is {sampled['largest']:.3g}. {DISAGREE}{_sampled_with(args)}",
     )
     yield held(
         "importance ratios start near 1",
@@ -96,7 +105,7 @@ def policy_checks(
         0.1,
         "refused",
         f"Share of tokens whose probability (to the power of a temperature below 1) differs between generation and PPO's "
-        f"training pass by a factor beyond 1 ± {CLIP:g}, where PPO clips. {DISAGREE}",
+        f"training pass by a factor beyond 1 ± {CLIP:g}, where PPO clips. {DISAGREE}{_sampled_with(args)}",
     )
     odd = {name for name, _ in sampling ^ scoring}
     yield held(

@@ -70,7 +70,10 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
             raise ValueError(f"{source}: {what}.{hint}")
     _set_environment(recipe.pop("env", {}), path)
     parser.set_defaults_with_config(**check_types(recipe, dataclass_types, path))
-    options = vars(parser.parse_args(args))
+    parsed, others = parser.parse_known_args(args)
+    if others:
+        raise ValueError(f"command line: {shorten(others)} belong to no option. Write options as --name value.")
+    options = vars(parsed)
     options |= check_types({key: options[key] for key in words}, dataclass_types, None)
     check_ranges(options)
     with awaiting_processes():

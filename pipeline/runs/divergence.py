@@ -41,7 +41,10 @@ def remedy(args: TrainingArguments) -> str:
     if args.bf16 or args.fp16:
         more.append("bf16: false" if args.bf16 else "fp16: false")
     also = f" If that is not enough, set {' and '.join(more)}." if more else ""
-    lower = f"Start a new run with a lower learning_rate (it was {args.learning_rate:g})"
+    rate = f"it was {args.learning_rate:g}"
+    if (of_value := getattr(args, "value_learning_rate", None)) is not None:
+        rate += f", and value_learning_rate {of_value:g}"
+    lower = f"Start a new run with a lower learning_rate ({rate})"
     return f"{lower}, or resume with it from a checkpoint that is good.{also}"
 
 

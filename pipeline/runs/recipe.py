@@ -81,6 +81,12 @@ MAY_BE_EMPTY = ("eval_dataset_name", "reward_adapter", "reward_funcs", "debug", 
 UNSET_BY_EMPTY = ("sft_adapter", "ptx_dataset_name", "report", "judge", "pairwise_judge")
 # TRL's annotations allow null here, and its trainers do not.
 NEVER_NULL = ("max_completion_length", "num_generations")
+# Options that name a folder or a file, some of them or a repository on the hub.
+PATHS = (
+    *("model_name_or_path", "dataset_name", "eval_dataset_name", "ptx_dataset_name", "sft_adapter", "reward_adapter"),
+    *("policy_adapter", "resume_from_checkpoint", "report"),
+)
+LONGEST_PART = 255  # bytes of a path between two slashes, on the file systems in use
 # Options that are a mapping or the path of a JSON file; the other mappings may be given as JSON text.
 MAPPING_OR_PATH = ("accelerator_config", "deepspeed", "fsdp_config")
 
@@ -270,11 +276,19 @@ def _words(hint: Any) -> str:
 
 
 def check_ranges(options: Mapping[str, Any]) -> None:
-    """Check the ranges of all options that are numbers, of any stage.
+    """Check the ranges of all options that are numbers, of any stage, and the length of those that are paths.
 
     Raises:
-        ValueError: a number is outside of its range, too large to be meant, or not finite.
+        ValueError: a number is outside of its range, too large to be meant, or not finite; or no file system has such a path.
     """
+    for name in PATHS:
+        given = options.get(name)
+        for path in given if isinstance(given, list) else [given]:
+            if isinstance(path, str) and any(len(os.fsencode(part)) > LONGEST_PART for part in path.split("/")):
+                raise ValueError(
+                    f"{name}={shorten(path)} has a part of more than {LONGEST_PART} bytes, and no file has such a name. "
+                    f"Correct the path."
+                )
     for names, words, holds in RANGES:
         for name in names:
             value = options.get(name)

@@ -23,7 +23,7 @@ MOST_ROWS = 10_000  # rows that are compared: of more, evenly spaced ones
 OTHER = {
     "rows": "written with {then} rows to train on, and this run has {now}. Resume on the same data",
     "frozen": "written with another backbone, SFT adapter or reward adapter. Name the same ones (model_name_or_path, "
-    "sft_adapter, reward_adapter)",
+    "sft_adapter, reward_adapter), with the same normalize_scores",
     "tokenizer": "written with another tokenizer: its vocabulary or its chat template differ. Restore the tokenizer of "
     "model_name_or_path",
     "pad_token": "written with {then!r} as padding, and this run pads with {now!r}. Set --pad_token {then!r}",

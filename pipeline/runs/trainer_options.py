@@ -99,6 +99,11 @@ def check_trainer_options(args: TrainingArguments, *, installed: bool) -> None:
             )
     if args.fp16 and args.use_cpu:
         raise ValueError("fp16=True needs a GPU, and use_cpu is set. Set bf16: true, or neither.")
+    if coefficient := getattr(args, "router_aux_loss_coef", None):
+        raise ValueError(
+            f"router_aux_loss_coef={coefficient:g} weighs a loss of mixtures of experts, whose routers are frozen here. Leave "
+            f"it unset."
+        )
     if isinstance(args, DPOConfig):
         _check_dpo(args)
     if isinstance(args, (RLOOConfig, GRPOConfig)):
@@ -205,6 +210,11 @@ def _check_dpo(args: DPOConfig) -> None:
         raise ValueError("loss_type: exo_pair needs label_smoothing above 0, such as 1e-3.")
     if args.use_weighting and {"aot", "aot_unpaired"} & set(args.loss_type):
         raise ValueError("use_weighting=True does not go with loss_type aot and aot_unpaired, which sort the pairs.")
+    if args.sync_ref_model:
+        raise ValueError(
+            "sync_ref_model=True needs a reference model of its own, and here the reference is an adapter on the shared "
+            "backbone. Leave it unset."
+        )
 
 
 def _check_sampling(args: RLOOConfig | GRPOConfig) -> None:

@@ -279,9 +279,9 @@ CONTRADICTIONS = {
     "bounds the wrong way round": (
         "ppo",
         {"recipe": "reward_clip_range: [5, -5]\n"},
-        r"\[5, -5\] must be two numbers",
+        r"\[5\.0, -5\.0\] must be two numbers",
     ),
-    "one bound": ("ppo", {"recipe": "reward_clip_range: [5]\n"}, r"reward_clip_range=\[5\] must be two numbers"),
+    "one bound": ("ppo", {"recipe": "reward_clip_range: [5]\n"}, r"reward_clip_range=\[5\.0\] must be two numbers"),
     "a group of one": ("grpo", {"num_generations": 1}, "at least 2 generations"),
     "no completions": ("best_of_n", {"n": [0, 2]}, r"n=\[0, 2\] must be a list of numbers of completions"),
     "a report that is not there": ("best_of_n", {"report": "none.json"}, "report='none.json': no such file"),
@@ -438,7 +438,7 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(world):
 @pytest.mark.parametrize(
     ("line", "value"),
     [
-        ("reward_weights: [1e-1, 2, '3']", [0.1, 2, 3.0]),
+        ("reward_weights: [1e-1, 2, '3']", [0.1, 2.0, 3.0]),
         ("reward_clip_range: [-1e1, 1_0]", [-10.0, 10.0]),
         ("lr_scheduler_kwargs: {num_cycles: 5e-1}\nlr_scheduler_type: cosine", {"num_cycles": 0.5}),
         ("lora_target_modules: [010, 1e5, 'off']", ["010", "1e5", "off"]),

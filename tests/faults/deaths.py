@@ -16,7 +16,7 @@ from tests.faults.verdicts import CLEAR, LOST, RIGHT, SILENT, Verdict, judge, ju
 from tests.faults.world import DATA, READS, Case, Raw, unsound
 
 
-NEXT = {"sft": "reward", "reward": "ppo", "ppo": "evaluation"}
+NEXT = {"sft": "reward", "reward": "ppo", "ppo": "evaluation", "evaluation": "best_of_n"}
 SAVES = {"save_strategy": "steps", "save_steps": 1}
 # What a stage leaves for the next one, besides its checkpoints.
 KEPT = ("adapter_model.safetensors", "adapter_config.json", "backbone.json", "metrics.json", "README.md", "report.md",
@@ -155,11 +155,11 @@ CHANGED = {"sft": {"seed": 1}, "reward": {"seed": 1}, "ppo": {"seed": 1}, "evalu
 
 def verdict_on_what_is_left(case: Case, stage: str, old: dict, new: dict, death: str) -> Verdict:
     """A folder that a death left is wholly old, wholly new, or refused by the next stage with a clear error."""
-    mixed = mixture(case.folder / stage, old, new)
-    if stage not in NEXT:
-        return Verdict(LOST, f"{death}: {mixed}") if mixed else Verdict(RIGHT, death)
     after = NEXT[stage]
-    ended = case.run(after, output_dir="after")
+    ended = case.run(
+        after, output_dir="after", **({"report": "evaluation/report.json"} if stage == "evaluation" else {})
+    )
+    mixed = mixture(case.folder / stage, old, new)  # as the next stage found it: it ends a save that was cut short
     if ended.code:
         return judge_error(ended, [stage, "output_dir", "adapter"])
     if mixed:

@@ -19,6 +19,12 @@ THEIRS = (
 )  # fmt: skip
 
 
+def kept_aside(folder: Path, content: bytes) -> bool:
+    """Return whether a file with this content was renamed and kept, as the run then says."""
+    kept = (path for path in folder.rglob("*") if ".kept-" in path.relative_to(folder).as_posix())
+    return any(path.is_file() and path.read_bytes() == content for path in kept)
+
+
 def theirs(case: Case) -> Verdict:
     """The output folder holds files of the user's: the run leaves them, or is refused."""
     stage = case.draw.choice(("sft", "reward", "ppo", "evaluation", "best_of_n", "dpo"))
@@ -49,7 +55,11 @@ def theirs(case: Case) -> Verdict:
     before = case.files()
     ended = case.run(stage, **options)
     lost = case.changed(
-        {name: content for name, content in before.items() if name in planted or not name.startswith(f"{base}/")}
+        {
+            name: content
+            for name, content in before.items()
+            if (name in planted and not kept_aside(case.folder / base, content)) or not name.startswith(f"{base}/")
+        }
     )
     if ended.code:
         lost += case.changed(before)
@@ -89,6 +99,8 @@ def two(case: Case) -> Verdict:
     ended = first.wait()
     if ended.hung or other.hung:
         return judge(ended if ended.hung else other)
+    if ended.code and not other.code:  # the second was faster to take the folder
+        ended, other, options = other, ended, second
     if ended.code:
         return Verdict(LOST, f"the second run has ended the first: {ended.message}")
     if other.code == 0 and time.time() > began + 0.1:

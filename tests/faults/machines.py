@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -108,6 +109,8 @@ def machine(case: Case) -> Verdict:
     if name == "nobody":
         if os.getuid():
             return Verdict(RIGHT, "only root can become another user")
+        if not all(folder.stat().st_mode & stat.S_IXOTH for folder in Path(os.__file__).parents):
+            return Verdict(RIGHT, "another user cannot read this Python")
         _open_to_all(case.folder, case.draw.random() < 0.5)
     case.note(f"{stage}, {name}" + (f", output_dir {ascii(output[:30])}" if output != "out" else ""))
     before = case.files()

@@ -92,7 +92,7 @@ def misread(stage: str, drawn: dict[str, str]) -> str | None:
     """Say which value of a number no run can have taken as it was meant."""
     options = options_of(stage)
     for name, value in drawn.items():
-        if NUMBER.search(options[name]) and "str" not in options[name] and value in (".nan", "1:30", "010"):
+        if NUMBER.search(options[name]) and "str" not in options[name] and value in (".nan", "1:30"):
             return f"{name}: {value} was taken"
     return None
 
@@ -118,6 +118,7 @@ def verdict_of(case, ended, stage, drawn, before, given) -> Verdict:
     # What is in output_dir may change when a run ends well; all else may not, whatever happens.
     lost = case.changed(before, but=() if ended.code else (out,))
     names = [*drawn, *(value.strip("'\"") for value in drawn.values() if len(value.strip("'\"")) > 1)]
+    names += ["generation_batch_size"] * ("per_device_train_batch_size" in drawn or "num_generations" in drawn)
 
     def wrong() -> str | None:
         if problem := misread(stage, drawn):
@@ -150,7 +151,9 @@ def command_line(case: Case) -> Verdict:
     helped = any(word in ("-h", "--help") for word in words)
     lost = case.changed(before, but=() if ended.code else ("out", *drawn.get("output_dir", "").strip("'\"").split()))
     names = (
-        [word.lstrip("-").split("=")[0].replace("-", "_") for word in words] + words + ["--config", *map(repr, words)]
+        [word.lstrip("-").split("=")[0].replace("-", "_") for word in words]
+        + [word.partition("=")[2] for word in words]
+        + [*words, "--config", "generation_batch_size", *map(repr, words)]
     )
 
     def wrong() -> str | None:

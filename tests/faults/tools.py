@@ -137,7 +137,7 @@ def tools(case: Case) -> Verdict:
     if tool == "migrate":
         names += [*MIGRATE, "old."]
     if tool == "tables":
-        names += ["seeds", "baselines", "ablations", "runs/"]
+        names += ["seeds", "baselines", "ablations", "runs/", *(f"{word}/" for word in words)]
 
     def wrong() -> str | None:
         if not ended.out.strip():

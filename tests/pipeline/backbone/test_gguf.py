@@ -58,7 +58,12 @@ def test_a_file_becomes_a_folder_that_transformers_loads(gguf_file, tmp_path, mo
     for (name, ours), theirs in zip(model.state_dict().items(), exact.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs.to(torch.bfloat16)), name
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id] == [1, 2, 0, 2]
+    assert [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.unk_token_id, tokenizer.pad_token_id] == [
+        1,
+        2,
+        0,
+        2,
+    ]
     assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(**source).get_vocab()
 
     monkeypatch.setattr(gguf, "_converted", lambda path, folder: folder if folder.is_dir() else pytest.fail("anew"))

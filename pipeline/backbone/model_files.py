@@ -1,14 +1,17 @@
-"""Compare the size of the model that config.json describes with the model's files, before transformers makes it.
+"""Check the files of a model before transformers makes it: they can be had, and config.json describes no larger model.
 
 transformers makes a tensor for all that the config names, and fills those that the files lack. So one wrong size in the
 config could take all memory, or hours.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from transformers import AutoModel, PreTrainedConfig
 
+from data.quoting import escaped
 from pipeline.backbone.adapter_tensors import read_header
 
 
@@ -53,3 +56,22 @@ def check_size(config: PreTrainedConfig, folder: Path) -> None:
         raise ValueError(
             f"{folder}: config.json describes a model of {made:,} numbers, but the model's files hold {held:,}. {remedy}"
         )
+
+
+@contextmanager
+def reached(name: str) -> Iterator[None]:
+    """Say in one line that the files of a model that is no local folder cannot be had.
+
+    Raises:
+        OSError: the code inside raised one: there is no such model, it is not public, or the hub cannot be reached.
+    """
+    try:
+        yield
+    except OSError as error:
+        if Path(name).is_dir():
+            raise
+        raise OSError(
+            f"model_name_or_path={name!r}: there is no such folder, and the hub did not give such a model "
+            f"({escaped(' '.join(str(error).split()), 400)}). Correct the name; or reach the hub, and log in if the model is "
+            f"not public; or copy the model to a folder here."
+        ) from error
