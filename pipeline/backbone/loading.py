@@ -256,9 +256,9 @@ def _ends(base: PreTrainedModel, name: str, revision: str | None) -> set[int]:
     except OSError:  # the model has none; transformers treats the error in the same way
         pass
     ends = [end for ids in found if ids is not None for end in (ids if isinstance(ids, list) else [ids])]
-    if odd := next((end for end in ends if not isinstance(end, int) or isinstance(end, bool)), None):
+    if odd := [end for end in ends if not isinstance(end, int) or isinstance(end, bool)]:
         raise ValueError(
-            f"{name}: eos_token_id names {quoted(odd)}, which is no token's id. Correct generation_config.json."
+            f"{name}: eos_token_id names {quoted(odd[0])}, which is no token's id. Correct generation_config.json."
         )
     return set(ends)
 

@@ -60,6 +60,10 @@ def spoiled(spoil, source: str):
 
 MODELS = {
     "nothing named": (None, r"model_name_or_path is not set"),
+    "no such model": (
+        "sent2vec",
+        r"model_name_or_path='sent2vec': there is no such folder, and the hub did not give such a model \(.*Correct the name",
+    ),
     "no such folder": ("./nowhere", r"model_name_or_path='\./nowhere': there is no such folder"),
     "a file": (lambda world: f"{world.tiny}/config.json", r"config\.json': there is no such folder"),
     "an adapter": (
@@ -101,6 +105,14 @@ MODELS_SEEN_IN_LOADING = {
             ("n_inner", 10**9, "describes a model of"),
         )
     },
+    "an end that is no token": (
+        change("generation_config.json", eos_token_id=[None]),
+        r"eos_token_id names None, which is no token's id\. Correct generation_config\.json",
+    ),
+    "a length that is no number": (
+        change("tokenizer_config.json", model_max_length=[]),
+        r"tokenizer_config\.json has model_max_length=\[\]\. Write a whole number",
+    ),
     "an unknown family": (
         change("config.json", model_type="own\x1b[2J"),
         r"no model of config\.json .*type `own\\x1b\[2J`",

@@ -282,6 +282,34 @@ CONTRADICTIONS = {
         r"\[5\.0, -5\.0\] must be two numbers",
     ),
     "one bound": ("ppo", {"recipe": "reward_clip_range: [5]\n"}, r"reward_clip_range=\[5\.0\] must be two numbers"),
+    **{
+        f"a long {key}": (
+            stage,
+            {key: f"runs/{'é' * 128}"},
+            rf"^{key}='runs/é+\.\.\. has a part of more than 255 bytes",
+        )
+        for stage, key in (
+            ("sft", "model_name_or_path"),
+            ("ppo", "sft_adapter"),
+            ("dpo", "dataset_name"),
+            ("grpo", "eval_dataset_name"),
+        )
+    },
+    "a reference of its own": (
+        "dpo",
+        {"sync_ref_model": True},
+        "^sync_ref_model=True needs a reference model of its own",
+    ),
+    "a loss of experts": (
+        "rloo",
+        {"router_aux_loss_coef": 0.1},
+        r"^router_aux_loss_coef=0\.1 weighs a loss of mixtures",
+    ),
+    "assistants of texts": (
+        "sft",
+        {"assistant_only_loss": True},
+        r"^assistant_only_loss=True needs conversations, and .*texts",
+    ),
     "a group of one": ("grpo", {"num_generations": 1}, "at least 2 generations"),
     "no completions": ("best_of_n", {"n": [0, 2]}, r"n=\[0, 2\] must be a list of numbers of completions"),
     "a report that is not there": ("best_of_n", {"report": "none.json"}, "report='none.json': no such file"),
@@ -409,6 +437,18 @@ def test_every_range_is_that_of_an_option():
     kinds = [kind for main in mains for name, kind in get_type_hints(main).items() if name != "return"]
     options = {option.name for kind in kinds for option in fields(kind)}
     assert {name for names, _, _ in RANGES_OF_OPTIONS for name in names} <= options
+
+
+def test_a_word_too_many():
+    with pytest.raises(ValueError, match=r"^command line: \[''\] belong to no option"):
+        parse(DataArguments, args=["--dataset_name", "x", ""])
+
+
+def test_a_whole_number_is_a_float_as_on_the_command_line(world):
+    """transformers refuses a temperature of 1, and takes 1.0."""
+    path = world.write("recipe.yaml", "dataset_name: x\nmin_kept: 1\n")
+    (found,) = parse(DataArguments, args=["--config", str(path)])
+    assert type(found.min_kept) is float
 
 
 @pytest.mark.parametrize("name", ["nowhere.yaml", ".", "prompts.jsonl/ppo.yaml"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from data.listing import LISTING
+from data.listing import LISTING, entry_of, write_listing
 from data.pip_files import cache_dir
 from data.saving import SAVED, SAVING, check_saved, save
 from pipeline import tables
@@ -18,7 +18,7 @@ from pipeline.backbone.adapters import read_adapter
 from pipeline.convert_hh import main as convert
 from pipeline.runs.manifest import MANIFEST, STAGING, manifest_digest
 from pipeline.runs.outputs import check_space
-from pipeline.runs.ownership import FILES, former_files, holds_only_ours, make_way
+from pipeline.runs.ownership import FILES, former_files, holds_only_ours, make_way, not_ours
 from tests.cuts import contents
 
 
@@ -137,6 +137,17 @@ def test_what_a_former_release_has_saved_is_known(kind, tmp_path):
             assert former_files(tmp_path, kind) == []
     (tmp_path / name).unlink()
     assert former_files(tmp_path, kind) == []
+
+
+def test_a_link_and_a_name_beside_a_list_are_nobodys_save(tmp_path):
+    """A release that wrote no list wrote no links either; where a list is, what it does not name is the user's."""
+    for name, text in OF_FORMER["adapter"].items():
+        put(name, text)(tmp_path)
+    put("elsewhere")(tmp_path)
+    (tmp_path / "vocab.json").symlink_to(tmp_path / "elsewhere")
+    assert not_ours(tmp_path, ["README.md", "vocab.json"]) == ["vocab.json"]
+    write_listing(tmp_path / LISTING, {"README.md": entry_of(tmp_path / "README.md", "adapter")})
+    assert not_ours(tmp_path, ["README.md", "metrics.json"]) == ["metrics.json"]
 
 
 # ------------------------------------------------------------------------------------------ checkpoints

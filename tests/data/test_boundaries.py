@@ -87,6 +87,14 @@ def test_a_link_leads_elsewhere(linked, tmp_path, outside):
     refused(folder, rf"rows: {linked} is a link to \S+, which is not in this folder")
 
 
+def test_links_in_a_circle(tmp_path):
+    folder = saved(tmp_path)
+    rows = folder / "data-00000-of-00001.arrow"
+    rows.unlink()
+    rows.symlink_to(rows)
+    refused(folder, r"rows could not be loaded .*Too many levels of symbolic links")
+
+
 def test_links_within_a_folder_and_in_the_hubs_cache_are_read(tmp_path):
     folder = tmp_path / "datasets--a--b" / "snapshots" / "0123"
     folder.mkdir(parents=True)

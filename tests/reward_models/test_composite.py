@@ -347,6 +347,32 @@ FIRST_ROW = "for prompt 'p', completion 'a b'. Return a finite number, or None i
 SECOND = "for prompt 'q', completion 'c'. Return a finite number, or None if the function does not apply."
 
 
+class Mute(Exception):
+    def __str__(self):
+        raise RuntimeError
+
+
+def logs(name, value):
+    """Return a reward that logs a metric."""
+
+    def logs(completions, log_metric, **kwargs):
+        log_metric(name, value)
+        return [0.0] * len(completions)
+
+    return logs
+
+
+def test_rloo_cannot_learn_from_rows_that_are_all_without_a_score():
+    nothing = torch.full((2, 1), float("nan"))
+    composite = Composite([words])
+    scored = composite.total(torch.tensor([[1.0], [float("nan")]]), ["p", "q"], ["a", "b"], all_scored=False)
+    assert scored.tolist() == [1.0, 0.0]
+    with pytest.raises(
+        RewardError, match=r"make no finite score \(words nan; nan is None\) for prompt 'p', completion 'a'"
+    ):
+        composite.total(nothing, ["p", "q"], ["a", "b"], all_scored=False)
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -375,6 +401,15 @@ SECOND = "for prompt 'q', completion 'c'. Return a finite number, or None if the
         (stops(SystemExit(0)), f"'gives' raised SystemExit: 0. It was called with {FIRST}."),
         (stops(GeneratorExit()), f"'gives' raised GeneratorExit: . It was called with {FIRST}."),
         (stops(Stop("now")), f"'gives' raised Stop: now. It was called with {FIRST}."),
+        (stops(Mute()), f"'gives' raised Mute: <an error without a text>. It was called with {FIRST}."),
+        (
+            logs("share", "half"),
+            f"'logs' raised TypeError: log_metric has 'half' for 'share'. Give it a number. It was called with {FIRST}.",
+        ),
+        (
+            logs(3, 0.5),
+            f"'logs' raised TypeError: log_metric has 3 for a name. Give it a text. It was called with {FIRST}.",
+        ),
     ],
 )
 def test_a_mistake_names_the_function_and_shows_the_sample(function, message):
