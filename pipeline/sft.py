@@ -8,8 +8,7 @@ Trains a LoRA adapter on the frozen backbone with TRL's SFTTrainer.
 import torch
 from accelerate.logging import get_logger
 from transformers import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
-from trl import ModelConfig, SFTConfig, SFTTrainer
-from trl.data_utils import is_conversational
+from trl import ModelConfig, SFTConfig, SFTTrainer, is_conversational
 
 from data.texts import load_texts
 from data.tokens import check_max_length

