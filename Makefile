@@ -14,7 +14,7 @@ ABLATIONS ?= value_init=auto value_init=policy critic=head lora_top_layers=4 nor
 
 FAST_TESTS = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -m 'not slow' --numprocesses logical \
 	--maxprocesses 4 --dist worksteal
-LAUNCH = .venv/bin/accelerate launch --config_file accelerate_configs/cpu.yaml -m
+LAUNCH = .venv/bin/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml -m
 RECIPES = pipeline/recipes
 
 # glibc returns the memory of every large tensor to the kernel and then asks for it again. Keeping the memory saves a quarter

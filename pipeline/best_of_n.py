@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from transformers.utils.logging import tqdm
 from trl import ModelConfig
 
 from data.json_files import write_json
@@ -94,10 +94,11 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
     asked, prompt_ids = prompts["prompt"][:], tokenize_prompts(prompts["prompt"][:], tokenizer)
     together = rounds(len(prompts), args.batch_size)
     texts, tokens, judged, scored = [], [], [], []  # each (draws, prompts); the last draw is the opponent
-    with asyncio.Runner() as runner:
-        for draw in tqdm(
-            range(max(args.n) + 1), desc="completions of every prompt", disable=not state.is_main_process
-        ):
+    draws = max(args.n) + 1
+    total = draws * -(-len(prompts) // (args.batch_size * state.num_processes))
+    progress = tqdm(total=total, desc="completions", unit="batch", disable=not state.is_main_process)
+    with asyncio.Runner() as runner, progress:
+        for draw in range(draws):
             batches = sample(
                 backbone,
                 "policy",
@@ -117,6 +118,7 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
                 if number < together:
                     composite.check_batch(columns, of_batch["prompt"][:], answers)
                 parts.append((batch.first, ids, columns))
+                progress.update()
             ids, columns = gathered(parts)
             texts.append(tokenizer.batch_decode(ids, skip_special_tokens=True))
             answers = as_answers(texts[-1], asked)

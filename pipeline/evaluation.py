@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 from trl import ModelConfig
 
 from data.json_files import check_object, write_json

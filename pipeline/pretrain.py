@@ -38,6 +38,7 @@ from pipeline.runs.manifest import ORDER
 from pipeline.runs.output_lock import lock_for_training
 from pipeline.runs.ownership import FILES, former_files
 from pipeline.runs.resumed_options import ResumesOptions
+from pipeline.runs.terminal import write_lines
 
 
 RECORD = "options.json"  # of a checkpoint, which has no manifest here
@@ -88,6 +89,7 @@ class Pretraining(ResumesOptions, Trainer):
     def train_with(self, options: dict, changed: dict | None) -> None:
         self._options, self._changed = options, changed
         self._say_changes(self.args.resume_from_checkpoint)
+        write_lines(self)
         self.train(resume_from_checkpoint=self.args.resume_from_checkpoint)
 
     def _save_checkpoint(self, model, trial) -> None:

@@ -148,6 +148,7 @@ def held_out_report(trainer: RewardModel) -> dict:
         batch_size=trainer.args.per_device_eval_batch_size,
         device=trainer.accelerator.device,
         share=True,
+        bar="scores of held-out pairs",
     )
     score_of = dict(zip(texts, scores, strict=True))
     margins = [score_of[c] - score_of[r] for c, r in zip(chosen, rejected, strict=True)]

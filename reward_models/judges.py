@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
+from transformers.utils.logging import tqdm
 
 from reward_models.remote import authorization, post
 
@@ -120,7 +121,9 @@ def get_llm(
     def llm(prompts: list, first: list, second: list, **kwargs) -> list[float | None]:
         rows = zip(*(map(_as_text, texts) for texts in (prompts, first, second)), strict=True)
         with ThreadPoolExecutor(threads) as pool:
-            return list(pool.map(lambda row: ask(*row), rows))
+            answers = pool.map(lambda row: ask(*row), rows)
+            with tqdm(answers, total=len(prompts), desc="answers of the judge", unit="pair") as progress:
+                return list(progress)
 
     ask("Say hello.", "Hello!", "Hello, world!")
     return llm

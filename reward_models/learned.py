@@ -9,6 +9,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 from trl.trainer.utils import pad
 
 from data.prompts import tokenize_prompts
@@ -35,12 +36,14 @@ def score_rows(
     batch_size: int,
     device,
     share: bool = False,
+    bar: str = "",
 ) -> list[float]:
     """Return the scores of token rows, in their order.
 
     `score` maps ids and mask, right-padded (B, S), to scores (B,). Rows are scored in order of length, which keeps padding
     small. With `share`, processes that have the same rows share the batches, and all get all scores. Each process runs the
-    same number of batches, because a sharded model runs in all processes together.
+    same number of batches, because a sharded model runs in all processes together. `bar` is the name of a progress bar of
+    the batches; without a name there is none.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     chunks = [order[start : start + batch_size] for start in range(0, len(rows), batch_size)]
@@ -48,11 +51,15 @@ def score_rows(
         with PartialState().split_between_processes(chunks, apply_padding=True) as mine:
             chunks = mine
     found: list[tuple[int, float]] = []
-    for chunk in chunks:
-        tensors = [torch.tensor(rows[i]) for i in chunk]
-        ids = pad(tensors, padding_value=pad_token_id).to(device)
-        mask = pad([torch.ones_like(tensor) for tensor in tensors], padding_value=0).to(device)
-        found += zip(chunk, score(ids, mask).tolist(), strict=True)
+    tokens = sum(len(rows[i]) for chunk in chunks for i in chunk)  # the last batches are the longest
+    drawn = bool(bar) and PartialState().is_main_process
+    with tqdm(total=tokens, desc=bar, unit="token", unit_scale=True, disable=not drawn) as progress:
+        for chunk in chunks:
+            tensors = [torch.tensor(rows[i]) for i in chunk]
+            ids = pad(tensors, padding_value=pad_token_id).to(device)
+            mask = pad([torch.ones_like(tensor) for tensor in tensors], padding_value=0).to(device)
+            found += zip(chunk, score(ids, mask).tolist(), strict=True)
+            progress.update(sum(map(len, tensors)))
     return [value for _, value in sorted(dict(gather_object(found) if share else found).items())]
 
 

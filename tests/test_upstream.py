@@ -17,6 +17,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -376,6 +377,14 @@ TRANSFORMERS = [
            says=("_hf_deepspeed_config_weak_ref = None",)),
     Relied("transformers.utils.is_bitsandbytes_available", LOADING, "load_in_4bit is refused without it.",
            "importlib.util.find_spec.", holds=lambda x: isinstance(x(), bool)),
+    Relied("transformers.utils.logging.tqdm", "pipeline/runs/terminal.py",
+           "our bars are drawn where transformers' are.", "tqdm.auto's, and an option of ours to leave them out.",
+           holds=lambda x: hasattr(find("transformers.utils.logging"), "disable_progress_bar")),
+    Relied("transformers.ProgressCallback.on_log", "pipeline/runs/terminal.py", "a line takes the place of a dictionary.",
+           "a callback of ours without Trainer's.", arguments=("self", "args", "state", "control", "logs", "kwargs")),
+    Relied("transformers.ProgressCallback.training_bar", "pipeline/runs/terminal.py",
+           "the bar counts from the step that a run resumes from.", "a callback of ours without Trainer's.",
+           says=("self.training_bar.update(state.global_step - self.current_step)",)),
     Relied("transformers.activations.NewGELUActivation", LOADING, "GPT-2's activation, in eight kernels.",
            "leave `fuse_gelu` out: the demo's bytes change.", says=("torch.tanh",)),
     Relied("transformers.activations.ACT2FN", LOADING, "the same function in one kernel.",
@@ -594,7 +603,12 @@ BITSANDBYTES = [
            "it would repack the weights for CPUs, rounded, and lose the gradients.", "refuse load_in_4bit on such CPUs."),
 ]  # fmt: skip
 
-RELIED_ON = [*TRL, *TRL_VLLM, *TRANSFORMERS, *PEFT, *ACCELERATE, *TORCH, *DATASETS, *DEEPSPEED, *BITSANDBYTES]
+TQDM = [
+    Relied("tqdm.tqdm._instances", "pipeline/runs/errors.py", "a bar that an error cuts short is closed before its message.",
+           "leave the bar open: the message then follows it in the same line.", holds=lambda x: isinstance(x, WeakSet)),
+]  # fmt: skip
+
+RELIED_ON = [*TRL, *TRL_VLLM, *TRANSFORMERS, *PEFT, *ACCELERATE, *TORCH, *DATASETS, *DEEPSPEED, *BITSANDBYTES, *TQDM]
 
 
 @pytest.mark.parametrize("line", RELIED_ON, ids=lambda line: f"{line.what} in {line.used_in}")

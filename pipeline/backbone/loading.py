@@ -1,9 +1,11 @@
 """Load a pretrained model and its tokenizer, and check both."""
 
+import logging
 import math
 import os
 import re
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from accelerate import PartialState
@@ -156,8 +158,8 @@ def load_pretrained(
     if Path(name).is_dir() and not trust_remote_code:
         check_size(config, Path(name))
     try:
-        # The warning is about the fresh score head, which we want.
-        with reached(name), loaded_whole(), suppress_seqcls_warning():
+        # Warning and report are about the fresh score head, which we want.
+        with reached(name), loaded_whole(), suppress_seqcls_warning(), _without_report():
             if head:
                 base, found = AutoModelForSequenceClassification.from_pretrained(
                     name, num_labels=1, **source, **options
@@ -204,6 +206,22 @@ def load_pretrained(
             layer.support_avx512bf16_for_cpu = False
     check_model(base, name)
     return fuse_gelu(base).requires_grad_(False), tokenizer
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Leave out transformers' table of tensors that are missing: `_check_whole` refuses all but the fresh score head."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def told(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "LOAD REPORT" not in text or "CONVERSION" in text  # an error refers to the table then
+
+    logger.addFilter(told)
+    try:
+        yield
+    finally:
+        logger.removeFilter(told)
 
 
 def _unusable_config(name: str, error: Exception) -> ValueError:

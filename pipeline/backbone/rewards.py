@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from transformers import PreTrainedTokenizerBase
+from transformers.utils.logging import tqdm
 from trl import ModelConfig
 
 from data.prompts import tokenize_prompts
@@ -110,7 +111,12 @@ def measure(
         "batch_size": batch_size,
     }
     batches = sample(backbone, "policy", prompt_ids, tokenizer, **options, share_seed=(seed,))
-    (completions,) = gathered([(batch.first, batch.rows()) for batch in batches])
+    state = PartialState()
+    total = -(-len(prompt_ids) // (batch_size * state.num_processes))
+    name = "completions for the scale of the scores"
+    with tqdm(batches, total=total, desc=name, unit="batch", disable=not state.is_main_process) as progress:
+        parts = [(batch.first, batch.rows()) for batch in progress]
+    (completions,) = gathered(parts)
     scores = score_rows(
         backbone.scores,
         [prompt + completion for prompt, completion in zip(prompt_ids, completions, strict=True)],
@@ -118,6 +124,7 @@ def measure(
         batch_size=batch_size,
         device=backbone.get_base_model().device,
         share=True,
+        bar="their scores",
     )
     if not np.isfinite(scores).all():
         raise FloatingPointError(

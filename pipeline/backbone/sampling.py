@@ -1,6 +1,6 @@
 """Sample completions of any role to any prompts; every stage samples with this module."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
@@ -90,6 +90,17 @@ class FiniteLogits(LogitsProcessor):
         return scores
 
 
+class Ticks(LogitsProcessor):
+    """Tell of each pass of `generate`, which draws one token for each row, so that a bar can count them."""
+
+    def __init__(self, tell: Callable[[int], object]):
+        self.tell = tell
+
+    def __call__(self, input_ids: Int[Tensor, "B S"], scores: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+        self.tell(1)
+        return scores
+
+
 @contextmanager
 def _no_config_of_its_own(backbone: Backbone) -> Iterator[None]:
     """Hide the model's generation config, because `generate` would take every field from it that ours leaves unset."""
@@ -124,6 +135,7 @@ def sample(
     options: dict[str, Any] | None = None,
     keep_logprobs: bool = False,
     share_seed: tuple[int, ...] | None = None,
+    tell: Callable[[int], object] | None = None,
 ) -> Iterator[Sample]:
     """Sample one completion to each prompt, in batches, from the whole distribution at `temperature`.
 
@@ -132,7 +144,7 @@ def sample(
 
     `options` are fields of GenerationConfig that a user has set (`sampling_options`). With `share_seed`, processes take
     batches in turn, and each batch has a seed of its own. So the completions do not depend on the number of processes.
-    `gathered` joins their results.
+    `gathered` joins their results. `tell` is called with 1 for each token that a batch draws.
 
     Raises:
         FloatingPointError: the model's logits are not finite.
@@ -158,14 +170,15 @@ def sample(
         rows = [torch.tensor(ids) for ids in prompt_ids[start : start + batch_size]]
         ids = pad(rows, padding_value=tokenizer.pad_token_id, padding_side="left").to(device)
         mask = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
-        recorder, check = SampledLogprobs(temperature), FiniteLogits(role)
+        recorder = SampledLogprobs(temperature)
+        processors = [FiniteLogits(role), *([recorder] if keep_logprobs else []), *([Ticks(tell)] if tell else [])]
         with backbone.role(role), _no_config_of_its_own(backbone):
             # Every process has all weights here, so it need not wait for the longest completion of another process.
             sequences = backbone.generate(
                 input_ids=ids,
                 attention_mask=mask,
                 generation_config=generation,
-                logits_processor=LogitsProcessorList([check, recorder] if keep_logprobs else [check]),
+                logits_processor=LogitsProcessorList(processors),
                 synced_gpus=False,
             )
         completion_ids = sequences[:, ids.shape[1] :]

@@ -10,8 +10,8 @@ from dataclasses import replace
 
 import torch
 from accelerate import PartialState
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.utils.logging import tqdm
 from trl.generation.vllm_generation import VLLMGeneration
 from trl.trainer.utils import pad
 
@@ -23,6 +23,9 @@ from pipeline.rl.checks import BATCH, PROMPTS, Check, held, padded
 from pipeline.rl.config import PPOConfig
 from pipeline.rl.policy_checks import adapters_that_run, own_checks, policy_checks, sampling_checks
 from pipeline.rl.score_checks import reward_model_checks, score_checks
+
+
+POLICY_PASSES = 3  # of `policy_checks` over a batch: the policy twice, and the reference
 
 
 @torch.no_grad()
@@ -49,9 +52,12 @@ def preflight(
     was_training = backbone.training
     backbone.train()  # as in PPO, so that dropout is found
     rows = tokenize_prompts(prompts[:PROMPTS], tokenizer)
+    # Passes over a batch: one for each token, and those of the checks of policy and rewards.
+    passes = args.max_completion_length + POLICY_PASSES + len(reward_adapters or {})
     progress = tqdm(
-        total=(1 + len(reward_adapters or {})) * len(range(0, len(rows), BATCH)) + bool(vllm),
+        total=passes * len(range(0, len(rows), BATCH)) + bool(vllm),
         desc="preflight",
+        unit="pass",
         disable=args.disable_tqdm or not PartialState().is_main_process,
     )
     batches, checks = [], []
@@ -67,10 +73,13 @@ def preflight(
                 batch_size=BATCH,
                 options=sampling_options(args),
                 keep_logprobs=True,
+                tell=progress.update,
             ):
                 batches.append(batch)
-                progress.update()
-        checks += [*policy_checks(backbone, batches, sampling, args), *own_checks(backbone, batches[0], args)]
+                progress.update(args.max_completion_length - batch.completion_ids.shape[1])
+        checks += [*policy_checks(backbone, batches, sampling, args)]
+        progress.update(POLICY_PASSES * len(batches))
+        checks += [*own_checks(backbone, batches[0], args)]
         checks += sampling_checks(args)
         if vllm:
             checks.append(_vllm_check(backbone, vllm, rows, tokenizer, args))

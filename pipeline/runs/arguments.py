@@ -134,6 +134,7 @@ class CompletionArguments:
     )
     judge: str | None = field(default=None, metadata=JUDGE)
     seed: int = 0
+    disable_tqdm: bool = field(default=False, metadata={"help": "Draw no progress bars, as in training."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code from the model's repository."})
     pad_token: str | None = field(default=None, metadata=PAD_TOKEN)
 

@@ -49,6 +49,7 @@ from pipeline.runs.resumed_options import ResumesOptions
 from pipeline.runs.rotation import Rotates
 from pipeline.runs.state_files import save_state
 from pipeline.runs.stopping import StopsOnSignals
+from pipeline.runs.terminal import write_lines
 from pipeline.runs.worlds import state_of
 from reward_models.composite import RewardError
 
@@ -194,6 +195,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
         self.diverged, self._loss, self._left_out = None, 0.0, False
         self._within_step, self._written = False, 0
         self._resumed, self._trained_before, self._began = None, 0.0, time.time()
+        write_lines(self)
         with self.listening():
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 

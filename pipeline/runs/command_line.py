@@ -19,6 +19,7 @@ from pipeline.runs.agreement import awaiting_processes, check_same_options
 from pipeline.runs.errors import EXPECTED, report_errors
 from pipeline.runs.recipe import check_ranges, check_types
 from pipeline.runs.recipe_file import find_recipe, read_recipe
+from pipeline.runs.terminal import leave_out_bars
 from pipeline.runs.trainer_options import check_attention, check_trainer_options
 
 
@@ -37,6 +38,8 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
     if args is None:
         args = sys.argv[1:]
         report_errors()
+        # The oldest transformers that we allow has this name alone; later ones warn of it in every run.
+        warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated")
         for stream in (sys.stdout, sys.stderr):  # an ASCII locale cannot print all tokens and paths
             if isinstance(stream, TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
@@ -93,6 +96,8 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
         if isinstance(part, ModelConfig):
             check_attention(part.attn_implementation, installed=runs)
     if runs:
+        if any(getattr(part, "disable_tqdm", False) for part in parts):
+            leave_out_bars()
         for part in parts:
             _check_trackers(getattr(part, "report_to", None))
     return parts

@@ -1,7 +1,7 @@
 """Report the error that ends a command: one message for a wrong input, a traceback for a bug.
 
 An error that Spine's own code raises says everything in its message, and a traceback would hide the message. Any other error
-may be a bug, and keeps its traceback.
+may be a bug, and keeps its traceback. `accelerate launch --debug` shows the traceback of every error.
 """
 
 import hashlib
@@ -14,6 +14,9 @@ import traceback
 from pathlib import Path
 from types import TracebackType
 
+from tqdm import tqdm
+
+from pipeline.backbone.sharding import is_set
 from pipeline.runs.launch import launch_command
 
 
@@ -44,14 +47,16 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
     """Print an error: the message and its notes if it is expected, else the traceback. Ctrl-C is a line and exit code 130.
 
     If several processes have the same error, one of them prints it. torch's launcher ends with a table of the processes, and
-    gets the message for that table.
+    gets the message for that table. Bars that the error has cut short are left first, so that the message begins a line.
     """
+    for bar in list(tqdm._instances):
+        bar.close()
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if issubclass(kind, KeyboardInterrupt):
         if not several or _tell_launcher(INTERRUPTED):
             sys.stderr.write(INTERRUPTED)
         raise SystemExit(128 + signal.SIGINT)  # the interpreter takes it from here
-    expected = is_expected(error, trace)
+    expected = is_expected(error, trace) and not is_set("ACCELERATE_DEBUG_MODE")
     notes = [note for one in (error, error.__cause__) for note in getattr(one, "__notes__", [])]
     text = (
         " ".join([str(error), *notes]) + "\n" if expected else "".join(traceback.format_exception(kind, error, trace))
@@ -59,9 +64,11 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
     if several and not _tell_launcher(str(error) if expected else f"{kind.__name__}: {error}"):
         return
     sys.stderr.write(f"[rank {os.environ.get('RANK', 0)}] {text}" if several else text)
-    launcher = None if several or not expected else launch_command()
+    launcher = None if several else launch_command()
     if launcher is not None and not launcher.quiet:
-        sys.stderr.write("(accelerate adds its own traceback. `accelerate launch --quiet` leaves it out.)\n")
+        sys.stderr.write(
+            "(accelerate adds its own traceback. It says nothing more, and `accelerate launch --quiet` leaves it out.)\n"
+        )
 
 
 def _tell_launcher(message: str) -> bool:

@@ -58,6 +58,15 @@ def test_an_expected_error_is_its_message(call, message, capsys, monkeypatch):
     assert said.startswith(message) and said.endswith("\n") and said.count("\n") == 1
 
 
+def test_debugging_shows_the_traceback_of_an_expected_error_too(capsys, monkeypatch):
+    """`accelerate launch --debug` sets the variable."""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("ACCELERATE_DEBUG_MODE", "true")
+    report(*caught(options("--min_kept", "2")))
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback") and said.endswith("\nValueError: min_kept=2.0 must be from 0 to 1.\n")
+
+
 def broken(completions, **kwargs):
     return [len(text) / 0 for text in completions]
 

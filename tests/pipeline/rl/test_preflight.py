@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,26 @@ def test_a_sound_run_passes(check):
     assert 0 < found["tokens are drawn from the policy"].measured < 4
     assert found["scores do not depend on batch and padding"].measured < 1e-5
     assert found["reward model's accuracy"].measured == 0.7
+
+
+def test_the_bar_ends_with_the_preflight(check, monkeypatch):
+    """Completions that end early, and each reward model, are counted too."""
+    seen = []
+
+    class Bar(AbstractContextManager):
+        def __init__(self, total, **options):
+            self.left = total
+            seen.append(self)
+
+        def update(self, passes=1):
+            self.left -= passes
+
+        def __exit__(self, *error):
+            return None
+
+    monkeypatch.setattr("pipeline.rl.preflight.tqdm", Bar)
+    check(lambda trainer: make_likely(trainer.model, trainer.processing_class.eos_token_id), max_completion_length=20)
+    assert [bar.left for bar in seen] == [0]
 
 
 def test_without_a_reward_model_the_policy_alone_is_looked_at(check):
