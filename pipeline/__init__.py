@@ -6,6 +6,7 @@ folder in which a command is started, and a user may have their own `data` there
 
 import os
 import sys
+import warnings
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import TracebackType
@@ -49,6 +50,8 @@ for _name in ("data", "reward_models"):
     _claim(_name, Path(__file__).resolve().parents[1] / _name)
 if sys.argv[:1] == ["-m"]:  # Python looks for `pipeline.<command>`, to start it
     sys.excepthook = _end_at_ctrl_c
+    # The oldest transformers that we allow has these names alone, and later ones warn of them in every run.
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated")
     if not sys.stderr.isatty():  # a file keeps every state of a progress bar: write one every half minute
         for _name in ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL"):  # tqdm reads them as it is imported
             os.environ.setdefault(_name, "30")

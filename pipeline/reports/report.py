@@ -82,6 +82,18 @@ def _facts(report: dict) -> str:
     return text[:1].upper() + text[1:] + "." if facts else ""
 
 
+def figures(report: dict) -> list[str]:
+    """Return the paragraphs of a report's figures: what training changed, on what, and the table of metrics."""
+    sft, trained = report["sft"], report["policy"]
+    rows = [
+        [name, number(sft.get(key), form), number(trained.get(key), form)]
+        for key, name, form in METRICS
+        if sft.get(key) is not None or trained.get(key) is not None
+    ]
+    header = ["metric", "SFT", report.get("policy_name", "PPO")]
+    return [_headline(report), _facts(report), markdown_table(header, rows, numbers=(1, 2))]
+
+
 def _figure_link(key: str, text: str) -> str:
     return f"![{text}]({FIGURES[key]})"
 
@@ -159,14 +171,8 @@ def markdown_report(report: dict, samples: list[dict], curves: bool = True) -> s
         samples: dicts with `prompt`, `sft`, `policy` (strings) and `sft_score`, `sft_judge`, `policy_score`, `policy_judge`.
         curves: True if the curves of PPO were drawn.
     """
-    sft, trained, policy = report["sft"], report["policy"], report.get("policy_name", "PPO")
-    rows = [
-        [name, number(sft.get(key), form), number(trained.get(key), form)]
-        for key, name, form in METRICS
-        if sft.get(key) is not None or trained.get(key) is not None
-    ]
-    parts = ["# Evaluation", _headline(report), _facts(report)]
-    parts.append(markdown_table(["metric", "SFT", policy], rows, numbers=(1, 2)))
+    policy = report.get("policy_name", "PPO")
+    parts = ["# Evaluation", *figures(report)]
     parts.append(_figure_link("score_histograms", f"Reward model scores of SFT's and {policy}'s completions"))
     if curves:
         parts.append(_figure_link("ppo_curves", "Mean score, KL to the reference and value loss during PPO"))

@@ -38,8 +38,6 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
     if args is None:
         args = sys.argv[1:]
         report_errors()
-        # The oldest transformers that we allow has this name alone; later ones warn of it in every run.
-        warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated")
         for stream in (sys.stdout, sys.stderr):  # an ASCII locale cannot print all tokens and paths
             if isinstance(stream, TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
