@@ -14,6 +14,14 @@ PROMPTS, BATCH = 64, 32
 ROWS = 8  # rows that are scored alone; few, since a pass over a single row reads all weights
 
 
+def whole_pass(args: PPOConfig) -> int:
+    """Return how many passes over one token a row, as in sampling, a pass over whole rows counts as in the bar.
+
+    It takes longer than one of them, and not as long as those of all tokens: more on CPUs, less on GPUs.
+    """
+    return max(1, args.max_completion_length // 4)
+
+
 @dataclass(frozen=True)
 class Check:
     """One check: the measured value, its bound, the result, and why it matters."""

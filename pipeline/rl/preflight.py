@@ -19,7 +19,7 @@ from data.prompts import tokenize_prompts
 from pipeline.backbone.adapters import read_metrics
 from pipeline.backbone.roles import Backbone
 from pipeline.backbone.sampling import sample, sampling_options
-from pipeline.rl.checks import BATCH, PROMPTS, Check, held, padded
+from pipeline.rl.checks import BATCH, PROMPTS, Check, held, padded, whole_pass
 from pipeline.rl.config import PPOConfig
 from pipeline.rl.policy_checks import adapters_that_run, own_checks, policy_checks, sampling_checks
 from pipeline.rl.score_checks import reward_model_checks, score_checks
@@ -52,10 +52,10 @@ def preflight(
     was_training = backbone.training
     backbone.train()  # as in PPO, so that dropout is found
     rows = tokenize_prompts(prompts[:PROMPTS], tokenizer)
-    # Passes over a batch: one for each token, and those of the checks of policy and rewards.
-    passes = args.max_completion_length + POLICY_PASSES + len(reward_adapters or {})
+    number, whole = len(range(0, len(rows), BATCH)), whole_pass(args)
+    checked = POLICY_PASSES + len(reward_adapters or {})
     progress = tqdm(
-        total=passes * len(range(0, len(rows), BATCH)) + bool(vllm),
+        total=number * (args.max_completion_length + checked * whole) + whole * (1 + bool(vllm)),
         desc="preflight",
         unit="pass",
         disable=args.disable_tqdm or not PartialState().is_main_process,
@@ -78,12 +78,13 @@ def preflight(
                 batches.append(batch)
                 progress.update(args.max_completion_length - batch.completion_ids.shape[1])
         checks += [*policy_checks(backbone, batches, sampling, args)]
-        progress.update(POLICY_PASSES * len(batches))
+        progress.update(POLICY_PASSES * len(batches) * whole)
         checks += [*own_checks(backbone, batches[0], args)]
+        progress.update(whole)
         checks += sampling_checks(args)
         if vllm:
             checks.append(_vllm_check(backbone, vllm, rows, tokenizer, args))
-            progress.update()
+            progress.update(whole)
         completions = [row for batch in batches for row in batch.rows()]
         for role, folder in (reward_adapters or {}).items():
             of_role = [*reward_model_checks(read_metrics(folder), args)]

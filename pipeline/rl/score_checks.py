@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from pipeline.backbone.roles import Backbone
-from pipeline.rl.checks import BATCH, ROWS, Check, held, is_exact, padded
+from pipeline.rl.checks import BATCH, ROWS, Check, held, is_exact, padded, whole_pass
 from pipeline.rl.config import PPOConfig
 from reward_models.learned import score_rows
 
@@ -62,7 +62,7 @@ def score_checks(
     device, pad_id = backbone.get_base_model().device, tokenizer.pad_token_id
     options = {"pad_token_id": pad_id, "device": device}
     scores = np.array(score_rows(score, rows, batch_size=BATCH, **options))
-    progress.update(-(-len(rows) // BATCH))
+    progress.update(-(-len(rows) // BATCH) * whole_pass(args))
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     # From the shortest to the longest.
     few = sorted({by_length[round(i)] for i in np.linspace(0, len(rows) - 1, ROWS)})
