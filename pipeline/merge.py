@@ -182,20 +182,19 @@ def main(args: list[str]) -> None:
         scale=scale,
         parts=parts_of(adapter, folder, base, dtype),
     )
-    found = []
+    found, unit = [], "in a score" if merged.scores else "nats a token (KL)"
 
     def write(staged: Path) -> None:
         difference = save_plain(base, adapter, tokenizer, staged, dtype)
         found.append(difference)
-        unit = "of a score" if merged.scores else "of a token's logprob, nats"
-        merged.parts["difference to the adapter on its base"] = f"{difference:.2g} on average ({unit})"
+        merged.parts["difference to the adapter on its base"] = f"{difference:.2g} {unit}"
         (staged / "README.md").write_text(model_card(merged, metrics, report), encoding="utf-8")
 
     save(given.output_dir, "model", write, retry=False)
     weights = sum(path.stat().st_size for path in Path(given.output_dir).glob("*.safetensors"))
     print(
         f"{given.output_dir}: {type(base).__name__}, {str(dtype).removeprefix('torch.')}, {weights / 1e6:,.1f} MB, "
-        f"{found[-1]:.2g} from the adapter on its base."
+        f"{found[-1]:.2g} {unit} from the adapter on its base."
     )
     if merged.licence is None:
         print(f"The card states no licence, since {merged.base} states none here. Name it with --license.")

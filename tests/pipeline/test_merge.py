@@ -116,7 +116,7 @@ def test_the_card_has_data_figures_licence_and_what_it_was_made_from(merged):
     assert "license: apache-2.0" in head and "pipeline_tag: text-generation" in head and "- ppo" in head
     for piece in ("`backbone` after PPO", "| train | films | 3 |", "| KL to the reference (nats a sequence) | 3.25 |"):
         assert piece in text
-    assert "The rewards were taste." in text and "rank 4, alpha 8" in text and "on average" in text
+    assert "The rewards were taste." in text and "rank 4, alpha 8" in text and "nats a token (KL)" in text
     card = (merged["reward"] / "README.md").read_text()
     assert "pipeline_tag: text-classification" in card and "| accuracy on held-out pairs | 87.5% |" in card
     assert "mean 0.500 and the standard deviation 2.000" in card
