@@ -162,10 +162,14 @@ def test_weights_are_merged_in_float32_and_rounded_once(tiny, sft_adapter):
     before = base.transformer.h[0].mlp.c_fc.weight.clone()
     plain._attach(base, adapter)
     name = "transformer.h.0.mlp.c_fc"
-    found = dict(merged_weights(base, "default", "policy", dtype=torch.bfloat16))[f"{name}.weight"]
+    whole, found = (
+        dict(merged_weights(base, "default", "policy", dtype=dtype))[f"{name}.weight"]
+        for dtype in (torch.float32, torch.bfloat16)
+    )
     a, b = (adapter.weights[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
     scale = adapter.config.lora_alpha / adapter.config.r
-    assert torch.equal(found, (before.float() + (b @ a).T * scale).bfloat16())
+    assert torch.equal(whole, before.float() + (b @ a).T * scale)
+    assert torch.equal(found, whole.bfloat16())
     assert not torch.equal(found, before + ((b @ a).T * scale).bfloat16())  # an adapter in bfloat16 is rounded before
     assert torch.equal(base.transformer.h[0].mlp.c_fc.base_layer.weight, before)
 
