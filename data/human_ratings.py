@@ -27,6 +27,7 @@ SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 
 SOURCES = ("movieReviewSnippets", "amazonReviewSnippets", "tweets", "nytEditorialSnippets")
+DOMAINS = dict(zip(("film", "products", "tweets", "editorials"), SOURCES, strict=True))
 SPLITS = ("train", "validation", "test")
 
 
@@ -180,6 +181,23 @@ def preference_pairs(
         fruitless = 0
         rows.append(row)
     return Dataset.from_list(rows)
+
+
+def domain_pairs(domain: str, split: str) -> Dataset:
+    """Draw pairs of one domain (`film`, `products`, `tweets` or `editorials`), as `preference_pairs` does.
+
+    Of film there are as many as by default, and of the smaller domains a quarter.
+
+    Raises:
+        ValueError: there is no such domain or split.
+    """
+    if domain not in DOMAINS or split not in SPLITS:
+        raise ValueError(
+            f"human_ratings:{domain}, split {split!r}: the domains are {', '.join(DOMAINS)}, and the splits "
+            f"{', '.join(SPLITS)}. Name one of each."
+        )
+    pairs = EMBEDDED_PAIRS[split] if domain == "film" else EMBEDDED_PAIRS[split] // 4
+    return preference_pairs(split, sources=(DOMAINS[domain],), pairs=pairs)
 
 
 def ranked_pairs(

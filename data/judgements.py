@@ -20,7 +20,10 @@ UNKNOWN = "a label is none that is known"
 
 
 def of_judgements(rows: Dataset, name: str, layout: Layout, options: Options) -> Made:
-    """Make a pair of each two responses that were judged; rows that judge the same two are votes of several annotators."""
+    """Make a pair of each two responses that were judged; rows that judge the same two are votes of several annotators.
+
+    Where each annotator has a column, a pair has `votes`: the share of each that goes to the chosen side, None if missing.
+    """
     columns = [rows[column][:] for column in layout.labels]
     cells = [[cell for of in labels for cell in each(of)] for labels in zip(*columns, strict=True)]
     two = (layout.texts[0], layout.texts[1])
@@ -28,6 +31,8 @@ def of_judgements(rows: Dataset, name: str, layout: Layout, options: Options) ->
     judged: dict[str, tuple[int, dict, list[float]]] = {}
     problems: Problems = {}
     rows_of: dict[str, list[int]] = {}
+    named = len(layout.labels) > 1 and all(len(row) == len(layout.labels) for row in cells)
+    of_raters: dict[str, dict[str, float | None]] = {}
     for index, row in enumerate(rows.select_columns(list(dict.fromkeys((*layout.prompt, *two))))):
         where = place(rows, index, name)
         try:
@@ -43,12 +48,14 @@ def of_judgements(rows: Dataset, name: str, layout: Layout, options: Options) ->
             problems.setdefault(UNKNOWN, []).append(index)
             continue
         votes = [known[label] for label in said]
+        by_rater = {rater: known.get(word(cell)) for rater, cell in zip(layout.labels, cells[index], strict=named)}
         swapped = json.dumps([pair["prompt"], pair["rejected"], pair["chosen"]])
         same = json.dumps([pair["prompt"], pair["chosen"], pair["rejected"]])
         if swapped in judged:
-            same, votes = swapped, [1 - vote for vote in votes]
+            same, votes, by_rater = swapped, [1 - vote for vote in votes], _turned(by_rater)
         judged.setdefault(same, (index, pair, []))[2].extend(votes)
         rows_of.setdefault(same, []).append(index)
+        of_raters.setdefault(same, by_rater)  # of a pair that stands there again, those of the first row
     pairs, every = [], []
     several = options.ties or any(len(votes) > 1 for _, _, votes in judged.values())
     for same, (_, pair, votes) in judged.items():
@@ -56,14 +63,22 @@ def of_judgements(rows: Dataset, name: str, layout: Layout, options: Options) ->
         if share is None or (share == TIE and not options.ties):
             problems.setdefault(NO_VERDICT if share is None else TIED, []).extend(rows_of[same])
         else:
+            by_rater = of_raters[same]
             if share < TIE:
                 pair = pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
-            pairs.append(pair | ({"agreement": max(share, 1 - share)} if several else {}))
+                by_rater = _turned(by_rater)
+            known_votes = {"votes": by_rater} if named else {}
+            pairs.append(pair | ({"agreement": max(share, 1 - share)} if several else {}) | known_votes)
         if votes:
             every.append(votes)
     keys = [key_of(pair["prompt"]) or letters_of(pair["chosen"]) for pair in pairs]
     liked, liked_keys = never_rejected(pairs, keys)
     return Made(pairs, liked, keys, liked_keys, merged(problems), every)
+
+
+def _turned(votes: dict[str, float | None]) -> dict[str, float | None]:
+    """Return the votes of each rater for the other side."""
+    return {rater: None if vote is None else 1 - vote for rater, vote in votes.items()}
 
 
 def disagreement(votes: list[list[float]]) -> tuple[float, float, float] | None:

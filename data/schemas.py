@@ -139,6 +139,16 @@ IDENTITY = record(
 NORMALIZATION = record(
     {"mean": NUMBER, "std": number(1e-30, words="a number above 0"), "completions": whole(1)},
 )
+# calibration.json: `reward_models.temperature.Calibration`.
+CALIBRATION = record(
+    {
+        "temperature": number(1e-30, words="a number above 0"),
+        **dict.fromkeys(("fitted", "measured"), whole(1)),
+        **dict.fromkeys(("ece_before", "ece"), SHARE),
+        **dict.fromkeys(("nll_before", "nll"), number(0)),
+        "source": TEXT,
+    }
+)
 # The figures of a reward model: `reward_models.calibration.reward_model_report`.
 BIN = {"low": NUMBER, "high": NUMBER}
 REWARD_MODEL = {
@@ -191,6 +201,7 @@ REPORT = record(
         "completions": nullable(whole()),
         "seconds": mapping(number(0)),
         "reward_model": MEASURED,
+        "calibration": CALIBRATION,
         "preflight": CHECKS,
         "rows": ROWS,
     },

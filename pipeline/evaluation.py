@@ -10,7 +10,7 @@ policy adapter can be evaluated in the place of PPO's, such as that of a baselin
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,7 @@ from data.json_files import check_object, write_json
 from data.prompts import tokenize_prompts
 from data.saving import save
 from data.schemas import MEASURED, REWARD_MODEL
-from pipeline.backbone.adapters import read_adapter, read_metrics
+from pipeline.backbone.adapters import adapter_folder, read_adapter, read_metrics
 from pipeline.backbone.loading import context_length
 from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import Backbone, load_backbone
@@ -45,6 +45,7 @@ from reward_models.composite import Composite, call_rewards, load_judge
 from reward_models.functions import RewardArguments, extra_columns, load_function, load_functions
 from reward_models.judges import prefer
 from reward_models.rules import distinct_n
+from reward_models.temperature import read_calibration
 
 
 @dataclass
@@ -215,6 +216,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     if measured:
         remedy = "Restore the file, or remove it: the report is then silent about the reward model's training."
         check_object(measured, f"{first}/metrics.json", MEASURED, remedy=remedy)
+    calibration = read_calibration(adapter_folder(first)) if first else None
     rewards.check_weights(args.reward_weights)
     lock_output(args.output_dir, writes=state.is_main_process)
     prompts = args.prompts()
@@ -253,6 +255,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         **({"pairwise": pairwise_judgement(args, pairwise, prompts, sft, policy)} if pairwise else {}),
         "score_win_rate": bootstrap_interval(wins(policy.scores, sft.scores)),
         **({"reward_model": measured} if measured else {}),
+        **({"calibration": asdict(calibration)} if calibration else {}),
         "preflight": metrics["policy"].get("preflight", []),
         "completions": metrics["policy"].get("completions"),
         "seconds": {stage: found["seconds"] for stage, found in metrics.items() if "seconds" in found},

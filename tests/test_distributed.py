@@ -168,6 +168,7 @@ def plan(inputs: dict[str, str], out: Path, start: Path, processes: int, use_cpu
         "max_completion_length": 8,
         "batch_size": 4,
     }
+    reward_eval = {**common, "dataset_name": inputs["held_pairs"], "reward_adapter": start / "reward", "batch_size": 4}
     # Other parts of PPO: a fresh policy in all layers and on the embeddings, a value that is a head on it, texts, an
     # entropy bonus.
     other = {
@@ -182,6 +183,7 @@ def plan(inputs: dict[str, str], out: Path, start: Path, processes: int, use_cpu
         "max_steps": 4,
     }
     stages = {"sft": sft, "reward": reward, "ppo": ppo, "ppo_other": other, "evaluation": evaluation}
+    stages["reward_eval"] = reward_eval
     return [
         entry(name, name.removesuffix("_other"), {**options, "output_dir": out / name})
         for name, options in stages.items()
@@ -358,7 +360,7 @@ def test_figures_are_those_of_all_processes(one, two):
     def read(folder: Path, name: str) -> dict:
         return json.loads((folder / name).read_text())
 
-    for name in ("reward/score_normalization.json", "evaluation/report.json"):
+    for name in ("reward/score_normalization.json", "evaluation/report.json", "reward_eval/reward_eval.json"):
         ours, theirs = read(out, name), read(one[0], name)
         ours.pop("seconds", None), theirs.pop("seconds", None)
         assert_close(ours, theirs, name)

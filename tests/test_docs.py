@@ -21,7 +21,7 @@ PAGES = {
 }
 USER_PAGES = [name for name in PAGES if name != "CONTRIBUTING.md"]
 # Commands whose `main` takes arguments that are parsed from a recipe and a command line.
-PARSED = ("sft", "reward", "ppo", "evaluation", "best_of_n", "rloo", "grpo", "dpo", "pretrain", "plan")
+PARSED = ("sft", "reward", "reward_eval", "ppo", "evaluation", "best_of_n", "rloo", "grpo", "dpo", "pretrain", "plan")
 # Options of what has a parser of its own: accelerate, pipeline.convert_hh, and the commands of `data`.
 OTHER_OPTIONS = {"config_file", "config", "data_dir", "max_tokens", "pairs", "ties", "form", "between"}
 # Of accelerate, pipeline.merge, rewardbench and llama.cpp.

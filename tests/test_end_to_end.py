@@ -72,6 +72,8 @@ def demo(tiny, tmp_path_factory):
         "sft": launch("sft", "demo/sft.yaml", *short, 2, "--output_dir", out / "sft"),
         "reward": launch("reward", "demo/reward.yaml", *short, 2, "--output_dir", out / "reward",
                          "--sft_adapter", out / "sft", "--max_completion_length", 6),
+        "reward_eval": launch("reward_eval", "demo/reward_eval.yaml", *base, "--max_pairs", 400, "--reward_adapter",
+                              out / "reward", "--save_temperature", "false", "--output_dir", out / "reward_eval"),
         "ppo": launch("ppo", "demo/ppo.yaml", *short, 8, "--num_iterations", 2, "--max_completion_length", 6,
                       "--min_reward_accuracy", 0, "--output_dir", out / "ppo", "--sft_adapter", out / "sft",
                       "--reward_adapter", out / "reward"),
@@ -104,6 +106,19 @@ def test_the_report_holds_what_the_readme_promises(demo):
     assert len(report["preflight"]) == 13 and "## Before training" in text
     for stage in ("sft", "reward", "ppo", "evaluation"):
         assert re.search(r"\d+%\|", printed[stage].stderr), f"{stage} shows no progress bar"
+
+
+@pytest.mark.slow
+def test_the_evaluation_of_the_reward_model(demo):
+    out, printed = demo
+    found = json.loads((out / "reward_eval" / "reward_eval.json").read_text())
+    assert [one["source"].partition(":")[2] for one in found["datasets"]] == ["", "products", "tweets", "editorials"]
+    for one in found["datasets"]:
+        assert one["pairs"] == 400 and one["accuracy"]["low"] < one["accuracy"]["mean"] < one["accuracy"]["high"]
+    text = (out / "reward_eval" / "reward_eval.md").read_text()
+    for picture in re.findall(r"\]\((\S+\.png)\)", text):
+        assert (out / "reward_eval" / picture).read_bytes()[:4] == b"\x89PNG"
+    assert "reward_eval.md: accuracy 0." in printed["reward_eval"].stdout.splitlines()[-1]
 
 
 @pytest.mark.slow
@@ -180,7 +195,7 @@ def test_baselines_of_the_demo(demo, tiny, tmp_path):
 
 
 def test_no_command_of_readme_and_docs_is_left_out():
-    demo = [(stage, f"demo/{stage}.yaml") for stage in ("sft", "reward", "ppo", "evaluation")]
+    demo = [(stage, f"demo/{stage}.yaml") for stage in ("sft", "reward", "reward_eval", "ppo", "evaluation")]
     baselines = [("best_of_n", "demo/best_of_n.yaml"), *((name, f"baselines/{name}.yaml") for name in BASELINES)]
     # All of these are run in this file.
     assert sorted(COMMANDS) == sorted([*demo, ("ppo", "hello_world/ppo.yaml"), *baselines])

@@ -98,8 +98,8 @@ def _figure_link(key: str, text: str) -> str:
     return f"![{text}]({FIGURES[key]})"
 
 
-def _reward_model(section: dict) -> list[str]:
-    """Return the paragraphs about the reward model.
+def _reward_model(section: dict, calibration: dict | None) -> list[str]:
+    """Return the paragraphs about the reward model, and what its temperature (`calibration.json`) does, if it has one.
 
     Its accuracy is measured against the mean rating. It may exceed the human ceiling, which is about one rater. So its
     agreement with one rater is stated too, if the reliability curve gives it.
@@ -115,6 +115,11 @@ def _reward_model(section: dict) -> list[str]:
         agreement = np.average([row["observed"] for row in curve], weights=[row["count"] for row in curve])
         parts[0] += f" Measured that way, against one rater, the reward model reaches {agreement:.1%}."
     parts[0] += f" Expected calibration error (ECE): **{section['ece']:.3f}**."
+    if calibration:
+        parts[0] += (
+            f" Divided by the temperature {calibration['temperature']:.2f}, which fits {calibration['fitted']:,} held-out "
+            f"pairs, the scores have an ECE of **{calibration['ece']:.3f}** on {calibration['measured']:,} others."
+        )
     if curve:
         parts.append(_figure_link("reliability", "Share of raters who agree against the reward model's confidence"))
     if by_gap:
@@ -165,7 +170,8 @@ def markdown_report(report: dict, samples: list[dict], curves: bool = True) -> s
         report: `sft` and `policy` (dicts with the keys of `METRICS`), and optionally `judge_gain` and `win_rate` (see
             `pipeline.reports.metrics.bootstrap_interval`, at its level of 95%), `score_win_rate`, `judge` (name of the
             judge), `pairwise` (see `pipeline.evaluation.pairwise_judgement`), `reward_model` (see
-            `reward_models.calibration.reward_model_report`), `seconds` (stage -> seconds), `prompts`, `seed`,
+            `reward_models.calibration.reward_model_report`), `calibration` (see `reward_models.temperature.Calibration`),
+            `seconds` (stage -> seconds), `prompts`, `seed`,
             `preflight` (see `pipeline.rl.preflight.Check`), `policy_name` (if not PPO).
             Missing parts are left out. A metric that only one model has shows a dash for the other.
         samples: dicts with `prompt`, `sft`, `policy` (strings) and `sft_score`, `sft_judge`, `policy_score`, `policy_judge`.
@@ -177,7 +183,7 @@ def markdown_report(report: dict, samples: list[dict], curves: bool = True) -> s
     if curves:
         parts.append(_figure_link("ppo_curves", "Mean score, KL to the reference and value loss during PPO"))
     if report.get("reward_model"):
-        parts += ["## Reward model", *_reward_model(report["reward_model"])]
+        parts += ["## Reward model", *_reward_model(report["reward_model"], report.get("calibration"))]
     if report.get("preflight"):
         parts += ["## Before training", _checks(report["preflight"])]
     if samples:

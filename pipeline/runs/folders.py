@@ -31,6 +31,7 @@ def check_folders(
     leaves_reward: bool | None = None,
     data: tuple[str | None, ...] = (),
     writes: tuple[str, ...] = (),
+    needs_model: bool = True,
 ) -> None:
     """Check the folders of a run: those of its model and adapters, and the output folder.
 
@@ -39,11 +40,13 @@ def check_folders(
         leaves_reward: whether the run saves a reward adapter in `output_dir` (True), a policy (False) or none (None).
         data: datasets and reports that the run reads.
         writes: names of the files that the run writes in `output_dir`.
+        needs_model: whether the run cannot do without a model.
 
     Raises the errors of `check_path`, `check_model_folder`, `check_adapter`, `check_output_dir` and `check_ours`.
     """
     check_path(output_dir)
-    check_model_folder(model_name_or_path)
+    if needs_model or model_name_or_path:
+        check_model_folder(model_name_or_path)
     adapters = [name for name in (*policies, *rewards) if name]
     for number, name in enumerate(adapters):
         check_adapter(name, needs_head=number >= len(adapters) - len(rewards))

@@ -34,6 +34,10 @@ FILES = {
         "accuracy_by_gap.png",
     ),
     "best_of_n": ("best_of_n.json", "best_of_n.md", "best_of_n.png"),
+    "reward_eval": (
+        "reward_eval.json", "reward_eval.md", "reward_eval_reliability.png", "reward_eval_gap.png", "reward_eval_length.png",
+        "reward_eval_domain.png",
+    ),
     "table": ("table.json", "table.md"),
     "data": tuple(
         f"{stage}_{split}.jsonl" for stage in ("preferences", "sft", "prompts") for split in ("train", "test")
@@ -43,7 +47,7 @@ FILES = {
         "tokenizer_config.json", "special_tokens_map.json",
     ),
 }  # fmt: skip
-# A file of which an earlier release wrote each kind, and the keys that it has.
+# A file of which an earlier release wrote each kind, and the keys that it has. Later kinds have always been listed.
 FORMER = {
     "adapter": ((IDENTITY, "fingerprint"), ("metrics.json", None), (ADAPTER_CONFIG, "peft_type")),
     "report": (("report.json", "sft"), ("report.json", "seconds")),
@@ -69,8 +73,10 @@ def former_files(folder: str | Path, kind: str) -> list[str]:
             encoding="utf-8", errors="replace"
         )
     else:
-        contents = [(_json(folder / name), key) for name, key in FORMER[kind]]
-        known = all(isinstance(content, dict) and (key is None or key in content) for content, key in contents)
+        contents = [(_json(folder / name), key) for name, key in FORMER.get(kind, ())]
+        known = bool(contents) and all(
+            isinstance(content, dict) and (key is None or key in content) for content, key in contents
+        )
     names = (*FILES[kind], *VALUE, SCALE) if kind == "adapter" else FILES[kind]
     return [name for name in names if known and (folder / name).is_file() and not (folder / name).is_symlink()]
 

@@ -11,7 +11,7 @@ from pipeline.runs.command_line import parse
 from pipeline.runs.recipe import MOST, RANGES, fields_of
 
 
-STAGES = ("sft", "reward", "ppo", "dpo", "rloo", "grpo", "evaluation", "best_of_n")
+STAGES = ("sft", "reward", "ppo", "dpo", "rloo", "grpo", "evaluation", "best_of_n", "reward_eval")
 VALUES = (
     *(
         "-1",
@@ -43,7 +43,7 @@ def fields_of_stage(stage: str) -> tuple:
 def needed(stage: str) -> dict[str, str]:
     """The options without which a stage's options cannot be made."""
     given = {"output_dir": "out"}
-    if stage not in ("evaluation", "best_of_n"):
+    if stage not in ("evaluation", "best_of_n", "reward_eval"):
         given |= {"use_cpu": "true", "bf16": "false"}
     if stage not in ("sft", "reward", "dpo"):
         given["reward_funcs"] = "package.function"

@@ -97,7 +97,12 @@ AGREEMENT = {
 @pytest.mark.parametrize(("labels", "expected"), AGREEMENT.values(), ids=AGREEMENT)
 def test_agreement_is_the_share_of_annotators_on_the_winners_side(labels, expected):
     (found,) = made([judged(*labels), judged(1, 2, 0, prompt="tied")]).pairs
+    votes = found.pop("votes")
     assert found == expected | {"agreement": pytest.approx(expected["agreement"])}
+    assert list(votes) == ["annotator1", "annotator2", "annotator3"]
+    assert [vote is None for vote in votes.values()] == [label is None for label in labels]
+    cast = [vote for vote in votes.values() if vote is not None]
+    assert sum(cast) / len(cast) == pytest.approx(found["agreement"])  # each is turned to the winner's side
 
 
 def test_ties_are_left_out_or_kept_with_half():

@@ -21,7 +21,7 @@ from data.schemas import either, fault, list_of, nullable, number, one_of, recor
 from pipeline import tables
 from pipeline.backbone.adapters import read_metrics
 from pipeline.reports.markdown import number as shown
-from pipeline.reports.report import best_of_n_table, markdown_report, read_report
+from pipeline.reports.report import _reward_model, best_of_n_table, markdown_report, read_report
 from pipeline.rl.checks import Check
 from pipeline.rl.health import Health
 from pipeline.rl.sample_table import SampleTable
@@ -29,6 +29,8 @@ from pipeline.runs.manifest import MANIFEST, manifest_digest, read_manifest
 from pipeline.runs.state_files import load_trainer_state, save_state
 from reward_models.calibration import reward_model_report
 from reward_models.normalization import FILE, Normalization, read_normalization
+from reward_models.temperature import FILE as TEMPERATURE
+from reward_models.temperature import Calibration, probabilities, read_calibration
 
 
 # ------------------------------------------------------------------------------------ one file
@@ -228,6 +230,13 @@ def use_best_of_n(folder: Path) -> None:
     tables.comparison_table([{"method": f"best of {row['n']}", **row} for row in rows])
 
 
+def use_temperature(folder: Path) -> None:
+    found = read_calibration(folder)
+    assert found is not None
+    _reward_model({"pairs": 3, "accuracy": 0.5, "ece": 0.1}, asdict(found))
+    probabilities([1.0], found.temperature)
+
+
 def use_manifest(folder: Path) -> None:
     """Only its own digest can be right, so that every value is looked at."""
     found = json.loads((folder / MANIFEST).read_text())
@@ -294,6 +303,7 @@ FILES = {
         lambda: {"rows": [{"n": 1, **SIDE, "judge_gain": INTERVAL, "win_rate": INTERVAL}]},
         use_best_of_n,
     ),
+    TEMPERATURE: (lambda: asdict(Calibration(2.0, 60, 60, 0.1, 0.02, 0.7, 0.6, "pairs.jsonl")), use_temperature),
     FILE: (lambda: {"mean": 0.5, "std": 2.0, "completions": 8}, lambda folder: read_normalization(folder).mean + 1),
     MANIFEST: (manifest, use_manifest),
     "state_0.json": (state, use_state),

@@ -1,0 +1,110 @@
+"""Temperature scaling: the temperature that data was made with is found, and what it does is measured on other pairs."""
+
+import json
+
+import numpy as np
+import pytest
+
+from reward_models.calibration import accuracy
+from reward_models.reward_bench import SECTIONS, TOTAL, section_scores
+from reward_models.temperature import (
+    FILE,
+    LEAST,
+    Calibration,
+    calibrate,
+    cross_entropy,
+    fit_temperature,
+    probabilities,
+    read_calibration,
+)
+
+
+MARGINS = np.random.default_rng(0).normal(scale=4, size=4000)
+
+
+def test_probabilities_by_hand_and_without_overflow():
+    assert probabilities([np.log(3), 0, -np.log(3)]) == pytest.approx([0.75, 0.5, 0.25])
+    assert probabilities([2 * np.log(3)], 2) == pytest.approx([0.75])
+    with np.errstate(over="raise", invalid="raise"):
+        assert probabilities([1e4, -1e2], 0.5).tolist() == [1.0, pytest.approx(np.exp(-200))]
+
+
+def test_cross_entropy_by_hand():
+    # -0.7 log 0.75 - 0.3 log 0.25
+    assert cross_entropy(np.array([np.log(3)]), np.array([0.7])) == pytest.approx(0.6173, abs=1e-4)
+    assert cross_entropy(np.array([2 * np.log(3)]), np.array([0.7]), 2) == pytest.approx(0.6173, abs=1e-4)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.5, 1.0, 3.0, 250.0])
+def test_the_temperature_that_the_shares_were_made_with_is_found(temperature):
+    shares = probabilities(MARGINS, temperature)
+    assert fit_temperature(MARGINS, shares) == pytest.approx(temperature, rel=1e-6)
+
+
+def test_no_other_temperature_has_a_lower_cross_entropy():
+    labels = (np.random.default_rng(1).random(len(MARGINS)) < probabilities(MARGINS, 2.5)).astype(float)
+    found = fit_temperature(MARGINS, labels)
+    assert found == pytest.approx(2.5, rel=0.1)  # of 4,000 drawn labels
+    least = cross_entropy(MARGINS, labels, found)
+    assert all(least < cross_entropy(MARGINS, labels, found * factor) for factor in (0.1, 0.99, 1.01, 10))
+
+
+def test_where_no_temperature_fits():
+    with pytest.raises(ValueError, match="no temperature fits 3 pairs: the model orders all of them rightly"):
+        fit_temperature(np.array([1.0, 2.0, 0.5]), np.ones(3))
+    with pytest.raises(ValueError, match="no better than chance"):
+        fit_temperature(np.array([-1.0, -2.0, 0.5]), np.ones(3))
+    with pytest.raises(ValueError, match="no better than chance"):
+        fit_temperature(np.zeros(3), np.ones(3))
+
+
+def test_it_is_fitted_on_one_half_and_measured_on_the_other(tmp_path):
+    first = np.arange(len(MARGINS)) < 2500
+    shares = np.where(first, probabilities(MARGINS, 4), probabilities(MARGINS, 2))
+    found, before, after = calibrate(MARGINS, shares, first, "pairs.jsonl")
+    assert found.temperature == pytest.approx(4, rel=1e-6)
+    assert (found.fitted, found.measured, before["pairs"]) == (2500, 1500, 1500)
+    rest = MARGINS[~first]
+    # Of the other half the share of raters who agree is sigmoid(|d| / 2): ECE is the mean distance from it.
+    agreeing = probabilities(np.abs(rest), 2)
+    assert found.ece_before == pytest.approx(np.mean(probabilities(np.abs(rest)) - agreeing), abs=1e-9)
+    assert found.ece == pytest.approx(np.mean(agreeing - probabilities(np.abs(rest), 4)), abs=1e-9)
+    assert after["accuracy"] == before["accuracy"] == accuracy(rest)
+    found.save(tmp_path)
+    assert read_calibration(tmp_path) == found and read_calibration(tmp_path / "none") is None
+    (tmp_path / FILE).write_text(json.dumps(json.loads((tmp_path / FILE).read_text()) | {"temperature": -4}))
+    with pytest.raises(
+        ValueError, match=r"calibration.json: 'temperature' is -4, .* must be a number above 0. Measure it"
+    ):
+        read_calibration(tmp_path)
+
+
+def test_halves_that_are_too_small_give_no_temperature():
+    few = np.arange(len(MARGINS)) < LEAST - 1
+    with pytest.raises(ValueError, match="no temperature was fitted: of 4,000 pairs, 49 and 3,951 share no text"):
+        calibrate(MARGINS, np.ones(len(MARGINS)), few, "pairs.jsonl")
+
+
+def test_the_file_of_another_release_may_hold_more(tmp_path):
+    good = Calibration(2.0, 60, 60, 0.1, 0.02, 0.7, 0.6, "a")
+    good.save(tmp_path)
+    text = (tmp_path / FILE).read_text()
+    (tmp_path / FILE).write_text(text.replace("{", '{"method": "temperature",', 1))
+    assert read_calibration(tmp_path) == good
+
+
+# ------------------------------------------------------------------------------------------ RewardBench
+def test_sections_have_the_published_weights():
+    """Their numbers of prompts are 358, 456, 740 and 1,431 (Lambert et al. 2024, table 1), with 447 of math-prm."""
+    sizes = {section: sum(weights.values()) for section, weights in SECTIONS.items()}
+    assert sizes == {"Chat": 358, "Chat Hard": 456, "Safety": 740, "Reasoning": 1431 - 447 + 984}
+    assert sum(map(len, SECTIONS.values())) == 23
+
+
+def test_section_scores_by_hand():
+    assert section_scores({"alpacaeval-easy": 1.0, "film": 0.5}) == {}  # a section needs all of its subsets
+    chat = dict.fromkeys(SECTIONS["Chat"], 0.0) | {"alpacaeval-easy": 1.0, "mt-bench-easy": 0.5}
+    assert section_scores(chat) == {"Chat": pytest.approx((100 + 14) / 358)}
+    everything = {subset: 1.0 for weights in SECTIONS.values() for subset in weights} | {"math-prm": 0.0}
+    found = section_scores(everything)
+    assert found["Reasoning"] == pytest.approx(0.5) and found[TOTAL] == pytest.approx(3.5 / 4)
