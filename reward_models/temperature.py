@@ -19,29 +19,32 @@ from reward_models.calibration import reward_model_report
 
 FILE = "calibration.json"
 RANGE = (1e-4, 1e4)  # of the temperatures that are looked for
-LEAST = 50  # pairs to fit or to measure a temperature on
+LEAST = 50  # pairs of each half
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A temperature, and what it does to pairs that it was not fitted on.
+    """A temperature, and what temperatures do to pairs that they were not fitted on.
+
+    The pairs are divided into halves that share no text. Each half is measured with the temperature of the other.
 
     Attributes:
-        temperature: T, which margins are divided by.
-        fitted: number of pairs that it was fitted on.
-        measured: number of other pairs, on which the rest was measured.
-        ece_before, ece: expected calibration error with T = 1 and with T, in 0..1.
-        nll_before, nll: cross-entropy of the raters' shares with T = 1 and with T, in nats a pair.
+        temperature: T, which margins are divided by; it is fitted on all pairs.
+        pairs: number of pairs.
+        ece_before, ece: expected calibration error with T = 1, and with the temperatures of the other halves, in 0..1.
+        nll_before, nll: the same of the cross-entropy of the raters' shares, in nats a pair.
+        half_temperatures, half_eces: of each half its temperature, and its ECE with that of the other half.
         source: the dataset of the pairs.
     """
 
     temperature: float
-    fitted: int
-    measured: int
+    pairs: int
     ece_before: float
     ece: float
     nll_before: float
     nll: float
+    half_temperatures: tuple[float, float]
+    half_eces: tuple[float, float]
     source: str
 
     def save(self, folder: str | Path) -> None:
@@ -58,7 +61,8 @@ def read_calibration(folder: str | Path) -> Calibration | None:
     if not path.is_file():
         return None
     found = read_json(path, CALIBRATION, remedy="Measure it anew, with pipeline.reward_eval.")
-    return Calibration(**{name: found[name] for name in Calibration.__dataclass_fields__})
+    given = {name: found[name] for name in Calibration.__dataclass_fields__}
+    return Calibration(**{name: tuple(cell) if isinstance(cell, list) else cell for name, cell in given.items()})
 
 
 def probabilities(margins: ArrayLike, temperature: float = 1.0) -> np.ndarray:
@@ -106,35 +110,36 @@ def fit_temperature(margins: np.ndarray, agreement: np.ndarray) -> float:
 def calibrate(
     margins: np.ndarray, agreement: np.ndarray, first: np.ndarray, source: str
 ) -> tuple[Calibration, dict[str, Any], dict[str, Any]]:
-    """Fit the temperature on one half of the pairs, and measure it on the other.
+    """Fit a temperature on all pairs, and measure on each half what the temperature of the other half does.
 
     Args:
-        first: (pairs,) bool, the half that it is fitted on.
+        first: (pairs,) bool, the pairs of one half.
         source: name of the dataset.
 
     Returns:
-        The temperature; and the `reward_model_report` of the other half with T = 1 and with T.
+        The temperature; and the `reward_model_report` of all pairs with T = 1, and with the temperatures of the other halves.
 
     Raises:
         ValueError: an error of `fit_temperature`; or a half has fewer than `LEAST` pairs. The message is a clause.
     """
-    rest = ~first
-    if min(first.sum(), rest.sum()) < LEAST:
+    sides = (first, ~first)
+    if min(side.sum() for side in sides) < LEAST:
         raise ValueError(
-            f"no temperature was fitted: of {len(margins):,} pairs, {int(first.sum()):,} and {int(rest.sum()):,} share no "
-            f"text, and it takes {LEAST} to fit it and {LEAST} others to measure it"
+            f"no temperature was fitted: the two halves of {len(margins):,} pairs that share no text have "
+            f"{int(first.sum()):,} and {int((~first).sum()):,}, and each needs {LEAST} or more"
         )
-    temperature = fit_temperature(margins[first], agreement[first])
-    before = reward_model_report(margins[rest], agreement[rest])
-    after = reward_model_report(margins[rest] / temperature, agreement[rest])
+    fitted = [fit_temperature(margins[side], agreement[side]) for side in sides]
+    scaled = margins / np.where(first, fitted[1], fitted[0])
+    before, after = (reward_model_report(values, agreement) for values in (margins, scaled))
     found = Calibration(
-        temperature=temperature,
-        fitted=int(first.sum()),
-        measured=int(rest.sum()),
+        temperature=fit_temperature(margins, agreement),
+        pairs=len(margins),
         ece_before=before["ece"],
         ece=after["ece"],
-        nll_before=cross_entropy(margins[rest], agreement[rest]),
-        nll=cross_entropy(margins[rest], agreement[rest], temperature),
+        nll_before=cross_entropy(margins, agreement),
+        nll=cross_entropy(scaled, agreement),
+        half_temperatures=(fitted[0], fitted[1]),
+        half_eces=tuple(reward_model_report(scaled[side], agreement[side])["ece"] for side in sides),
         source=source,
     )
     return found, before, after

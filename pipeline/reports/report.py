@@ -117,8 +117,9 @@ def _reward_model(section: dict, calibration: dict | None) -> list[str]:
     parts[0] += f" Expected calibration error (ECE): **{section['ece']:.3f}**."
     if calibration:
         parts[0] += (
-            f" Divided by the temperature {calibration['temperature']:.2f}, which fits {calibration['fitted']:,} held-out "
-            f"pairs, the scores have an ECE of **{calibration['ece']:.3f}** on {calibration['measured']:,} others."
+            f" With the temperature T = {calibration['temperature']:.2f} of calibration.json the probability that people "
+            f"prefer a side is sigmoid(difference of the scores / T); on pairs that T was not fitted on its ECE is "
+            f"**{calibration['ece']:.3f}**."
         )
     if curve:
         parts.append(_figure_link("reliability", "Share of raters who agree against the reward model's confidence"))

@@ -15,15 +15,15 @@ def draw_reliability(before: dict, after: dict, temperature: float, path: str | 
     """Draw the share of raters who agree against the confidence, before and after temperature scaling, as a PNG at `path`.
 
     Args:
-        before, after: `reward_models.calibration.reward_model_report` of the same pairs with T = 1 and with T.
-        temperature: T.
+        before, after: `reward_models.calibration.reward_model_report` of the same pairs with T = 1 and with temperatures.
+        temperature: T, about which these temperatures are.
     """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.5, 4.2), layout="constrained")
         FigureCanvasAgg(figure)
         axis = figure.subplots()
         axis.plot([0.5, 1], [0.5, 1], color=INK, linewidth=1, linestyle=(0, (1, 2)), label="calibrated")
-        for report, color, name in ((before, SFT, "T = 1"), (after, PPO, f"T = {temperature:.2f}")):
+        for report, color, name in ((before, SFT, "T = 1"), (after, PPO, f"T about {temperature:.2f}")):
             rows = report["reliability"]
             counts = np.array([row["count"] for row in rows])
             predicted, observed = ([row[key] for row in rows] for key in ("predicted", "observed"))
@@ -32,7 +32,9 @@ def draw_reliability(before: dict, after: dict, temperature: float, path: str | 
                 predicted, observed, np.maximum(300 * counts / counts.max(), 14), color=color, edgecolor="white"
             )
             axis.plot([], [], color=color, marker="o", label=f"{name}: ECE {report['ece']:.3f}")
-        axis.set_title(f"Calibration of the reward model on {before['pairs']:,} pairs that T was not fitted on")
+        axis.set_title(
+            f"Calibration of the reward model on {before['pairs']:,} pairs, none of which its T was fitted on"
+        )
         axis.set_xlabel("confidence in the predicted winner, mean of the bin (area: pairs)")
         axis.set_ylabel("share of raters who agree")
         for ticks in (axis.xaxis, axis.yaxis):

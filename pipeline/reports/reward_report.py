@@ -95,12 +95,14 @@ def _calibration(report: dict) -> str:
     found = report.get("calibration")
     if not found:
         return f"{report['no_temperature'][:1].upper()}{report['no_temperature'][1:]}."
+    one, other = found["half_eces"]
     text = (
         f"The probability that people prefer the chosen side is read as sigmoid(margin / T). The temperature "
-        f"**T = {found['temperature']:.3f}** fits {found['fitted']:,} pairs of {escaped(found['source'])} best. On "
-        f"{found['measured']:,} other pairs, which share no text with them, the expected calibration error goes from "
-        f"**{found['ece_before']:.3f}** (T = 1) to **{found['ece']:.3f}**, and the cross-entropy from "
-        f"{found['nll_before']:.3f} to {found['nll']:.3f} nats. The accuracy is the same with any T."
+        f"**T = {found['temperature']:.3f}** fits the {found['pairs']:,} pairs of {escaped(found['source'])} best. What a "
+        f"temperature does to other pairs was measured on two halves that share no text, each with the temperature of the "
+        f"other: the expected calibration error goes from **{found['ece_before']:.3f}** (T = 1) to **{found['ece']:.3f}** "
+        f"(the halves by themselves: {one:.3f} and {other:.3f}), and the cross-entropy from {found['nll_before']:.3f} to "
+        f"{found['nll']:.3f} nats. The accuracy is the same with any T."
     )
     if report.get("saved_temperature"):
         text += f" T is saved in `{report['saved_temperature']}`."

@@ -303,7 +303,10 @@ FILES = {
         lambda: {"rows": [{"n": 1, **SIDE, "judge_gain": INTERVAL, "win_rate": INTERVAL}]},
         use_best_of_n,
     ),
-    TEMPERATURE: (lambda: asdict(Calibration(2.0, 60, 60, 0.1, 0.02, 0.7, 0.6, "pairs.jsonl")), use_temperature),
+    TEMPERATURE: (
+        lambda: asdict(Calibration(2.0, 120, 0.1, 0.02, 0.7, 0.6, (2.1, 1.9), (0.03, 0.02), "pairs.jsonl")),
+        use_temperature,
+    ),
     FILE: (lambda: {"mean": 0.5, "std": 2.0, "completions": 8}, lambda folder: read_normalization(folder).mean + 1),
     MANIFEST: (manifest, use_manifest),
     "state_0.json": (state, use_state),

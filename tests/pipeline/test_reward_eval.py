@@ -101,6 +101,7 @@ def scores_of(backbone, tokenizer, sides: list[str]) -> list[float]:
         return [backbone.scores(row, torch.ones_like(row), "reward").item() for row in ids]
 
 
+@pytest.mark.slow
 def test_an_adapter_its_temperature_and_where_it_is_shown(tiny, reward_adapter, backbone, tokenizer, tmp_path):
     sides = texts(400)
     scores = scores_of(backbone, tokenizer, sides)
@@ -120,7 +121,7 @@ def test_an_adapter_its_temperature_and_where_it_is_shown(tiny, reward_adapter, 
     margins = np.abs(np.subtract(scores[::2], scores[1::2]))
     assert first["mean_margin"] == pytest.approx(margins.mean(), rel=1e-4)
     saved = read_calibration(adapter)
-    assert saved.temperature == found["calibration"]["temperature"] and saved.fitted + saved.measured == 200
+    assert saved.temperature == found["calibration"]["temperature"] and saved.pairs == 200
     assert FILE in read_listing(adapter)
     base = backbone.get_base_model()
     kept, before = (
@@ -128,7 +129,10 @@ def test_an_adapter_its_temperature_and_where_it_is_shown(tiny, reward_adapter, 
     )
     assert all(torch.equal(kept[name], before[name]) for name in before)  # the scores stay as they were
     said = " ".join(_reward_model({"pairs": 200, "accuracy": 0.8, "ece": 0.1}, read_json(adapter / FILE)))
-    assert f"Divided by the temperature {saved.temperature:.2f}, which fits {saved.fitted} held-out pairs" in said
+    assert (
+        f"With the temperature T = {saved.temperature:.2f} of calibration.json" in said
+        and f"**{saved.ece:.3f}**" in said
+    )
     run(dataset_name=tmp_path / "a.jsonl", max_pairs=100, **options)  # again, over our own
     assert json.loads((out / "reward_eval.json").read_text())["datasets"][0]["pairs"] == 100
     (adapter / FILE).unlink()
@@ -147,7 +151,7 @@ def test_rewards_with_weights_and_a_column(functions, tmp_path):
     found = json.loads((tmp_path / "out" / "reward_eval.json").read_text())
     assert found["datasets"][0]["accuracy"]["mean"] == 1  # the shorter side is chosen, and the stars are equal
     assert {name: one["mean"] for name, one in found["rewards"].items()} == {"stars": 0.5, "size": 0.0}
-    assert "no temperature was fitted: of 5 pairs" in found["no_temperature"]
+    assert "no temperature was fitted: the two halves of 5 pairs" in found["no_temperature"]
 
 
 BAD = {
@@ -159,7 +163,8 @@ BAD = {
     "a temperature of no adapter": (
         {"reward_funcs": "own_rewards.size", "save_temperature": "true"}, "Set one reward_adapter, and no reward_funcs"),
     "a temperature of scaled scores": (
-        {"reward_adapter": "ADAPTER", "model_name_or_path": "TINY", "normalize_scores": "true", "save_temperature": "true"}, "or normalize_scores"),
+        {"reward_adapter": "ADAPTER", "model_name_or_path": "TINY", "normalize_scores": "true",
+         "save_temperature": "true"}, "or normalize_scores"),
     "a dataset twice": ({"reward_funcs": "own_rewards.size", "dataset_name": ["PAIRS", "PAIRS"]}, "each once"),
     "no such dataset": ({"reward_funcs": "own_rewards.size", "dataset_name": "none.jsonl"}, "none.jsonl: no such file"),
     "a column that is missing": ({"reward_funcs": "own_rewards.stars"}, "missing a required argument: 'stars'"),

@@ -58,18 +58,23 @@ def test_where_no_temperature_fits():
         fit_temperature(np.zeros(3), np.ones(3))
 
 
-def test_it_is_fitted_on_one_half_and_measured_on_the_other(tmp_path):
+def test_each_half_is_measured_with_the_temperature_of_the_other(tmp_path):
     first = np.arange(len(MARGINS)) < 2500
     shares = np.where(first, probabilities(MARGINS, 4), probabilities(MARGINS, 2))
     found, before, after = calibrate(MARGINS, shares, first, "pairs.jsonl")
-    assert found.temperature == pytest.approx(4, rel=1e-6)
-    assert (found.fitted, found.measured, before["pairs"]) == (2500, 1500, 1500)
-    rest = MARGINS[~first]
-    # Of the other half the share of raters who agree is sigmoid(|d| / 2): ECE is the mean distance from it.
-    agreeing = probabilities(np.abs(rest), 2)
-    assert found.ece_before == pytest.approx(np.mean(probabilities(np.abs(rest)) - agreeing), abs=1e-9)
-    assert found.ece == pytest.approx(np.mean(agreeing - probabilities(np.abs(rest), 4)), abs=1e-9)
-    assert after["accuracy"] == before["accuracy"] == accuracy(rest)
+    assert found.half_temperatures == (pytest.approx(4, rel=1e-6), pytest.approx(2, rel=1e-6))
+    assert found.temperature == fit_temperature(MARGINS, shares) and 2 < found.temperature < 4 and found.pairs == 4000
+    # The share of raters who agree is sigmoid(|d| / T) with the T of the half; the ECE is the mean distance from it, since
+    # all distances of a half have one sign.
+    sizes = np.abs(MARGINS)
+    distance = {T: np.mean(probabilities(sizes[half], T) - probabilities(sizes[half], 6 - T))
+                for half, T in ((first, 2), (~first, 4))}  # fmt: skip
+    assert found.half_eces == (pytest.approx(distance[2], abs=1e-6), pytest.approx(-distance[4], abs=1e-6))
+    agreeing = np.where(first, probabilities(sizes, 4), probabilities(sizes, 2))
+    assert found.ece_before == pytest.approx(np.mean(probabilities(sizes) - agreeing), abs=1e-9)
+    scaled = MARGINS / np.where(first, found.half_temperatures[1], found.half_temperatures[0])
+    assert found.nll == pytest.approx(cross_entropy(scaled, shares))
+    assert after["accuracy"] == before["accuracy"] == accuracy(MARGINS)
     found.save(tmp_path)
     assert read_calibration(tmp_path) == found and read_calibration(tmp_path / "none") is None
     (tmp_path / FILE).write_text(json.dumps(json.loads((tmp_path / FILE).read_text()) | {"temperature": -4}))
@@ -81,12 +86,14 @@ def test_it_is_fitted_on_one_half_and_measured_on_the_other(tmp_path):
 
 def test_halves_that_are_too_small_give_no_temperature():
     few = np.arange(len(MARGINS)) < LEAST - 1
-    with pytest.raises(ValueError, match="no temperature was fitted: of 4,000 pairs, 49 and 3,951 share no text"):
+    with pytest.raises(
+        ValueError, match="the two halves of 4,000 pairs that share no text have 49 and 3,951, and each needs 50"
+    ):
         calibrate(MARGINS, np.ones(len(MARGINS)), few, "pairs.jsonl")
 
 
 def test_the_file_of_another_release_may_hold_more(tmp_path):
-    good = Calibration(2.0, 60, 60, 0.1, 0.02, 0.7, 0.6, "a")
+    good = Calibration(2.0, 120, 0.1, 0.02, 0.7, 0.6, (2.1, 1.9), (0.03, 0.02), "a")
     good.save(tmp_path)
     text = (tmp_path / FILE).read_text()
     (tmp_path / FILE).write_text(text.replace("{", '{"method": "temperature",', 1))
