@@ -143,7 +143,7 @@ NORMALIZATION = record(
 CALIBRATION = record(
     {
         "temperature": number(1e-30, words="a number above 0"),
-        "pairs": whole(1),
+        **dict.fromkeys(("pairs", "measured"), whole(1)),
         **dict.fromkeys(("ece_before", "ece"), SHARE),
         **dict.fromkeys(("nll_before", "nll"), number(0)),
         "half_temperatures": list_of(number(1e-30, words="a number above 0"), 2, 2),

@@ -15,6 +15,7 @@ from data.judgements import disagreement
 
 
 Z = 1.959964  # of a normal distribution, 95% lies within this many deviations
+LARGE = 0.02  # share of all pairs above which a component is divided
 # Edges of the ratio of the lengths, chosen to rejected, and the words for what lies between.
 RATIOS = (1 / 2, 4 / 5, 5 / 4, 2)
 RATIO_NAMES = (
@@ -168,17 +169,22 @@ def components(texts: np.ndarray) -> np.ndarray:
     return np.unique([root(one) for one, _ in texts.tolist()], return_inverse=True)[1]
 
 
-def halves(texts: np.ndarray, seed: int) -> np.ndarray:
-    """Return which pairs are in the first of two halves, (N,) bool; no text is in both.
+def halves(texts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Divide pairs at random into two halves that share no text, as two masks, each (pairs,).
 
-    Components go in random order to the half that has fewer pairs. The halves are as equal as that allows: if all pairs
-    share texts, one of them is empty.
+    Components go to the half that has fewer pairs. Of a component with more than `LARGE` of all pairs each text is drawn to a
+    half by itself, because such components differ from each other. Its pairs of one text from each half are in neither.
     """
+    draw = np.random.default_rng(seed)
     of = components(texts)
     sizes = np.bincount(of)
-    counts, first = [0, 0], np.zeros(len(sizes), dtype=bool)
-    for number in np.random.default_rng(seed).permutation(len(sizes)).tolist():
-        side = int(counts[0] > counts[1])
-        counts[side] += int(sizes[number])
-        first[number] = side == 0
-    return first[of]
+    large = (sizes > max(1, LARGE * len(texts)))[of]
+    side = draw.integers(0, 2, size=int(texts.max()) + 1)[texts]
+    of_pair = np.where(side[:, 0] == side[:, 1], side[:, 0], -1)
+    counts = [int((large & (of_pair == half)).sum()) for half in (0, 1)]
+    of_component = np.zeros(len(sizes), dtype=int)
+    for number in draw.permutation(np.unique(of[~large])).tolist():
+        of_component[number] = int(counts[0] > counts[1])
+        counts[of_component[number]] += int(sizes[number])
+    of_pair = np.where(large, of_pair, of_component[of])
+    return of_pair == 0, of_pair == 1

@@ -26,11 +26,13 @@ LEAST = 50  # pairs of each half
 class Calibration:
     """A temperature, and what temperatures do to pairs that they were not fitted on.
 
-    The pairs are divided into halves that share no text. Each half is measured with the temperature of the other.
+    For the latter the pairs are divided into halves that share no text. Each half is measured with the temperature of the
+    other.
 
     Attributes:
         temperature: T, which margins are divided by; it is fitted on all pairs.
         pairs: number of pairs.
+        measured: number of those that are in a half.
         ece_before, ece: expected calibration error with T = 1, and with the temperatures of the other halves, in 0..1.
         nll_before, nll: the same of the cross-entropy of the raters' shares, in nats a pair.
         half_temperatures, half_eces: of each half its temperature, and its ECE with that of the other half.
@@ -39,6 +41,7 @@ class Calibration:
 
     temperature: float
     pairs: int
+    measured: int
     ece_before: float
     ece: float
     nll_before: float
@@ -108,36 +111,39 @@ def fit_temperature(margins: np.ndarray, agreement: np.ndarray) -> float:
 
 
 def calibrate(
-    margins: np.ndarray, agreement: np.ndarray, first: np.ndarray, source: str
+    margins: np.ndarray, agreement: np.ndarray, sides: tuple[np.ndarray, np.ndarray], source: str
 ) -> tuple[Calibration, dict[str, Any], dict[str, Any]]:
     """Fit a temperature on all pairs, and measure on each half what the temperature of the other half does.
 
     Args:
-        first: (pairs,) bool, the pairs of one half.
+        sides: two halves of the pairs, each (pairs,) bool; a pair may be in neither.
         source: name of the dataset.
 
     Returns:
-        The temperature; and the `reward_model_report` of all pairs with T = 1, and with the temperatures of the other halves.
+        The temperature; and the `reward_model_report` of the pairs that are in a half with T = 1, and with the temperatures of
+        the other halves.
 
     Raises:
         ValueError: an error of `fit_temperature`; or a half has fewer than `LEAST` pairs. The message is a clause.
     """
-    sides = (first, ~first)
     if min(side.sum() for side in sides) < LEAST:
         raise ValueError(
             f"no temperature was fitted: the two halves of {len(margins):,} pairs that share no text have "
-            f"{int(first.sum()):,} and {int((~first).sum()):,}, and each needs {LEAST} or more"
+            f"{int(sides[0].sum()):,} and {int(sides[1].sum()):,}, and each needs {LEAST} or more"
         )
     fitted = [fit_temperature(margins[side], agreement[side]) for side in sides]
-    scaled = margins / np.where(first, fitted[1], fitted[0])
-    before, after = (reward_model_report(values, agreement) for values in (margins, scaled))
+    scaled = np.select(sides, [margins / fitted[1], margins / fitted[0]])
+    measured = sides[0] | sides[1]
+    shares = agreement[measured]
+    before, after = (reward_model_report(values[measured], shares) for values in (margins, scaled))
     found = Calibration(
         temperature=fit_temperature(margins, agreement),
         pairs=len(margins),
+        measured=int(measured.sum()),
         ece_before=before["ece"],
         ece=after["ece"],
-        nll_before=cross_entropy(margins, agreement),
-        nll=cross_entropy(scaled, agreement),
+        nll_before=cross_entropy(margins[measured], shares),
+        nll=cross_entropy(scaled[measured], shares),
         half_temperatures=(fitted[0], fitted[1]),
         half_eces=tuple(reward_model_report(scaled[side], agreement[side])["ece"] for side in sides),
         source=source,

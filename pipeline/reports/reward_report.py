@@ -99,10 +99,10 @@ def _calibration(report: dict) -> str:
     text = (
         f"The probability that people prefer the chosen side is read as sigmoid(margin / T). The temperature "
         f"**T = {found['temperature']:.3f}** fits the {found['pairs']:,} pairs of {escaped(found['source'])} best. What a "
-        f"temperature does to other pairs was measured on two halves that share no text, each with the temperature of the "
-        f"other: the expected calibration error goes from **{found['ece_before']:.3f}** (T = 1) to **{found['ece']:.3f}** "
-        f"(the halves by themselves: {one:.3f} and {other:.3f}), and the cross-entropy from {found['nll_before']:.3f} to "
-        f"{found['nll']:.3f} nats. The accuracy is the same with any T."
+        f"temperature does to other pairs was measured on {found['measured']:,} of them, in two halves that share no text, "
+        f"each with the temperature of the other: the expected calibration error goes from **{found['ece_before']:.3f}** "
+        f"(T = 1) to **{found['ece']:.3f}** (the halves by themselves: {one:.3f} and {other:.3f}), and the cross-entropy from "
+        f"{found['nll_before']:.3f} to {found['nll']:.3f} nats. The accuracy is the same with any T."
     )
     if report.get("saved_temperature"):
         text += f" T is saved in `{report['saved_temperature']}`."

@@ -304,7 +304,7 @@ FILES = {
         use_best_of_n,
     ),
     TEMPERATURE: (
-        lambda: asdict(Calibration(2.0, 120, 0.1, 0.02, 0.7, 0.6, (2.1, 1.9), (0.03, 0.02), "pairs.jsonl")),
+        lambda: asdict(Calibration(2.0, 130, 120, 0.1, 0.02, 0.7, 0.6, (2.1, 1.9), (0.03, 0.02), "pairs.jsonl")),
         use_temperature,
     ),
     FILE: (lambda: {"mean": 0.5, "std": 2.0, "completions": 8}, lambda folder: read_normalization(folder).mean + 1),

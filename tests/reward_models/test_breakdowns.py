@@ -105,13 +105,20 @@ def test_raters_by_hand():
 
 def test_halves_share_no_text():
     draw = np.random.default_rng(1)
-    texts = draw.integers(0, 8, size=(400, 2)) + 8 * draw.integers(0, 30, size=(400, 1))  # thirty groups of eight
-    first = halves(texts, seed=3)
-    assert set(texts[first].ravel()).isdisjoint(texts[~first].ravel())
-    assert 160 < first.sum() < 240
-    assert (halves(texts, seed=3) == first).all() and not (halves(texts, seed=4) == first).all()
-    assert halves(np.array([[0, 1], [1, 2], [3, 2]]), seed=0).sum() in (0, 3)
-    assert halves(alone(9), seed=0).sum() == 5
+    groups = 8 * draw.integers(0, 60, size=(900, 1))  # sixty groups of eight texts, and one of forty
+    texts = draw.integers(0, 8, size=(900, 2)) + groups
+    texts[:300] = 480 + draw.integers(0, 40, size=(300, 2))
+    first, second = halves(texts, seed=3)
+    assert not (first & second).any() and set(texts[first].ravel()).isdisjoint(texts[second].ravel())
+    assert (first | second)[300:].all()  # small groups are whole
+    assert 100 < (first | second)[:300].sum() < 200 and min(first[:300].sum(), second[:300].sum()) > 40
+    assert abs(first.sum() - second.sum()) < 20
+    assert (halves(texts, seed=3)[0] == first).all() and not (halves(texts, seed=4)[0] == first).all()
+
+
+def test_pairs_that_share_no_text_are_all_in_a_half():
+    first, second = halves(alone(90), seed=0)
+    assert first.sum() == second.sum() == 45 and (first ^ second).all()
 
 
 def test_small_things():

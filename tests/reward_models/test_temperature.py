@@ -61,7 +61,7 @@ def test_where_no_temperature_fits():
 def test_each_half_is_measured_with_the_temperature_of_the_other(tmp_path):
     first = np.arange(len(MARGINS)) < 2500
     shares = np.where(first, probabilities(MARGINS, 4), probabilities(MARGINS, 2))
-    found, before, after = calibrate(MARGINS, shares, first, "pairs.jsonl")
+    found, before, after = calibrate(MARGINS, shares, (first, ~first), "pairs.jsonl")
     assert found.half_temperatures == (pytest.approx(4, rel=1e-6), pytest.approx(2, rel=1e-6))
     assert found.temperature == fit_temperature(MARGINS, shares) and 2 < found.temperature < 4 and found.pairs == 4000
     # The share of raters who agree is sigmoid(|d| / T) with the T of the half; the ECE is the mean distance from it, since
@@ -84,16 +84,25 @@ def test_each_half_is_measured_with_the_temperature_of_the_other(tmp_path):
         read_calibration(tmp_path)
 
 
+def test_pairs_of_neither_half_are_fitted_and_not_measured():
+    shares, third = probabilities(MARGINS, 3), np.arange(len(MARGINS)) % 3
+    found, before, _ = calibrate(MARGINS, shares, (third == 0, third == 1), "pairs.jsonl")
+    assert found.pairs == 4000 and found.measured == before["pairs"] == 2667
+    assert found.ece == pytest.approx(0, abs=1e-6) and found.nll == pytest.approx(
+        cross_entropy(MARGINS[third < 2], shares[third < 2], 3)
+    )
+
+
 def test_halves_that_are_too_small_give_no_temperature():
     few = np.arange(len(MARGINS)) < LEAST - 1
     with pytest.raises(
         ValueError, match="the two halves of 4,000 pairs that share no text have 49 and 3,951, and each needs 50"
     ):
-        calibrate(MARGINS, np.ones(len(MARGINS)), few, "pairs.jsonl")
+        calibrate(MARGINS, np.ones(len(MARGINS)), (few, ~few), "pairs.jsonl")
 
 
 def test_the_file_of_another_release_may_hold_more(tmp_path):
-    good = Calibration(2.0, 120, 0.1, 0.02, 0.7, 0.6, (2.1, 1.9), (0.03, 0.02), "a")
+    good = Calibration(2.0, 130, 120, 0.1, 0.02, 0.7, 0.6, (2.1, 1.9), (0.03, 0.02), "a")
     good.save(tmp_path)
     text = (tmp_path / FILE).read_text()
     (tmp_path / FILE).write_text(text.replace("{", '{"method": "temperature",', 1))
