@@ -218,8 +218,9 @@ def load_rewards(args: RewardEvalArguments, rewards: RewardArguments, model: Mod
         raise ValueError(f"{what} counts tokens. Name the model whose tokenizer does it in model_name_or_path.")
     tokenizer, learned, context = None, [], math.inf
     if rewards.reward_adapter:
-        options = {"trust_remote_code": args.trust_remote_code, "pad_token": args.pad_token}
-        backbone, tokenizer = load_backbone(model, None, **options)
+        backbone, tokenizer = load_backbone(
+            model, None, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
+        )
         context = context_length(backbone)
         learned = learned_rewards(rewards, backbone, tokenizer)
         backbone.to(PartialState().device).eval()

@@ -96,7 +96,7 @@ def score_texts(
     sizes = [len(str(text)) for text in texts["completion"]]
     order = sorted(range(len(texts)), key=lambda i: -sizes[i])  # the longest first: if memory lacks, it lacks at once
     mine = order[state.process_index :: state.num_processes]
-    parts = []
+    parts: list[tuple[int, list[float]]] = []
     with asyncio.Runner() as runner:
         batches = range(0, len(mine), batch_size)
         for start in tqdm(batches, desc="scoring", unit="batch", disable=not state.is_main_process):

@@ -46,8 +46,8 @@ class Calibration:
     ece: float
     nll_before: float
     nll: float
-    half_temperatures: tuple[float, float]
-    half_eces: tuple[float, float]
+    half_temperatures: tuple[float, ...]
+    half_eces: tuple[float, ...]
     source: str
 
     def save(self, folder: str | Path) -> None:
@@ -64,8 +64,8 @@ def read_calibration(folder: str | Path) -> Calibration | None:
     if not path.is_file():
         return None
     found = read_json(path, CALIBRATION, remedy="Measure it anew, with pipeline.reward_eval.")
-    given = {name: found[name] for name in Calibration.__dataclass_fields__}
-    return Calibration(**{name: tuple(cell) if isinstance(cell, list) else cell for name, cell in given.items()})
+    halves: dict[str, Any] = {name: tuple(found[name]) for name in ("half_temperatures", "half_eces")}
+    return Calibration(**{name: found[name] for name in Calibration.__dataclass_fields__} | halves)
 
 
 def probabilities(margins: ArrayLike, temperature: float = 1.0) -> np.ndarray:

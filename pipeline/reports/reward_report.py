@@ -46,7 +46,7 @@ def markdown_reward_report(report: dict, drawn: set[str]) -> str:
         parts += [title, *_parts(found, drawn if found is report["datasets"][0] else set())]
     if report["mistakes"]:
         parts += ["## Most certain mistakes", _mistakes(report)]
-    parts += ["## Data", _data(report), f"Seed {report['seed']}, {report['seconds']:,.1f} seconds."]
+    parts += ["## Data", _rows_read(report), f"Seed {report['seed']}, {report['seconds']:,.1f} seconds."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -188,7 +188,7 @@ def _shortened(text: str) -> str:
     return markdown_cell(text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…")
 
 
-def _data(report: dict) -> str:
+def _rows_read(report: dict) -> str:
     rows = [
         [
             markdown_cell(found["source"]),

@@ -15,6 +15,7 @@ from pipeline import reward_eval
 from pipeline.backbone.adapters import read_adapter
 from pipeline.reports.report import _reward_model
 from pipeline.runs.command_line import parse
+from reward_models.reward_bench import SECTIONS
 from reward_models.temperature import FILE, read_calibration
 
 
@@ -154,6 +155,25 @@ def test_rewards_with_weights_and_a_column(functions, tmp_path):
     assert "no temperature was fitted: the two halves of 5 pairs" in found["no_temperature"]
 
 
+def test_a_file_of_rewardbench_has_sections(tmp_path):
+    """One pair of each subset is right, and one of each but `math-prm` and Safety's is wrong."""
+    rows = [
+        {"prompt": f"{subset} {i}?", "chosen": "Yes!", "rejected": "No.", "subset": subset, "id": i}
+        if i == 0 or section == "Safety" or subset == "math-prm"
+        else {"prompt": f"{subset} {i}?", "chosen": "Yes.", "rejected": "No!", "subset": subset, "id": i}
+        for section, subsets in SECTIONS.items()
+        for subset in subsets
+        for i in range(2)
+    ]
+    run(output_dir=tmp_path / "out", dataset_name=write(tmp_path / "bench.jsonl", rows), form="conversation",
+        reward_funcs="reward_models.rules.get_regex(pattern='!')")  # fmt: skip
+    (found,) = json.loads((tmp_path / "out" / "reward_eval.json").read_text())["datasets"]
+    assert len(found["by_domain"]) == 23 and found["accuracy"]["mean"] == pytest.approx((23 + 6) / 46)
+    code = {"Chat": 0.5, "Chat Hard": 0.5, "Safety": 1.0, "Reasoning": 0.75}
+    assert found["sections"] == pytest.approx(code | {"all four sections": 2.75 / 4})
+    assert "| all four sections | 68.8% |" in (tmp_path / "out" / "reward_eval.md").read_text()
+
+
 BAD = {
     "no reward": ({}, "Name a reward: set reward_adapter, reward_funcs or both"),
     "an adapter without its model": ({"reward_adapter": "ADAPTER"}, "model_name_or_path"),
@@ -210,3 +230,14 @@ def test_pairs_that_are_too_long(tiny, reward_adapter, tmp_path):
     assert found["rows"] == 8 and found["pairs"] + found["long"] == 8 and 1 < found["pairs"] < 4
     with pytest.raises(ValueError, match="max_length=129 exceeds the model's context of 128 tokens"):
         run(max_length=129, **options)
+
+
+def test_the_recipes_of_the_page(tmp_path):
+    page = (ROOT / "docs" / "reward-evaluation.md").read_text()
+    recipes = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert len(recipes) == 2
+    for number, recipe in enumerate(recipes):
+        (tmp_path / "recipe.yaml").write_text(recipe)
+        more = ["--output_dir", "out", "--reward_funcs", "package.function"] if number else []
+        args, rewards, model = parse(*reward_eval.OPTIONS, args=["--config", str(tmp_path / "recipe.yaml"), *more])
+        assert (args.form, model.model_name_or_path) == (("conversation", None) if number else (None, "data/backbone"))
