@@ -1,11 +1,9 @@
 """Load a pretrained model and its tokenizer, and check both."""
 
-import logging
 import math
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from accelerate import PartialState
@@ -39,7 +37,7 @@ from pipeline.backbone.adapter_tensors import damaged
 from pipeline.backbone.adapters import load_tokenizer
 from pipeline.backbone.architecture import check_finite, check_model
 from pipeline.backbone.gguf import SMOLLM2, is_gguf, model_source
-from pipeline.backbone.model_files import check_size, reached
+from pipeline.backbone.model_files import check_size, reached, without_report
 from pipeline.backbone.padding import choose_pad_token, set_pad_token
 from pipeline.backbone.sharding import kind_of
 from reward_models.pretrained import loaded_whole
@@ -159,7 +157,7 @@ def load_pretrained(
         check_size(config, Path(name))
     try:
         # Warning and report are about the fresh score head, which we want.
-        with reached(name), loaded_whole(), suppress_seqcls_warning(), _without_report():
+        with reached(name), loaded_whole(), suppress_seqcls_warning(), without_report():
             if head:
                 base, found = AutoModelForSequenceClassification.from_pretrained(
                     name, num_labels=1, **source, **options
@@ -206,22 +204,6 @@ def load_pretrained(
             layer.support_avx512bf16_for_cpu = False
     check_model(base, name)
     return fuse_gelu(base).requires_grad_(False), tokenizer
-
-
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """Leave out transformers' table of tensors that are missing: `_check_whole` refuses all but the fresh score head."""
-    logger = logging.getLogger("transformers.modeling_utils")
-
-    def told(record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        return "LOAD REPORT" not in text or "CONVERSION" in text  # an error refers to the table then
-
-    logger.addFilter(told)
-    try:
-        yield
-    finally:
-        logger.removeFilter(told)
 
 
 def _unusable_config(name: str, error: Exception) -> ValueError:

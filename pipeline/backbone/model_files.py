@@ -4,6 +4,7 @@ transformers makes a tensor for all that the config names, and fills those that 
 config could take all memory, or hours.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -75,3 +76,19 @@ def reached(name: str) -> Iterator[None]:
             f"({escaped(' '.join(str(error).split()), 400)}). Correct the name; or reach the hub, and log in if the model is "
             f"not public; or copy the model to a folder here."
         ) from error
+
+
+@contextmanager
+def without_report() -> Iterator[None]:
+    """Leave out transformers' table of tensors that are missing: loading refuses all but the fresh score head."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def told(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "LOAD REPORT" not in text or "CONVERSION" in text  # an error refers to the table then
+
+    logger.addFilter(told)
+    try:
+        yield
+    finally:
+        logger.removeFilter(told)
