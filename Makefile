@@ -12,6 +12,13 @@ CHAT ?= runs/smollm2-chat
 ABLATIONS ?= value_init=auto value_init=policy critic=head lora_top_layers=4 normalize_advantages=false \
 	whiten_rewards=true reward_clip_range=-1,1 adam_epsilon=1e-8 value_learning_rate=1.5e-4 value_learning_rate=1.5e-2
 
+# Name and options of each loss of a reward model, for `make reward-losses`. A batch of each has about 26 texts.
+LOSSES ?= bradley_terry: margin:use_margin=true label_smoothing:label_smoothing=0.1 agreement:use_agreement=true \
+	ties:use_agreement=true,dataset_name=$(LOSS_RUNS)/ties.jsonl,eval_dataset_name=human_ratings \
+	centering:center_rewards_coefficient=0.01 plackett_luce:loss_type=plackett_luce,per_device_train_batch_size=4 \
+	regression:loss_type=regression,per_device_train_batch_size=26
+LOSS_RUNS ?= runs/reward-losses
+
 FAST_TESTS = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest -m 'not slow' --numprocesses logical \
 	--maxprocesses 4 --dist worksteal
 LAUNCH = .venv/bin/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml -m
@@ -24,7 +31,7 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 # These commands run on CPUs. Without this, DeepSpeed, which the tests install, would warn that it found no GPU.
 export DS_ACCELERATOR = cpu
 
-.PHONY: demo smollm2 smollm2-chat baselines seeds ablations reward-long backbone bench bench-scaling gpu soak faults lint types \
+.PHONY: demo smollm2 smollm2-chat baselines seeds ablations reward-losses reward-long backbone bench bench-scaling gpu soak faults lint types \
 	test test-fast test-oldest test-python test-vllm
 
 # Run SFT, reward model, PPO and evaluation; write $(OUT)/report.md and report.json. `demo` uses the embedded model and data,
@@ -101,6 +108,21 @@ ablations: .venv/installed
 		done; \
 	done
 	.venv/bin/python -m pipeline.tables ablations runs/ablations $(ABLATIONS)
+
+# Train the demo's reward model with each loss under three seeds, in about 20 minutes; write runs/reward-losses/table.md. Of
+# `ties`, pairs whose mean ratings differ by less than 0.5 are ties, and all raters agree on the others.
+reward-losses: .venv/installed
+	mkdir -p $(LOSS_RUNS)
+	.venv/bin/python -c 'from data.human_ratings import ranked_pairs; ranked_pairs("train", min_gap=0).map(\
+		lambda row: {"agreement": 1.0 if row["margin"] >= 0.5 else 0.5}).to_json("$(LOSS_RUNS)/ties.jsonl")'
+	for seed in 0 1 2; do \
+		for loss in $(LOSSES); do \
+			$(LAUNCH) pipeline.reward --config $(RECIPES)/demo/reward.yaml --seed $$seed --sft_adapter "" \
+				--output_dir $(LOSS_RUNS)/$${loss%%:*}/$$seed \
+				$$(echo $${loss#*:} | tr , ' ' | sed -E 's/([a-z_]+)=/--\1 /g') || exit 1; \
+		done; \
+	done
+	.venv/bin/python -m pipeline.tables reward-losses $(LOSS_RUNS) $(foreach loss,$(LOSSES),$(firstword $(subst :, ,$(loss))))
 
 # Train a reward model for longer, in about five minutes; write runs/reward-long/metrics.json.
 reward-long: .venv/installed

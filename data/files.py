@@ -207,7 +207,7 @@ def _load_shards(name: str, folder: Path, split: str) -> Rows:
     selected = [
         read[part.splitname].select(range(part.from_ or 0, _end(part.to, read[part.splitname]))) for part in parts
     ]
-    return selected[0] if len(selected) == 1 else _joined(selected)
+    return selected[0] if len(selected) == 1 else joined(selected)
 
 
 def _end(to: int | None, rows: Dataset) -> int:
@@ -230,10 +230,10 @@ def _concatenated(name: str, folder: Path, files: list[Path]) -> Rows:
                 f"{part.files[0]}: the columns {part.column_names} differ from those of {first.files[0]}, "
                 f"{first.column_names}. All files of a split need the same columns. Move the other files elsewhere."
             )
-    return first if len(parts) == 1 else _joined(parts)
+    return first if len(parts) == 1 else joined(parts)
 
 
-def _joined(parts: list[Rows]) -> Rows:
+def joined(parts: list[Rows]) -> Rows:
     """Join the rows of several files.
 
     Each column gets a type that holds all of its cells. No cell changes.

@@ -15,6 +15,7 @@ import random
 import statistics
 import tarfile
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from datasets import Dataset
@@ -215,9 +216,51 @@ def ranked_pairs(
     lengths. All pairs of a group follow each other. So a trainer that puts them into one batch scores each snippet once
     for all its pairs (Ouyang et al. 2022, arXiv 2203.02155, section 3.5). The columns are those of `preference_pairs`.
     """
+    rows = []
+    for groups in _ranked_groups(split, sources, size, rounds, seed):
+        pairs = (_pair(a, b, min_gap) for group in groups for a, b in itertools.combinations(group, 2))
+        rows += [row for row in pairs if row]
+    return Dataset.from_list(rows)
+
+
+def rankings(
+    split: str, *, sources: tuple[str, ...] = DOMAIN, size: int = 8, rounds: int = 2, seed: int = 0
+) -> Dataset:
+    """Return the groups of `ranked_pairs` as rankings of up to `size` completions, the one that people rated best first.
+
+    Of texts with equal mean ratings one is kept, since a ranking has no ties. All differ, and each keeps a word of its own.
+
+    Columns: `prompt` (all the words that the group shares), `ranking` (list of the completions).
+    """
+    rows = []
+    for groups in _ranked_groups(split, sources, size, rounds, seed):
+        for group in groups:
+            distinct = {snippet.text: snippet for snippet in reversed(group)}
+            one_each = {snippet.mean: snippet for snippet in distinct.values()}
+            ranked = [one_each[mean].text.split(" ") for mean in sorted(one_each, reverse=True)]
+            shared = min((_shared_words(ranked[0], words) for words in ranked[1:]), default=0)
+            if shared:
+                completions = [" " + " ".join(words[shared:]) for words in ranked]
+                rows.append({"prompt": " ".join(ranked[0][:shared]), "ranking": completions})
+    return Dataset.from_list(rows)
+
+
+def rated_texts(split: str, *, sources: tuple[str, ...] = DOMAIN) -> Dataset:
+    """Return the snippets of one split with their mean ratings, from -4 to 4; snippets of one word are left out.
+
+    Columns: `prompt` (the first word), `completion` (the others), `rating`.
+    """
+    found = [(snippet.text.partition(" "), snippet.mean) for snippet in load_split(split, sources)]
+    rows = [{"prompt": first, "completion": f" {rest}", "rating": mean} for (first, _, rest), mean in found if rest]
+    return Dataset.from_list(rows)
+
+
+def _ranked_groups(
+    split: str, sources: tuple[str, ...], size: int, rounds: int, seed: int
+) -> Iterator[list[list[Snippet]]]:
+    """Yield the groups of each round, in random order."""
     generator = random.Random(seed)
     openings = _openings(split, sources).values()
-    rows = []
     for _ in range(rounds):
         groups = []
         for opening in openings:
@@ -227,9 +270,7 @@ def ranked_pairs(
                 window = sorted(members[start : start + 8 * size], key=lambda snippet: len(snippet.text))
                 groups += [window[i : i + size] for i in range(0, len(window), size)]
         generator.shuffle(groups)
-        pairs = (_pair(a, b, min_gap) for group in groups for a, b in itertools.combinations(group, 2))
-        rows += [row for row in pairs if row]
-    return Dataset.from_list(rows)
+        yield groups
 
 
 def _openings(split: str, sources: tuple[str, ...]) -> dict[tuple[str, str], list[Snippet]]:

@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 LARGEST = torch.finfo(torch.float32).max  # a margin enters the loss in float32
 # Columns of well-known datasets that rate each side.
 SCORES = (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"), ("chosen_rating", "rejected_rating"))
+OTHER_LOSSES = {"ranking": "plackett_luce", "rating": "regression"}  # that read rows with such a column
 COLUMNS = ("prompt", "chosen", "rejected", "margin", "agreement")
 
 
@@ -55,7 +56,9 @@ def check_preferences(rows: Dataset, name: str, *, drop: bool = False) -> Datase
                 f"{remedy or 'Pair a completion with label True, as chosen, with one of the same prompt with label False.'}"
             )
         if remedy:
-            raise ValueError(f"{name}: no columns 'chosen' and 'rejected'. {remedy}")
+            known = next((loss for column, loss in OTHER_LOSSES.items() if column in rows.column_names), None)
+            other = f". Or learn them as they are (loss_type: {known})" if known else ""
+            raise ValueError(f"{name}: no columns 'chosen' and 'rejected'. {remedy}{other}")
     require_columns(rows, ("chosen", "rejected"), name)
     check_no_tools(rows, name)
     columns = [column for column in COLUMNS if column in rows.column_names]

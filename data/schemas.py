@@ -173,6 +173,7 @@ METRICS = record(
     None,
     {
         **REWARD_MODEL,
+        "rating_scale": record({"mean": NUMBER, "std": NUMBER}),
         "history": list_of(LOGGED),
         "rows": ROWS,
         "seconds": number(0),
@@ -213,6 +214,7 @@ _OF_JUDGE = record({**COMPLETIONS.needed, "judge": NUMBER}, COMPLETIONS.known)
 JUDGED_REPORT = record({"sft": _OF_JUDGE, "policy": _OF_JUDGE, **JUDGED}, REPORT.known)
 SEED_REPORT = record({**JUDGED_REPORT.needed, "seed": whole(), "reward_model": MEASURED}, REPORT.known)
 PPO_METRICS = record({"history": list_of(LOGGED, 1)})
+REWARD_METRICS = record({key: REWARD_MODEL[key] for key in ("accuracy", "ece", "reliability")}, METRICS.known)
 # best_of_n.json of pipeline.best_of_n.
 BEST = record(
     {"n": whole(1), **dict.fromkeys(("score", "kl", "distinct_2"), NUMBER)},

@@ -2,22 +2,21 @@
 
     accelerate launch --config_file accelerate_configs/cpu.yaml -m pipeline.reward --config pipeline/recipes/demo/reward.yaml
 
-Trains a LoRA adapter and a score head on the frozen backbone with TRL's RewardTrainer. Pairs of one ranking share a batch,
-and each text is scored once. Labels may be shares of raters, and smoothed; the adapter may start from that of SFT. Then
-measures the reward model on held-out pairs: accuracy, the accuracy that people
-reach, accuracy for each rating gap, and calibration.
+Trains a LoRA adapter and a score head on the frozen backbone with TRL's RewardTrainer, on pairs, rankings or ratings, of one
+dataset or several. Pairs of one ranking share a batch, and each text is scored once. Labels may be shares of raters, and
+smoothed; the adapter may start from that of SFT. Then measures the reward model on held-out pairs: accuracy, the accuracy
+that people reach, accuracy for each rating gap, and calibration.
 """
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
 
 import torch
 from datasets import Dataset
 from trl import ModelConfig, RewardConfig
 
 from data.listing import json_digest
-from data.preferences import explicit_prompts, load_preferences
 from data.prompts import check_prompt_lengths
 from data.saving import save
 from data.tokens import check_max_length
@@ -28,16 +27,17 @@ from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.backbone.reward_start import reward_config, start_from
 from pipeline.backbone.rewards import measure
 from pipeline.backbone.roles import load_backbone
-from pipeline.runs.arguments import DataArguments
 from pipeline.runs.changed_options import options_of
 from pipeline.runs.checkpoints import Checkpointed
 from pipeline.runs.command_line import parse
 from pipeline.runs.launch import check_wrapper
+from pipeline.runs.mixture import FORMATS, RewardDataArguments
 from pipeline.runs.opening import open_run
 from pipeline.runs.outputs import finish_stage, push
 from pipeline.runs.rows import prepare_rows
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows
+from reward_models.listwise import comparisons
 from reward_models.normalization import Normalization
 from reward_models.ranking import RankingTrainer
 
@@ -46,6 +46,12 @@ from reward_models.ranking import RankingTrainer
 class RewardModelArguments:
     """Options of the reward stage that TRL's RewardConfig does not have."""
 
+    loss_type: Literal["bradley_terry", "plackett_luce", "regression"] = field(
+        default="bradley_terry",
+        metadata={
+            "help": "Learn pairs (bradley_terry), rankings of several completions (plackett_luce), or ratings (regression)."
+        },
+    )
     use_margin: bool = field(
         default=False,
         metadata={
@@ -86,18 +92,29 @@ class RewardModelArguments:
                 "use_margin=True and use_agreement=True contradict each other: both say how far apart two scores are to be. "
                 "Set one of them."
             )
+        of_pairs = ("use_margin", "use_agreement", "label_smoothing")
+        if self.loss_type != "bradley_terry" and (given := [name for name in of_pairs if getattr(self, name)]):
+            raise ValueError(
+                f"{given[0]}={getattr(self, given[0])!r} is for pairs, and loss_type={self.loss_type!r} has no labels of them."
+                f" Leave {given[0]} unset, or set loss_type: bradley_terry."
+            )
         if self.start_from_sft and not self.sft_adapter:
             raise ValueError("start_from_sft=True needs an adapter to start from. Name it in sft_adapter.")
 
     def check_columns(self, parts: dict[str, tuple[str, Dataset]], args: RewardConfig) -> None:
-        """Check that the rows whose loss is computed have the columns that it needs.
+        """Check that the rows whose loss is computed have the columns that it needs, and that its options suit it.
 
         Args:
             parts: `train`, and `held_out` if any, each with the source of its rows.
 
         Raises:
-            ValueError: a column is missing.
+            ValueError: a column is missing; or `center_rewards_coefficient` is set where ratings say where 0 is.
         """
+        if self.loss_type == "regression" and args.center_rewards_coefficient is not None:
+            raise ValueError(
+                f"center_rewards_coefficient={args.center_rewards_coefficient!r} and loss_type='regression' contradict each "
+                f"other: ratings say where 0 is. Set one of them."
+            )
         evaluates = args.eval_strategy != "no" or args.eval_on_start
         for part, (source, rows) in parts.items():
             for option, column in (("use_margin", "margin"), ("use_agreement", "agreement")):
@@ -106,6 +123,11 @@ class RewardModelArguments:
                         f"{source}: no column {column!r}, which {option}=True reads. Add it to the rows, or leave {option} "
                         f"unset."
                     )
+            if self.loss_type == "regression" and "rating" not in rows.column_names and (part == "train" or evaluates):
+                raise ValueError(
+                    f"{source}: no column 'rating', which loss_type='regression' learns. Give rated texts (pairs will do for "
+                    f"held-out rows that are scored after training alone), or set loss_type: bradley_terry."
+                )
 
 
 class RewardModel(Checkpointed, RankingTrainer):
@@ -128,7 +150,7 @@ class RewardModel(Checkpointed, RankingTrainer):
 
 
 def held_out_report(trainer: RewardModel) -> dict:
-    """Measure accuracy and calibration on the trainer's evaluation pairs.
+    """Measure accuracy and calibration on the pairs of the trainer's evaluation rows.
 
     A text of several pairs is scored once. Processes share the texts.
     """
@@ -139,7 +161,7 @@ def held_out_report(trainer: RewardModel) -> dict:
         with trainer.accelerator.autocast():
             return model(input_ids=ids, attention_mask=mask).logits.float().squeeze(-1)
 
-    chosen, rejected = [list(map(tuple, rows[name])) for name in ("chosen_ids", "rejected_ids")]
+    chosen, rejected, agreement, gaps = comparisons(rows)
     texts = list(dict.fromkeys(chosen + rejected))
     scores = score_rows(
         score,
@@ -155,7 +177,6 @@ def held_out_report(trainer: RewardModel) -> dict:
     if not all(map(math.isfinite, margins)):
         trainer.diverged = "A score of a held-out text is not finite"
         raise trainer.divergence()
-    agreement, gaps = (rows[name] if name in rows.column_names else None for name in ("agreement", "margin"))
     return reward_model_report(margins, agreement=agreement, gaps=gaps)
 
 
@@ -172,11 +193,11 @@ def normalization_of(
     return measure(backbone, prompts, tokenizer, seed=args.seed, max_completion_length=pairs.max_completion_length)
 
 
-OPTIONS = (DataArguments, RewardModelArguments, LoraArguments, ModelConfig, RewardConfig)
+OPTIONS = (RewardDataArguments, RewardModelArguments, LoraArguments, ModelConfig, RewardConfig)
 
 
 def main(
-    data: DataArguments, pairs: RewardModelArguments, lora: LoraArguments, model: ModelConfig, args: RewardConfig
+    data: RewardDataArguments, pairs: RewardModelArguments, lora: LoraArguments, model: ModelConfig, args: RewardConfig
 ) -> None:
     if args.train_sampling_strategy not in ("random", "group_by_length"):
         raise ValueError(
@@ -191,11 +212,12 @@ def main(
     checkpoint = open_run(
         args, model, options=options, policies=(pairs.sft_adapter,), leaves_reward=True, data=data.sources
     )
-    parts = data.load(load_preferences, args)
+    rows_of = FORMATS[pairs.loss_type]
+    parts = data.load(rows_of.load, args)
     pairs.check_columns(parts, args)
     source, train = parts["train"]
     if pairs.sft_adapter:  # completions of the prompts will be scored
-        train = explicit_prompts(train, source, drop=data.drop_bad_rows)
+        train = rows_of.with_prompts(train, source, drop=data.drop_bad_rows)
     if not pairs.use_margin and "margin" in train.column_names:
         train = train.remove_columns("margin")
     parts["train"] = source, train
@@ -204,7 +226,7 @@ def main(
         model, head=True, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
     )
     check_max_length(args.max_length, context_length(base))
-    rows, report = prepare_rows(parts, tokenizer, data, max_length=args.max_length, drops=True, row="pair")
+    rows, report = prepare_rows(parts, tokenizer, data, max_length=args.max_length, drops=True, row=rows_of.row)
     identity = fingerprint(base)
     start = None
     if pairs.sft_adapter:
@@ -239,6 +261,8 @@ def main(
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint, options=options)
     metrics = held_out_report(trainer) if "held_out" in rows else {}
+    if trainer.rating_scale:
+        metrics["rating_scale"] = asdict(trainer.rating_scale)
     metrics |= {"rows": report, "history": trainer.state.log_history}
     finish_stage(trainer, identity, metrics, complete=not pairs.sft_adapter)
     accelerator, repository = trainer.accelerator, trainer.hub_model_id

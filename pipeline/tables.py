@@ -1,10 +1,11 @@
-"""Make tables of finished runs: several seeds of a recipe, PPO and its baselines, PPO with one setting changed.
+"""Make tables of finished runs: several seeds of a recipe, PPO and its baselines, one setting changed.
 
     python -m pipeline.tables seeds runs/seeds
     python -m pipeline.tables baselines runs/baselines runs/demo
     python -m pipeline.tables ablations runs/ablations value_init=auto value_init=policy
+    python -m pipeline.tables reward-losses runs/reward-losses bradley_terry regression
 
-The targets of the same names in the Makefile make the runs. The last two commands write table.md and table.json to the folder.
+The targets of the same names in the Makefile make the runs. All but the first write table.md and table.json to the folder.
 """
 
 import statistics
@@ -15,7 +16,8 @@ from pathlib import Path
 
 from data.json_files import read_json, write_json
 from data.saving import check_saved, save
-from data.schemas import BEST_OF_N, JUDGED_REPORT, PPO_METRICS, SEED_REPORT
+from data.schemas import BEST_OF_N, JUDGED_REPORT, PPO_METRICS, REWARD_METRICS, SEED_REPORT
+from pipeline.reports.loss_table import LOSSES_NOTE, loss_row, losses_table
 from pipeline.reports.markdown import markdown_table, number, with_interval
 from pipeline.reports.report import read_report
 from pipeline.runs.errors import report_errors
@@ -58,11 +60,11 @@ def whole(path: Path) -> Iterator[None]:
         ) from error
 
 
-def _found(folder: Path, remedy: str) -> list[Path]:
-    """Return the reports <folder>/<seed>/report.json, in the order of the seeds."""
-    found = [path for path in folder.glob("*/report.json") if path.parent.name.isdigit()]
+def _found(folder: Path, remedy: str, name: str = "report.json") -> list[Path]:
+    """Return the files <folder>/<seed>/report.json, or of another name, in the order of the seeds."""
+    found = [path for path in folder.glob(f"*/{name}") if path.parent.name.isdigit()]
     if not found:
-        raise FileNotFoundError(f"{folder}: the folder has no <seed>/report.json. {remedy}")
+        raise FileNotFoundError(f"{folder}: the folder has no <seed>/{name}. {remedy}")
     return sorted(found, key=lambda path: int(path.parent.name))
 
 
@@ -272,11 +274,25 @@ def ablations(folder: Path, *settings: str) -> None:
     write(folder, rows, ablations_table(runs), ABLATIONS_NOTE)
 
 
+# ----------------------------------------------------------------------------------------------- reward losses
+def reward_losses(folder: Path, *losses: str) -> None:
+    """Compare the reward models in <folder>/<loss>/<seed>, with the losses in this order."""
+    runs: dict[str, list[dict]] = {}
+    for loss in losses:
+        runs[loss] = []
+        for path in _found(folder / loss, "Run `make reward-losses`.", "metrics.json"):
+            metrics = read_json(path, REWARD_METRICS, remedy="Train the reward model again, with held-out rows.")
+            runs[loss].append({"seed": int(path.parent.name), **loss_row(metrics)})
+    rows = [{"loss": loss, "runs": of_seeds} for loss, of_seeds in runs.items()]
+    write(folder, rows, losses_table(runs), LOSSES_NOTE)
+
+
 # Each table, and how many words follow its name (None: two or more).
 TABLES: dict[str, tuple[Callable[..., None], int | None]] = {
     "seeds": (seeds, 1),
     "baselines": (baselines, 2),
     "ablations": (ablations, None),
+    "reward-losses": (reward_losses, None),
 }
 
 

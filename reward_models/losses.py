@@ -1,11 +1,14 @@
-"""Losses of a reward model on pairs of completions. Scores are (B,): one for each pair's `chosen`, one for its `rejected`.
+"""Losses of a reward model on pairs, rankings and ratings of completions.
 
-The model is Bradley and Terry's (1952): P(chosen is preferred) = sigmoid(chosen - rejected). A label is the probability that
-it is to give: 1 says that everybody prefers `chosen`, 0.5 is a tie, 0 says that everybody prefers `rejected`.
+Scores of pairs are (B,): one for each pair's `chosen`, one for its `rejected`. The model is Bradley and Terry's (1952):
+P(chosen is preferred) = sigmoid(chosen - rejected). A label is the probability that it is to give: 1 says that everybody
+prefers `chosen`, 0.5 is a tie, 0 says that everybody prefers `rejected`.
+
+Scores of rankings are (B, K), and their model is Plackett's and Luce's, of which Bradley and Terry's is the case K = 2.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -56,3 +59,33 @@ def centering_loss(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -
     depend on it.
     """
     return torch.square(chosen + rejected).mean()
+
+
+def plackett_luce_loss(scores: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Float[Tensor, ""]:
+    """Return the negative log-likelihood of rankings, in nats, the mean over the rankings.
+
+    L = mean_i -sum_k log(exp(s_ik) / sum_(j >= k) exp(s_ij))
+
+    The best completion wins among all, the second among the others, and so on (Luce 1959; Plackett 1975). It is the K-wise
+    maximum likelihood of Zhu et al. 2023 (arXiv 2301.11270), section 4. A ranking of two is a pair, and L its
+    `preference_loss`. At equal scores L is log K!, since all orders are as likely.
+
+    Args:
+        scores: scores of the completions of each ranking, the best first.
+        mask: True on completions; False on the padding at the end of shorter rankings.
+    """
+    places = scores.shape[1]
+    left = mask.unsqueeze(1) & torch.ones(places, places, dtype=torch.bool, device=scores.device).triu()
+    lowest = torch.finfo(scores.dtype).min  # not -inf, whose gradient is NaN where no completion is left
+    of_left = scores.unsqueeze(1).masked_fill(~left, lowest).logsumexp(dim=-1)
+    return torch.where(mask, of_left - scores, 0.0).sum(dim=1).mean()
+
+
+def regression_loss(scores: Float[Tensor, " B"], ratings: Float[Tensor, " B"]) -> Float[Tensor, ""]:
+    """Return the mean square of the differences between scores and ratings.
+
+    L = mean_i (s_i - r_i)^2
+
+    Ratings are those of people, of mean 0 and deviation 1. L is then the share of their variance that is not explained.
+    """
+    return torch.square(scores - ratings).mean()

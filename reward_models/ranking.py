@@ -1,4 +1,4 @@
-"""Train a reward model on rankings: each completion is scored once for all the pairs that it is in."""
+"""Train a reward model on pairs, rankings or ratings: each completion is scored once for all the comparisons that it is in."""
 
 from collections.abc import Callable, Iterator
 from copy import copy
@@ -13,6 +13,15 @@ from transformers import PreTrainedTokenizerBase
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import RewardConfig, RewardTrainer
 
+from reward_models.listwise import (
+    CollateTexts,
+    RatingScale,
+    kind_of_rows,
+    longest,
+    outcome,
+    tokenize_once,
+    with_tokens,
+)
 from reward_models.losses import centering_loss, preference_loss, soft_labels
 
 
@@ -117,6 +126,9 @@ class RankingTrainer(RewardTrainer):
     So all comparisons of one prompt enter the same step. This costs less and overfits less than pairs drawn one by one
     (Ouyang et al. 2022, arXiv 2203.02155, section 3.5). Pairs that share no text are shuffled and scored as in TRL.
 
+    Rows that are rankings are learned by the likelihood of Plackett and Luce, and rated texts by squared error: see
+    `reward_models.listwise`.
+
     Args:
         use_margin: subtract the column `margin`, if the rows have it, as TRL does.
         use_agreement: learn the shares in the column `agreement`, which the rows must have.
@@ -137,16 +149,24 @@ class RankingTrainer(RewardTrainer):
         self.use_margin, self.use_agreement, self.label_smoothing = use_margin, use_agreement, label_smoothing
         if use_agreement:
             self.data_collator = WithAgreement(self.data_collator)
+        self.rating_scale = None
+        kind = kind_of_rows(self.train_dataset)
+        if kind:
+            if kind == "rating":
+                self.rating_scale = RatingScale.of(self.train_dataset["rating"][:])
+            self.data_collator = CollateTexts(self.data_collator, self.rating_scale)
         score_each_text_once(self.model)
 
     def _set_signature_columns_if_needed(self) -> None:
-        """Override `_set_signature_columns_if_needed`: keep the column `agreement` where it is learned."""
+        """Override `_set_signature_columns_if_needed`: keep the column `agreement` where it is learned, and other rows'."""
         super()._set_signature_columns_if_needed()
-        if self.use_agreement and "agreement" not in self._signature_columns:
-            self._signature_columns.append("agreement")
+        ours = ["ranking_ids", "text_ids", "rating", *(["agreement"] if self.use_agreement else [])]
+        self._signature_columns += [name for name in ours if name not in self._signature_columns]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Override `compute_loss`: return TRL's loss, or ours where labels are not all 1. TRL records its figures."""
+        if "sizes" in inputs or "ratings" in inputs:
+            return self._loss_of_texts(model, dict(inputs), return_outputs)
         labels = inputs.get("agreement")
         unread = {"agreement"} if self.use_margin else {"agreement", "margin"}
         inputs = {name: value for name, value in inputs.items() if name not in unread}
@@ -160,26 +180,57 @@ class RankingTrainer(RewardTrainer):
                 loss = loss + self.args.center_rewards_coefficient * centering_loss(chosen, rejected)
         return (loss, outputs) if return_outputs else loss
 
+    def _loss_of_texts(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool):
+        """Return the loss of a batch of rankings or rated texts, and record TRL's figures over all processes."""
+        sizes, ratings = inputs.pop("sizes", None), inputs.pop("ratings", None)
+        outputs = model(**inputs, use_cache=False)
+        scores = outputs.logits.float().squeeze(-1)
+        loss, gaps = outcome(scores, sizes, ratings, self.args.center_rewards_coefficient)
+        mode, found, tokens = (
+            "train" if self.model.training else "eval",
+            scores.detach(),
+            inputs["attention_mask"].sum(),
+        )
+        counts = [gaps.new_tensor(len(of)) for of in (found, gaps)]
+        sums = [tokens, found.sum(), (gaps > 0).sum(), gaps.sum(), *counts, found.min(), found.max()]
+        of_all = self.accelerator.gather(torch.stack([each.float() for each in sums])).view(-1, len(sums))
+        tokens, score, right, apart, texts, compared = of_all[:, :6].sum(dim=0).tolist()
+        if mode == "train":
+            self._total_train_tokens += round(tokens) // self._tp_size
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        figures = {"min_reward": of_all[:, 6].min(), "mean_reward": score / texts, "max_reward": of_all[:, 7].max()}
+        if compared:
+            figures |= {"accuracy": right / compared, "margin": apart / compared}
+        for name, figure in figures.items():
+            self._metrics[mode][name].append(float(figure))
+        return (loss, outputs) if return_outputs else loss
+
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: PreTrainedTokenizerBase, args: RewardConfig, dataset_name: str
     ) -> Dataset:
         prepare = super()._prepare_dataset
+        whole = copy(args)
+        whole.max_length = None  # a long text is left out together with its row
+
+        def tokenized(pairs: Dataset) -> Dataset:
+            return prepare(pairs, processing_class, whole, dataset_name)
+
+        def tokens_of(texts: list) -> list[list[int]]:
+            found = tokenize_once(texts, tokenized)
+            turns = bool(texts) and not isinstance(texts[0], str)
+            return [up_to_the_end(ids, processing_class) for ids in found] if turns else found
+
+        if kind_of_rows(dataset):
+            return with_tokens(dataset, tokens_of, args.max_length)
         if isinstance(dataset.features.get("chosen"), Value):  # plain texts, not conversations and not tokens
             prompts = dataset["prompt"][:] if "prompt" in dataset.column_names else [""] * len(dataset)
             pairs = {
                 name: [prompt + text for prompt, text in zip(prompts, dataset[name][:], strict=True)]
                 for name in ("chosen", "rejected")
             }
-            texts = list(dict.fromkeys(pairs["chosen"] + pairs["rejected"]))
-            halves = {"chosen": texts[::2], "rejected": texts[1::2] + texts[: len(texts) % 2]}
-            whole = copy(args)
-            whole.max_length = None  # the last `prepare` below drops a long text together with its pair
-            found = prepare(Dataset.from_dict(halves), processing_class, whole, dataset_name)
-            ids = {
-                text: row for name in halves for text, row in zip(halves[name], found[f"{name}_ids"][:], strict=True)
-            }
-            for name, column in pairs.items():
-                dataset = dataset.add_column(f"{name}_ids", [ids[text] for text in column])
+            ids = tokenize_once(pairs["chosen"] + pairs["rejected"], tokenized)
+            dataset = dataset.add_column("chosen_ids", ids[: len(dataset)])
+            dataset = dataset.add_column("rejected_ids", ids[len(dataset) :])
             return prepare(dataset, processing_class, args, dataset_name)
         given = dataset.column_names
         dataset = prepare(dataset, processing_class, args, dataset_name)
@@ -191,10 +242,10 @@ class RankingTrainer(RewardTrainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> GroupSampler:
         rows = self.train_dataset if train_dataset is None else train_dataset
         size = self.args.train_batch_size * self.args.world_size  # so that the order is the same as in one process
-        groups = groups_of(rows, most=size)
+        groups = [[row] for row in range(len(rows))] if kind_of_rows(rows) else groups_of(rows, most=size)
         lengths = None
         if self.args.train_sampling_strategy == "group_by_length":
-            of_rows = [max(map(len, ids)) for ids in zip(rows["chosen_ids"][:], rows["rejected_ids"][:], strict=True)]
+            of_rows = longest(rows)
             lengths = [max(of_rows[number] for number in group) for group in groups]
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         return GroupSampler(groups, lengths, size, seed)

@@ -45,6 +45,11 @@ class DataArguments:
         return self.dataset_name, self.eval_dataset_name
 
     @property
+    def train_source(self) -> str:
+        """Return the name of the dataset to train on, for messages."""
+        return self.dataset_name
+
+    @property
     def eval_source(self) -> str | None:
         """Return the dataset of the evaluation rows, or None if there is none.
 
@@ -68,12 +73,17 @@ class DataArguments:
         if args and not self.eval_source and (args.eval_strategy != "no" or args.eval_on_start):
             raise ValueError(
                 f"eval_strategy={args.eval_strategy.value!r}, eval_on_start={args.eval_on_start} need held-out rows, and "
-                f"{self.dataset_name} has none. Name a dataset in eval_dataset_name."
+                f"{self.train_source} has none. Name a dataset in eval_dataset_name."
             )
-        parts = {"train": (self.dataset_name, self.dataset_train_split)}
+        parts = {"train": self.load_train(read, args)}
         if self.eval_source:
-            parts["held_out"] = self.eval_source, self.dataset_eval_split
-        return {part: (name, read(name, split, drop=self.drop_bad_rows)) for part, (name, split) in parts.items()}
+            held_out = read(self.eval_source, self.dataset_eval_split, drop=self.drop_bad_rows)
+            parts["held_out"] = self.eval_source, held_out
+        return parts
+
+    def load_train(self, read: Callable[..., Dataset], args: TrainingArguments | None = None) -> tuple[str, Dataset]:
+        """Read the training rows, and return them with their source."""
+        return self.dataset_name, read(self.dataset_name, self.dataset_train_split, drop=self.drop_bad_rows)
 
 
 # TRL's SFTConfig, RewardConfig and DPOConfig have an option `pad_token`. The other stages get the same option here.

@@ -85,7 +85,7 @@ REFUSED = {
 COMPARED = f"""
     {" ".join(ORDER)} generation_batch_size
     model_name_or_path model_revision sft_adapter reward_adapter pad_token
-    dataset_name dataset_train_split drop_bad_rows ptx_dataset_name ptx_dataset_split
+    dataset_name datasets dataset_train_split drop_bad_rows ptx_dataset_name ptx_dataset_split
     fsdp fsdp_config deepspeed parallelism_config
 """
 # A change needs no word: what is logged, saved, uploaded or checked, and how fast.
@@ -115,6 +115,7 @@ TABLE: dict[str, str | None] = {
     **dict.fromkeys([*COMPARED.split(), *HARMLESS.split()], None),
     # An option that means something else in one of the dataclasses.
     "RewardModelArguments.sft_adapter": "applied",  # its completions are scored after training
+    "RewardModelArguments.loss_type": "scores mean something else under it",  # DPO's and GRPO's is of another kind
     "PPOConfig.disable_dropout": "it changes which layers of the value train",  # PPO shares layers only without dropout
 }
 UNKNOWN = "this release does not know what a change of it does"  # an option of a later release of TRL or transformers

@@ -3,6 +3,7 @@
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from data.rankings import prepare_rankings
 from data.tokens import prepare_tokens
 from pipeline.runs.arguments import DataArguments
 from pipeline.runs.outputs import rows_report
@@ -18,7 +19,7 @@ def prepare_rows(
     needs_rest: bool = False,
     row: str = "row",
 ) -> tuple[dict[str, Dataset], dict[str, dict]]:
-    """Check texts or pairs in the tokens of TRL's trainers, and count the rows of each part that `max_length` keeps.
+    """Check texts, pairs or rankings in the tokens of TRL's trainers, and count the rows of each part that `max_length` keeps.
 
     Args:
         parts: `train`, and `held_out` if any, each with the source of its rows (`DataArguments.load`).
@@ -33,7 +34,8 @@ def prepare_rows(
     """
     rows, counts = {}, {}
     for part, (source, found) in parts.items():
-        rows[part], lengths = prepare_tokens(found, tokenizer, source, drop=data.drop_bad_rows)
+        prepare = prepare_rankings if "ranking" in found.column_names else prepare_tokens
+        rows[part], lengths = prepare(found, tokenizer, source, drop=data.drop_bad_rows)
         counts[part] = source, lengths.counts(max_length, drops=drops, needs_rest=needs_rest)
     report = rows_report(counts)
     for source, of_part in counts.values():

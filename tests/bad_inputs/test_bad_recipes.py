@@ -175,6 +175,46 @@ CONTRADICTIONS = {
         {"train_sampling_strategy": "sequential"},
         r"^train_sampling_strategy='sequential' is not supported: pairs of a ranking are batched together",
     ),
+    "a margin of ratings": (
+        "reward",
+        {"loss_type": "regression", "use_margin": True},
+        r"^use_margin=True is for pairs, and loss_type='regression' has no labels of them\. Leave use_margin unset, or",
+    ),
+    "smoothed labels of rankings": (
+        "reward",
+        {"loss_type": "plackett_luce", "label_smoothing": 0.1},
+        r"^label_smoothing=0\.1 is for pairs, and loss_type='plackett_luce' has no labels",
+    ),
+    "pairs to learn ratings from": (
+        "reward",
+        {"loss_type": "regression"},
+        r"/pairs\.jsonl: no column 'rating', which loss_type='regression' learns\. Give rated texts",
+    ),
+    "ratings that say where 0 is": (
+        "reward",
+        {"loss_type": "regression", "center_rewards_coefficient": 0.1},
+        r"^center_rewards_coefficient=0\.1 and loss_type='regression' contradict each other",
+    ),
+    "a loss that there is not": ("reward", {"loss_type": "hinge"}, r"loss_type.*'?hinge"),
+    "one dataset and several": (
+        "reward",
+        {"datasets": '[{"path": "more.jsonl"}]'},
+        r"^dataset_name='/.*pairs\.jsonl' and datasets both say what to train on\. Give one",
+    ),
+    "datasets that are no JSON": (
+        "reward",
+        {"datasets": "a.jsonl,b.jsonl", "dataset_name": "human_ratings"},
+        r"^datasets='a\.jsonl,b\.jsonl' must be a list of entries in JSON",
+    ),
+    "datasets without held-out rows": (
+        "reward",
+        {
+            "datasets": '[{"path": "a.jsonl"}, {"path": "b.jsonl"}]',
+            "dataset_name": "human_ratings",
+            "eval_on_start": True,
+        },
+        r"need held-out rows, and a\.jsonl, b\.jsonl has none\. Name a dataset in eval_dataset_name",
+    ),
     "labels that say the opposite": (
         "reward",
         {"label_smoothing": 0.5},

@@ -28,6 +28,8 @@ from data.human_ratings import (
     preference_pairs,
     prompts,
     ranked_pairs,
+    rankings,
+    rated_texts,
     split_of,
     texts,
 )
@@ -411,3 +413,51 @@ def test_prompts_are_those_of_the_seed_and_in_random_order(snippets):
 
 def test_texts_are_the_whole_split(snippets):
     assert list(texts("validation")["text"]) == [s.text for s in load_split("validation", ("movieReviewSnippets",))]
+
+
+def test_rankings_of_a_few_snippets(few):
+    """A group of five holds all that begin alike."""
+    ranked = {"prompt": "a", "ranking": [" fine film", " fine mess", " bad play", " bad joke", " bad film"]}
+    assert rankings("train", size=5, rounds=2).to_list() == [ranked, ranked]
+    assert {len(row["ranking"]) for row in rankings("train", size=2, rounds=4).to_list()} == {2}
+
+
+def test_a_ranking_has_no_ties_and_no_text_twice(few, monkeypatch):
+    found = [
+        snippet("a film", 1),
+        snippet("a play", 1),
+        snippet("a joke", 2),
+        snippet("a joke", 3),
+        snippet("it is", 1),
+    ]
+    monkeypatch.setattr(human_ratings, "load_snippets", lambda: found)
+    for seed in range(10):
+        rows = rankings("train", rounds=1, seed=seed).to_list()
+        assert [row["prompt"] for row in rows] == ["a"]
+        assert rows[0]["ranking"] in ([" joke", " film"], [" joke", " play"])
+
+
+def test_rated_texts_of_a_few_snippets(few):
+    rows = rated_texts("train").to_list()
+    expected = {s.text: s.mean for s in FEW if s.source == "movieReviewSnippets" and " " in s.text}
+    assert {row["prompt"] + row["completion"]: row["rating"] for row in rows} == expected
+    assert all(" " not in row["prompt"] for row in rows)
+
+
+def test_rankings_are_the_groups_of_ranked_pairs(snippets):
+    """Each pair of a round that has a gap, and no tie, stands in this order in a ranking of the same round."""
+    ranked = rankings("train", rounds=1).to_list()
+    assert rankings("train", rounds=1).to_list() == ranked != rankings("train", rounds=1, seed=1).to_list()
+    place = {}
+    for number, row in enumerate(ranked):
+        assert 2 <= len(set(row["ranking"])) == len(row["ranking"]) <= 8 and all(
+            side.strip() for side in row["ranking"]
+        )
+        place |= {row["prompt"] + side: (number, at) for at, side in enumerate(row["ranking"])}
+    both = 0
+    for pair in ranked_pairs("train", rounds=1).to_list():
+        sides = [place.get(pair["prompt"] + pair[side]) for side in ("chosen", "rejected")]
+        if None not in sides:
+            both += 1
+            assert sides[0][0] == sides[1][0] and sides[0][1] < sides[1][1]
+    assert both > 10_000

@@ -1,8 +1,10 @@
 """`reward_models.losses`: values and gradients by hand and by finite differences, and TRL's loss where it has one."""
 
 import inspect
-from math import exp, log
+from itertools import permutations
+from math import exp, factorial, log
 
+import numpy as np
 import pytest
 import torch
 from jaxtyping import TypeCheckError
@@ -11,7 +13,13 @@ from torch import tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from reward_models import losses
-from reward_models.losses import centering_loss, preference_loss, soft_labels
+from reward_models.losses import (
+    centering_loss,
+    plackett_luce_loss,
+    preference_loss,
+    regression_loss,
+    soft_labels,
+)
 
 
 def loss_of(gap: float, label: float, margin: float | None = None) -> float:
@@ -90,6 +98,86 @@ def test_centering_by_hand():
     torch.testing.assert_close(chosen.grad, tensor([3.0, -1.0]))
 
 
+# ------------------------------------------------------------------------------------------------ rankings
+def everything(scores: torch.Tensor) -> torch.Tensor:
+    return torch.ones(scores.shape, dtype=torch.bool)
+
+
+def test_plackett_luce_by_hand():
+    # Strengths 4, 2, 1: the best wins among 7 with 4/7, the second among 3 with 2/3. Two pairs: 3/4 and 1/2.
+    scores = tensor([[log(4), log(2), 0.0], [log(3), 0.0, 99.0], [0.0, 0.0, float("nan")]])
+    mask = tensor([[True, True, True], [True, True, False], [True, True, False]])
+    expected = (log(7 / 4) + log(3 / 2) + log(4 / 3) + log(2)) / 3
+    assert plackett_luce_loss(scores, mask).item() == pytest.approx(expected)
+    assert plackett_luce_loss(scores[:1] + 5, mask[:1]).item() == pytest.approx(log(7 / 4) + log(3 / 2))  # no zero
+
+
+def test_the_probabilities_of_all_orders_sum_to_one():
+    """And the share of orders that begin with a completion is its softmax (Luce's choice)."""
+    strengths = np.array([0.3, 2.0, 1.1, 0.6])
+    probability = {}
+    for order in permutations(range(4)):
+        left, expected = list(order), 1.0
+        for winner in order:
+            expected *= strengths[winner] / strengths[left].sum()
+            left.remove(winner)
+        scores = tensor(np.log(strengths[list(order)])).unsqueeze(0)
+        probability[order] = exp(-plackett_luce_loss(scores, everything(scores)).item())
+        assert probability[order] == pytest.approx(expected, rel=1e-12)
+    assert len(probability) == factorial(4) and sum(probability.values()) == pytest.approx(1, rel=1e-12)
+    first = sum(p for order, p in probability.items() if order[0] == 2)
+    assert first == pytest.approx(1.1 / 4.0, rel=1e-12)
+    level = torch.zeros(1, 4)
+    assert plackett_luce_loss(level, everything(level)).item() == pytest.approx(log(24))
+
+
+def test_a_ranking_of_two_is_a_pair():
+    chosen, rejected = NUMBERS[:2]
+    ranked = torch.stack([chosen, rejected], dim=1)
+    torch.testing.assert_close(plackett_luce_loss(ranked, everything(ranked)), preference_loss(chosen, rejected))
+
+
+def test_the_order_of_a_ranking_counts():
+    """Of three, unlike the sum over its pairs: 4, 2, 1 and 4, 1, 2 differ, and so do best and worst."""
+    found = [
+        plackett_luce_loss(tensor([[log(each) for each in strengths]]), torch.ones(1, 3, dtype=torch.bool)).item()
+        for strengths in ((4, 2, 1), (4, 1, 2), (1, 2, 4))
+    ]
+    assert found == pytest.approx([log(7 / 4) + log(3 / 2), log(7 / 4) + log(3), log(7) + log(3)])
+
+
+def test_padding_changes_neither_loss_nor_gradient():
+    scores = tensor([[0.5, -1.0, 7.0, 7.0], [0.1, 0.2, 0.3, 0.4]], requires_grad=True)
+    mask = tensor([[True, True, False, False], [True, True, True, True]])
+    plackett_luce_loss(scores, mask).backward()
+    own = [scores.detach()[:1, :2].clone().requires_grad_(), scores.detach()[1:].clone().requires_grad_()]
+    (sum(plackett_luce_loss(each, everything(each)) for each in own) / 2).backward()
+    torch.testing.assert_close(scores.grad[0], torch.cat([own[0].grad[0], torch.zeros(2)]))
+    torch.testing.assert_close(scores.grad[1], own[1].grad[0])
+    with torch.no_grad():
+        scores[0, 2:] = float("nan")
+    scores.grad = None
+    plackett_luce_loss(scores, mask).backward()
+    assert torch.isfinite(scores.grad).all() and scores.grad[0, 2:].tolist() == [0, 0]
+
+
+def test_far_apart_scores_have_a_finite_loss():
+    scores = tensor([[-200.0, 0.0, 200.0]], requires_grad=True)
+    found = plackett_luce_loss(scores, everything(scores))
+    found.backward()
+    assert found.item() == pytest.approx(600.0)  # 400 for the best, 200 for the second
+    torch.testing.assert_close(scores.grad, tensor([[-1.0, -1.0, 2.0]]))
+
+
+# ------------------------------------------------------------------------------------------------ ratings
+def test_regression_by_hand():
+    scores = tensor([1.0, -2.0, 0.5], requires_grad=True)
+    found = regression_loss(scores, tensor([0.0, -1.5, 0.5]))
+    found.backward()
+    assert found.item() == pytest.approx((1 + 0.25) / 3)
+    torch.testing.assert_close(scores.grad, tensor([2.0, -1.0, 0.0]) / 3)
+
+
 NUMBERS = torch.randn(3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 CASES = {
     "soft_labels": {"agreement": torch.full((5,), 0.7)},
@@ -97,6 +185,8 @@ CASES = {
         "chosen": torch.ones(5), "rejected": torch.zeros(5), "labels": torch.full((5,), 0.7), "margin": torch.ones(5)
     },
     "centering_loss": {"chosen": torch.ones(5), "rejected": torch.zeros(5)},
+    "plackett_luce_loss": {"scores": torch.ones(5, 3), "mask": torch.ones(5, 3, dtype=torch.bool)},
+    "regression_loss": {"scores": torch.ones(5), "ratings": torch.zeros(5)},
 }  # fmt: skip
 
 
@@ -106,6 +196,13 @@ def test_gradients_match_finite_differences(labels, margin):
     chosen, rejected = NUMBERS[:2].clone().requires_grad_()
     assert torch.autograd.gradcheck(lambda c, r: preference_loss(c, r, labels, margin), (chosen, rejected))
     assert torch.autograd.gradcheck(centering_loss, (chosen, rejected))
+
+
+def test_gradients_of_rankings_and_ratings_match_finite_differences():
+    scores = NUMBERS.clone().requires_grad_()
+    mask = torch.arange(5) < tensor([[5], [2], [4]])
+    assert torch.autograd.gradcheck(lambda of: plackett_luce_loss(of, mask), (scores,))
+    assert torch.autograd.gradcheck(lambda of: regression_loss(of, NUMBERS[1]), (scores[0].detach().requires_grad_(),))
 
 
 def test_every_loss_is_here():
