@@ -113,7 +113,8 @@ ablations: .venv/installed
 # `ties`, pairs whose mean ratings differ by less than 0.5 are ties, and all raters agree on the others.
 reward-losses: .venv/installed
 	mkdir -p $(LOSS_RUNS)
-	.venv/bin/python -c 'from data.human_ratings import ranked_pairs; ranked_pairs("train", min_gap=0).map(\
+	.venv/bin/python -c 'from data.human_ratings import ranked_pairs; ranked_pairs("train", min_gap=0).filter(\
+		lambda row: row["chosen"] != row["rejected"]).map(\
 		lambda row: {"agreement": 1.0 if row["margin"] >= 0.5 else 0.5}).to_json("$(LOSS_RUNS)/ties.jsonl")'
 	for seed in 0 1 2; do \
 		for loss in $(LOSSES); do \

@@ -35,7 +35,7 @@ class Entry(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What a dataset gives to a mixture: how many rows it has, and how many of them an epoch takes."""
+    """Share of a dataset in a mixture: how many rows it has, and how many of them an epoch takes."""
 
     path: str
     rows: int

@@ -196,7 +196,7 @@ class RankingTrainer(RewardTrainer):
         of_all = self.accelerator.gather(torch.stack([each.float() for each in sums])).view(-1, len(sums))
         tokens, score, right, apart, texts, compared = of_all[:, :6].sum(dim=0).tolist()
         if mode == "train":
-            self._total_train_tokens += round(tokens) // self._tp_size
+            self._total_train_tokens += round(tokens)
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
         figures = {"min_reward": of_all[:, 6].min(), "mean_reward": score / texts, "max_reward": of_all[:, 7].max()}
         if compared:
