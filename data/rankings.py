@@ -112,10 +112,8 @@ def with_prompts(rows: Dataset, name: str, *, drop: bool = False) -> Dataset:
     rows = check_rows(rows, columns, name, check, drop=drop)
     if "prompt" in columns:
         return rows
-    prompts, rankings = [], []
-    for row in rows:
-        prompts.append(_parts(name, row)[0].prompt)
-        rankings.append([entry[len(prompts[-1]) :] for entry in row["ranking"]])
+    prompts: list = [_parts(name, row)[0].prompt for row in rows]
+    rankings = [[entry[len(prompt) :] for entry in row["ranking"]] for prompt, row in zip(prompts, rows, strict=True)]
     others = {column: rows[column][:] for column in rows.column_names if column != "ranking"}
     return _as_rows(rows, {"prompt": prompts, "ranking": rankings} | others, name)
 

@@ -76,8 +76,7 @@ def plackett_luce_loss(scores: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) 
     """
     places = scores.shape[1]
     left = mask.unsqueeze(1) & torch.ones(places, places, dtype=torch.bool, device=scores.device).triu()
-    lowest = torch.finfo(scores.dtype).min  # not -inf, whose gradient is NaN where no completion is left
-    of_left = scores.unsqueeze(1).masked_fill(~left, lowest).logsumexp(dim=-1)
+    of_left = scores.unsqueeze(1).masked_fill(~left, -torch.inf).logsumexp(dim=-1)  # -inf where no completion is left
     return torch.where(mask, of_left - scores, 0.0).sum(dim=1).mean()
 
 

@@ -19,6 +19,7 @@ def answer(text: str) -> list[dict]:
     return [{"role": "assistant", "content": text}]
 
 
+TOOL = {"role": "tool", "content": "3"}
 GOOD = {
     "texts": {"prompt": "The film", "ranking": [" is fine.", " is so so.", " is bad."]},
     "whole texts": {"ranking": ["The film is fine.", "The film is bad."]},
@@ -60,6 +61,10 @@ BAD = {
     "another turn": (
         {"ranking": [say("How?", "a", "So?", "b"), say("How?", "a", "So?", "c"), say("How?", "d")]},
         "'ranking' must",
+    ),
+    "a tool's turn in two of three": (
+        {"ranking": [*([*say("How?", "Look."), TOOL, *answer(text)] for text in "ab"), say("How?", "c")]},
+        "'ranking' must hold answers to one prompt (the same turns before it)",
     ),
     "an open prompt": ({"prompt": say("How?", "So"), "ranking": [answer("a"), answer("b")]}, "'prompt' must end in a turn"),
 }  # fmt: skip
