@@ -6,6 +6,8 @@ MINUTES ?= 30
 OUT ?= runs/demo
 SEEDS ?= 0 1 2 3 4 5 6 7 8 9
 BASELINES ?= runs/baselines
+SWEEP ?= runs/lambda-sweep
+PTX_COEFS ?= 0 0.02 0.06 0.2 0.6 2
 SMOLLM2 ?= smollm2
 HH ?= Anthropic/hh-rlhf
 CHAT ?= runs/smollm2-chat
@@ -31,8 +33,8 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 # These commands run on CPUs. Without this, DeepSpeed, which the tests install, would warn that it found no GPU.
 export DS_ACCELERATOR = cpu
 
-.PHONY: demo smollm2 smollm2-chat baselines seeds ablations reward-losses reward-long backbone bench bench-scaling gpu soak faults lint types \
-	test test-fast test-oldest test-python test-vllm
+.PHONY: demo smollm2 smollm2-chat baselines seeds ablations lambda-sweep reward-losses reward-long backbone bench \
+	bench-scaling gpu soak faults lint types test test-fast test-oldest test-python test-vllm
 
 # Run SFT, reward model, PPO and evaluation; write $(OUT)/report.md and report.json. `demo` uses the embedded model and data,
 # and takes four minutes. `smollm2` uses a pretrained model of 135M parameters, and takes less than half an hour after its
@@ -124,6 +126,20 @@ reward-losses: .venv/installed
 		done; \
 	done
 	.venv/bin/python -m pipeline.tables reward-losses $(LOSS_RUNS) $(foreach loss,$(LOSSES),$(firstword $(subst :, ,$(loss))))
+
+# Run L - lambda R with several weights of L, from the demo's SFT and reward adapters; write $(SWEEP)/table.md and
+# trade_off.png. Without PTX (0) lambda is infinite.
+lambda-sweep: .venv/installed
+	@test -f $(OUT)/report.json || { echo "$(OUT)/report.json: no such file. Run \`make demo\` first." >&2; exit 1; }
+	for coef in $(PTX_COEFS); do \
+		from="--sft_adapter $(OUT)/sft --reward_adapter $(OUT)/reward"; \
+		texts=$$(test $$coef = 0 && echo "--ptx_dataset_name=" || echo "--ptx_dataset_name human_ratings"); \
+		$(LAUNCH) pipeline.ppo --config $(RECIPES)/l_plus_lambda_r.yaml --seed $(SEED) --output_dir $(SWEEP)/$$coef/ppo \
+			$$from $$texts --ptx_coef $$coef || exit 1; \
+		$(LAUNCH) pipeline.evaluation --config $(RECIPES)/demo/evaluation.yaml --seed $(SEED) --output_dir $(SWEEP)/$$coef \
+			$$from --policy_adapter $(SWEEP)/$$coef/ppo --text_dataset_name human_ratings || exit 1; \
+	done
+	.venv/bin/python -m pipeline.tables lambda-sweep $(SWEEP) $(PTX_COEFS)
 
 # Train a reward model for longer, in about five minutes; write runs/reward-long/metrics.json.
 reward-long: .venv/installed

@@ -167,7 +167,9 @@ MEASURED = record({key: REWARD_MODEL[key] for key in ("accuracy", "ece", "pairs"
 ROWS = mapping(record({"source": TEXT, **dict.fromkeys(("rows", "kept", "cut", "dropped", "longest"), whole())}))
 CHECKS = list_of(record({"name": TEXT, "measured": FIGURE, "bound": TEXT, "result": TEXT, "why": TEXT}))
 # A line of a trainer's log. Figures that other trainers log are not used.
-LOGGED = record(None, dict.fromkeys(("step", "score", "kl", "loss/value", "approxkl"), FIGURE))
+LOGGED = record(
+    None, dict.fromkeys(("step", "score", "kl", "loss/value", "approxkl", "completions/mean_length"), FIGURE)
+)
 # metrics.json. One from elsewhere may hold none of these.
 METRICS = record(
     None,
@@ -186,7 +188,7 @@ METRICS = record(
 INTERVAL = record(dict.fromkeys(("mean", "low", "high"), NUMBER))
 COMPLETIONS = record(
     dict.fromkeys(("score", "kl", "distinct_2"), NUMBER),
-    {"judge": NUMBER, **dict.fromkeys(("distinct_1", "perplexity", "mean_length"), FIGURE)},
+    {"judge": NUMBER, **dict.fromkeys(("distinct_1", "perplexity", "mean_length", "text_loss"), FIGURE)},
 )
 # report.json of pipeline.evaluation. Without a judge it has no figures of one.
 JUDGED = {"judge_gain": INTERVAL, "win_rate": INTERVAL}
@@ -198,6 +200,7 @@ REPORT = record(
         "judge": TEXT,
         "pairwise": PAIRWISE,
         "score_win_rate": INTERVAL,
+        "text_loss_change": INTERVAL,
         "policy_name": TEXT,
         "seed": whole(),
         "prompts": whole(1),
@@ -212,6 +215,10 @@ REPORT = record(
 # What `pipeline.tables` reads besides.
 _OF_JUDGE = record({**COMPLETIONS.needed, "judge": NUMBER}, COMPLETIONS.known)
 JUDGED_REPORT = record({"sft": _OF_JUDGE, "policy": _OF_JUDGE, **JUDGED}, REPORT.known)
+_OF_TEXTS = record({**_OF_JUDGE.needed, "text_loss": NUMBER}, COMPLETIONS.known)
+SWEEP_REPORT = record(
+    {**JUDGED_REPORT.needed, "sft": _OF_TEXTS, "policy": _OF_TEXTS, "text_loss_change": INTERVAL}, REPORT.known
+)
 SEED_REPORT = record({**JUDGED_REPORT.needed, "seed": whole(), "reward_model": MEASURED}, REPORT.known)
 PPO_METRICS = record({"history": list_of(LOGGED, 1)})
 REWARD_METRICS = record({key: REWARD_MODEL[key] for key in ("accuracy", "ece", "reliability")}, METRICS.known)

@@ -25,6 +25,7 @@ from data.json_files import check_object, write_json
 from data.prompts import tokenize_prompts
 from data.saving import save
 from data.schemas import MEASURED, REWARD_MODEL
+from data.texts import load_texts
 from pipeline.backbone.adapters import adapter_folder, read_adapter, read_metrics
 from pipeline.backbone.loading import context_length
 from pipeline.backbone.rewards import learned_rewards
@@ -33,6 +34,7 @@ from pipeline.backbone.sampling import as_answers, gathered, rounds, sample
 from pipeline.reports.metrics import bootstrap_interval, wins
 from pipeline.reports.plots import draw_accuracy_by_gap, draw_calibration, draw_ppo_curves, draw_score_histograms
 from pipeline.reports.report import markdown_report
+from pipeline.rl.held_out_texts import losses_of_texts, rows_of_texts
 from pipeline.runs.agreement import check_same_options
 from pipeline.runs.arguments import CompletionArguments
 from pipeline.runs.command_line import parse
@@ -65,6 +67,20 @@ class EvaluationArguments(CompletionArguments):
             "help": "Function that compares two completions, such as reward_models.judges.get_llm(url=..., model=...)."
         },
     )
+    text_dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Texts whose language-model loss is measured, the first max_prompts of them. Unset: none."},
+    )
+    text_dataset_split: str = field(
+        default="test", metadata={"help": "Split of these texts (a single file has none)."}
+    )
+
+    def texts(self) -> Dataset | None:
+        """Read the texts of `text_dataset_name`; None if it is unset. Raises the errors of `load_texts`."""
+        if not self.text_dataset_name:
+            return None
+        rows = load_texts(self.text_dataset_name, self.text_dataset_split, drop=self.drop_bad_rows)
+        return rows.select(range(min(self.max_prompts, len(rows))))
 
 
 class Completions:
@@ -78,6 +94,7 @@ class Completions:
         self.scores = np.zeros(0)
         self.judged: np.ndarray | None = None
         self.rewards: dict[str, float] = {}  # mean of each reward, before its weight
+        self.text_losses: list[float] = []  # language-model loss of each text, in nats a token
 
     @property
     def texts(self) -> list[str]:
@@ -93,6 +110,7 @@ class Completions:
             "distinct_2": distinct_n(self.texts, 2),
             "perplexity": float(np.exp(np.sum(self.nll) / lengths.sum())),
             "mean_length": float(lengths.mean()),
+            **({"text_loss": float(np.mean(self.text_losses))} if self.text_losses else {}),
             "rewards": self.rewards,
         }
 
@@ -190,6 +208,12 @@ def pairwise_judgement(
     }
 
 
+def text_change(sft: Completions, policy: Completions) -> dict:
+    """Return the change of the texts' loss in report.json, with its interval; nothing without texts."""
+    change = np.subtract(policy.text_losses, sft.text_losses)
+    return {"text_loss_change": bootstrap_interval(change)} if len(change) else {}
+
+
 def as_text(prompt: str | list[dict]) -> str:
     """Return a prompt for the table of samples: a conversation becomes one line for each turn."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
@@ -206,7 +230,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         model.model_name_or_path,
         policies=(args.policy_adapter, args.sft_adapter),
         rewards=rewards.reward_adapter,
-        data=(args.dataset_name,),
+        data=(args.dataset_name, args.text_dataset_name),
         writes=FILES["report"],
     )
     first = next(iter(rewards.reward_adapter), None)  # the value started from the first of several
@@ -219,7 +243,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     calibration = read_calibration(adapter_folder(first)) if first else None
     rewards.check_weights(args.reward_weights)
     lock_output(args.output_dir, writes=state.is_main_process)
-    prompts = args.prompts()
+    prompts, texts = args.prompts(), args.texts()
     functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)
     judge = load_judge(args.judge, prompts, args.dataset_name)
     pairwise = load_function(args.pairwise_judge, "pairwise_judge") if args.pairwise_judge else None
@@ -227,6 +251,8 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         model, args.policy_adapter, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
     )
     prompts, rows = args.check_lengths(prompts, tokenizer, context_length(backbone))
+    of_texts = (args.text_dataset_name, tokenizer, context_length(backbone))
+    text_rows, text_counts = rows_of_texts(texts, *of_texts, drop=args.drop_bad_rows)
     if args.sft_adapter:
         reference = read_adapter(
             args.sft_adapter, needs_head=False, base=backbone.get_base_model(), tokenizer=tokenizer
@@ -241,6 +267,10 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
             name: complete(role, backbone, prompts, tokenizer, composite, judge, runner, args)
             for name, role in (("sft", "reference"), ("policy", "policy"))
         }
+    if text_rows:
+        options = {"pad_token_id": tokenizer.pad_token_id, "batch_size": args.batch_size}
+        for name, role in (("sft", "reference"), ("policy", "policy")):
+            results[name].text_losses = losses_of_texts(backbone, role, text_rows, **options)
     if not state.is_main_process:
         return
     sft, policy = results["sft"], results["policy"]
@@ -248,12 +278,13 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         "policy_name": args.policy_name,
         "seed": args.seed,
         "prompts": len(prompts),
-        "rows": rows,
+        "rows": rows | text_counts,
         "sft": sft.metrics(),
         "policy": policy.metrics(),
         **judgement(args, sft, policy),
         **({"pairwise": pairwise_judgement(args, pairwise, prompts, sft, policy)} if pairwise else {}),
         "score_win_rate": bootstrap_interval(wins(policy.scores, sft.scores)),
+        **text_change(sft, policy),
         **({"reward_model": measured} if measured else {}),
         **({"calibration": asdict(calibration)} if calibration else {}),
         "preflight": metrics["policy"].get("preflight", []),

@@ -4,8 +4,10 @@
     python -m pipeline.tables baselines runs/baselines runs/demo
     python -m pipeline.tables ablations runs/ablations value_init=auto value_init=policy
     python -m pipeline.tables reward-losses runs/reward-losses bradley_terry regression
+    python -m pipeline.tables lambda-sweep runs/lambda-sweep 0 0.2 2
 
-The targets of the same names in the Makefile make the runs. All but the first write table.md and table.json to the folder.
+The targets of the same names in the Makefile make the runs. All but the first write table.md and table.json to the folder, and
+the last one trade_off.png.
 """
 
 import statistics
@@ -16,9 +18,11 @@ from pathlib import Path
 
 from data.json_files import read_json, write_json
 from data.saving import check_saved, save
-from data.schemas import BEST_OF_N, JUDGED_REPORT, PPO_METRICS, REWARD_METRICS, SEED_REPORT
+from data.schemas import BEST_OF_N, JUDGED_REPORT, PPO_METRICS, REWARD_METRICS, SEED_REPORT, SWEEP_REPORT
+from pipeline.reports.lambda_sweep import SWEEP_NOTE, sweep_row, sweep_table
 from pipeline.reports.loss_table import LOSSES_NOTE, loss_row, losses_table
 from pipeline.reports.markdown import markdown_table, number, with_interval
+from pipeline.reports.plots import draw_trade_off
 from pipeline.reports.report import read_report
 from pipeline.runs.errors import report_errors
 from pipeline.runs.folders import check_ours, check_output_dir
@@ -68,8 +72,8 @@ def _found(folder: Path, remedy: str, name: str = "report.json") -> list[Path]:
     return sorted(found, key=lambda path: int(path.parent.name))
 
 
-def write(folder: Path, rows: list[dict], table: str, note: str) -> None:
-    """Write the rows to table.json and the table with its note to table.md, and print the table.
+def write(folder: Path, rows: list[dict], table: str, note: str, draw: Callable[[Path], None] | None = None) -> None:
+    """Write the rows to table.json and the table with its note to table.md, draw trade_off.png if asked, and print the table.
 
     Raises the errors of `check_output_dir`, `check_ours` and `save`.
     """
@@ -79,6 +83,8 @@ def write(folder: Path, rows: list[dict], table: str, note: str) -> None:
     def write_files(staged: Path) -> None:
         write_json(staged / "table.json", rows)
         (staged / "table.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
+        if draw:
+            draw(staged / "trade_off.png")
 
     save(folder, "table", write_files, former=former_files(folder, "table"))
     print(table)
@@ -287,12 +293,27 @@ def reward_losses(folder: Path, *losses: str) -> None:
     write(folder, rows, losses_table(runs), LOSSES_NOTE)
 
 
+# ----------------------------------------------------------------------------------------------- lambda
+def lambda_sweep(folder: Path, *coefficients: str) -> None:
+    """Compare the runs in <folder>/<ptx_coef>, and draw what reward costs in language-model loss."""
+    rows = []
+    for coefficient in coefficients:
+        path = folder / coefficient / "report.json"
+        read_result(path, "Run `make lambda-sweep`.")
+        with whole(path):
+            row = sweep_row(float(coefficient), read_report(path, SWEEP_REPORT), ppo_history(path.parent))
+        rows.append(row)
+    rows.sort(key=lambda row: -row["ptx_coef"])  # from the smallest lambda
+    write(folder, rows, sweep_table(rows), SWEEP_NOTE, lambda path: draw_trade_off(rows, path))
+
+
 # Each table, and how many words follow its name (None: two or more).
 TABLES: dict[str, tuple[Callable[..., None], int | None]] = {
     "seeds": (seeds, 1),
     "baselines": (baselines, 2),
     "ablations": (ablations, None),
     "reward-losses": (reward_losses, None),
+    "lambda-sweep": (lambda_sweep, None),
 }
 
 

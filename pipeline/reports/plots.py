@@ -216,3 +216,45 @@ def draw_best_of_n(rows: list[dict], path: str | PathLike, compared: dict | None
             axis.margins(0.1)
             axis.legend(loc="best")
         figure.savefig(path)
+
+
+def draw_trade_off(rows: list[dict], path: str | PathLike) -> None:
+    """Draw the judge's gain and the score against the language-model loss on held-out texts, as a PNG at `path`.
+
+    `rows` are those of `pipeline.reports.lambda_sweep.sweep_row`. Each is a point, with its lambda and the 95% intervals of
+    the changes; the start is SFT.
+    """
+    panels = (("gain", "Judge: gain over SFT"), ("score", "Reward model score"))
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _figure(7.5, 3.4, len(panels))
+        for axis, (key, title) in zip(axes, panels, strict=True):
+            places = [row["text_loss"] for row in rows]
+            values = [row["judge_gain"]["mean"] if key == "gain" else row["score"] for row in rows]
+            axis.plot(places, values, color=PPO, marker="o", label="L + λR")
+            changes = [row["text_loss_change"] for row in rows]
+            axis.errorbar(places, values, xerr=_distances(changes), fmt="none", ecolor=PPO, alpha=0.5)
+            if key == "gain":
+                gains = [row["judge_gain"] for row in rows]
+                axis.errorbar(places, values, yerr=_distances(gains), fmt="none", ecolor=PPO, alpha=0.5)
+            for row, place, value in zip(rows, places, values, strict=True):
+                text = "∞" if row["lambda"] is None else f"{row['lambda']:.2g}"
+                axis.annotate(text, (place, value), xytext=(5, -10), textcoords="offset points")
+            start = rows[0]["start"]
+            axis.plot(
+                start["text_loss"],
+                0 if key == "gain" else start["score"],
+                color=SFT,
+                marker="o",
+                linestyle="",
+                label="SFT",
+            )
+            axis.set_title(title)
+            axis.set_xlabel("loss on held-out texts (nats a token)")
+            axis.margins(0.12)
+            axis.legend(loc="best")
+        figure.savefig(path)
+
+
+def _distances(intervals: list[dict]) -> list[list[float]]:
+    """Return the distances of the means of intervals from their lower and upper ends, for error bars."""
+    return [[one["mean"] - one["low"] for one in intervals], [one["high"] - one["mean"] for one in intervals]]

@@ -27,6 +27,7 @@ METRICS = (
     ("distinct_2", "distinct-2", ".3f"),
     ("perplexity", "perplexity", ".1f"),
     ("mean_length", "mean length (tokens)", ".1f"),
+    ("text_loss", "language-model loss on texts (nats a token)", ".3f"),
 )
 
 

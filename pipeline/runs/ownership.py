@@ -38,7 +38,7 @@ FILES = {
         "reward_eval.json", "reward_eval.md", "reward_eval_reliability.png", "reward_eval_gap.png", "reward_eval_length.png",
         "reward_eval_domain.png",
     ),
-    "table": ("table.json", "table.md"),
+    "table": ("table.json", "table.md", "trade_off.png"),
     "data": tuple(
         f"{stage}_{split}.jsonl" for stage in ("preferences", "sft", "prompts") for split in ("train", "test")
     ),
