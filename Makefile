@@ -8,6 +8,7 @@ SEEDS ?= 0 1 2 3 4 5 6 7 8 9
 BASELINES ?= runs/baselines
 SWEEP ?= runs/lambda-sweep
 PTX_COEFS ?= 0 0.02 0.06 0.2 0.6 2
+TRANSLATION ?= runs/translation
 SMOLLM2 ?= smollm2
 HH ?= Anthropic/hh-rlhf
 CHAT ?= runs/smollm2-chat
@@ -34,7 +35,7 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export DS_ACCELERATOR = cpu
 
 .PHONY: demo smollm2 smollm2-chat baselines seeds ablations lambda-sweep reward-losses reward-long backbone bench \
-	bench-scaling gpu soak faults lint types test test-fast test-oldest test-python test-vllm
+	bench-scaling gpu soak faults lint types test test-fast test-oldest test-python test-vllm translation
 
 # Run SFT, reward model, PPO and evaluation; write $(OUT)/report.md and report.json. `demo` uses the embedded model and data,
 # and takes four minutes. `smollm2` uses a pretrained model of 135M parameters, and takes less than half an hour after its
@@ -141,6 +142,17 @@ lambda-sweep: .venv/installed
 	done
 	.venv/bin/python -m pipeline.tables lambda-sweep $(SWEEP) $(PTX_COEFS)
 
+# Learn to translate simple English to German: SFT on sentence pairs, then PPO on chrF; write $(TRANSLATION)/report.md.
+translation: .venv/translation
+	.venv/bin/python -m data.translation $(TRANSLATION)/data --seed $(SEED)
+	$(LAUNCH) pipeline.sft --config $(RECIPES)/translation/sft.yaml --seed $(SEED) --output_dir $(TRANSLATION)/sft \
+		--dataset_name $(TRANSLATION)/data/sft_train.jsonl
+	$(LAUNCH) pipeline.ppo --config $(RECIPES)/translation/ppo.yaml --seed $(SEED) --output_dir $(TRANSLATION)/ppo \
+		--sft_adapter $(TRANSLATION)/sft --dataset_name $(TRANSLATION)/data/prompts_train.jsonl
+	$(LAUNCH) pipeline.evaluation --config $(RECIPES)/translation/evaluation.yaml --seed $(SEED) --output_dir $(TRANSLATION) \
+		--sft_adapter $(TRANSLATION)/sft --policy_adapter $(TRANSLATION)/ppo \
+		--dataset_name $(TRANSLATION)/data/prompts_test.jsonl
+
 # Train a reward model for longer, in about five minutes; write runs/reward-long/metrics.json.
 reward-long: .venv/installed
 	$(LAUNCH) pipeline.reward --config $(RECIPES)/reward_long.yaml
@@ -208,6 +220,10 @@ test-vllm: .venv-vllm/installed
 
 .venv/tests: .venv/installed
 	.venv/bin/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+.venv/translation: .venv/installed
+	.venv/bin/python -m pip install --quiet --editable '.[translation]'
 	touch $@
 
 .venv-oldest/installed: pyproject.toml tests/oldest.py
