@@ -90,14 +90,13 @@ def load_function(text: str, option: str = "reward_funcs") -> Callable:
     try:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
-        missing = isinstance(error, ModuleNotFoundError)
-        # The module is there, and a package that it imports is not.
-        if missing and error.name and not f"{module}.".startswith(f"{error.name}."):
+        lacks = error.name if isinstance(error, ModuleNotFoundError) else None
+        if lacks and not f"{module}.".startswith(f"{lacks}."):  # the module is there, and a package that it imports is not
             raise ValueError(
-                f"{option}: cannot import {path!r} ({error}). Install the package that has the module {error.name!r}."
+                f"{option}: cannot import {path!r} ({error}). Install the package that has the module {lacks!r}."
             ) from error
         failure = ValueError(f"{option}: cannot import {path!r} ({error}). Write it as package.module.function.")
-        if missing:
+        if lacks:
             failure.add_note(f"Python looks in the current folder ({Path.cwd()}) and in those of PYTHONPATH.")
         raise failure from error
     except RAISED as error:
