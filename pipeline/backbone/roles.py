@@ -73,9 +73,20 @@ class Backbone(PeftModelForCausalLM):
         if not fresh:
             self._set_weights("policy", policy.weights, policy.source)
 
-    def add_adapter(self, *args, **kwargs) -> None:
-        super().add_adapter(*args, **kwargs)
+    def add_adapter(self, adapter_name: str, *args, **kwargs) -> None:
+        """Override `add_adapter`: the reference starts as a copy of the policy in the embeddings too.
+
+        TRL's trainers add it, and copy each parameter with `.default.` in its name. Those of an adapter on embeddings end in
+        `.default`, so TRL would leave them at zero.
+        """
+        super().add_adapter(adapter_name, *args, **kwargs)
         self._find_tuned()
+        if adapter_name == ADAPTERS["reference"]:
+            for layer in self._tuned:
+                for part in (layer.lora_embedding_A, layer.lora_embedding_B):
+                    ours = part[ADAPTERS["policy"]] if ADAPTERS["policy"] in part else None
+                    if ours is not None and adapter_name in part and part[adapter_name].shape == ours.shape:
+                        part[adapter_name].data.copy_(ours.data)
 
     def _find_tuned(self) -> None:
         self._tuned = [module for module in self.modules() if isinstance(module, BaseTunerLayer)]
