@@ -199,6 +199,7 @@ REPORT = record(
         **JUDGED,
         "judge": TEXT,
         "pairwise": PAIRWISE,
+        "score_gain": INTERVAL,
         "score_win_rate": INTERVAL,
         "text_loss_change": INTERVAL,
         "policy_name": TEXT,
