@@ -41,17 +41,28 @@ def arguments(args: list[str]) -> argparse.Namespace:
 
 
 def make(task: str, demonstrations: int, prompts: int, held_out: int, seed: int) -> dict[str, list[dict]]:
-    """Return the rows of each file of a task. No prompt is in two files, or in one twice."""
+    """Return the rows of each file of a task. No prompt is in two files, or in one twice.
+
+    Raises:
+        ValueError: there are not as many different prompts.
+    """
     generator = random.Random(seed)
     seen: set[str] = set()
     files: dict[str, list[dict]] = {}
     for name, count in (("sft_train", demonstrations), ("prompts_train", prompts), ("prompts_test", held_out)):
         rows: list[dict] = []
+        fruitless = 0
         while len(rows) < count:
             row = TASKS[task](generator, held_out=name == "prompts_test")
+            fruitless += 1
             if row["prompt"] not in seen:
                 seen.add(row["prompt"])
                 rows.append(row)
+                fruitless = 0
+            elif fruitless > 1000:
+                raise ValueError(
+                    f"{name}: {count} rows are wanted, and there are only about {len(rows)}. Lower the number."
+                )
         dropped = {"answers", "triples"} if name == "sft_train" else {"completion"}
         files[name] = [{key: value for key, value in row.items() if key not in dropped} for row in rows]
     return files

@@ -35,11 +35,14 @@ def references(answers: Any) -> list[list[str]]:
     """
     cell = answers.get("text") if isinstance(answers, dict) else answers
     entries = [cell] if isinstance(cell, str) else cell
-    texts = [entry.get("text") if isinstance(entry, dict) else entry for entry in _listed(entries, answers)]
-    for text in texts:
-        if not isinstance(text, str):
-            raise _not_answers(answers)
-    return [found for text in texts if (found := words(text))] or [[]]
+    if isinstance(entries, list):
+        texts = [entry.get("text") if isinstance(entry, dict) else entry for entry in entries]
+        if all(isinstance(text, str) for text in texts):
+            return [found for text in texts if (found := words(text))] or [[]]
+    raise ValueError(
+        f"'answers' must be a text, a list of texts, or SQuAD's {{'text': [...]}}, but is {str(answers)[:100]!r}. Correct the "
+        f"row. A question without an answer has an empty list."
+    )
 
 
 def exact_match(completions: list, answers: list, **kwargs) -> list[float]:
@@ -72,16 +75,3 @@ def _f1(ours: list[str], theirs: list[str]) -> float:
 
 def _text(completion: str | list[dict]) -> str:
     return completion if isinstance(completion, str) else completion[0]["content"]
-
-
-def _listed(entries: Any, answers: Any) -> list:
-    if not isinstance(entries, list):
-        raise _not_answers(answers)
-    return entries
-
-
-def _not_answers(answers: Any) -> ValueError:
-    return ValueError(
-        f"'answers' must be a text, a list of texts, or SQuAD's {{'text': [...]}}, but is {str(answers)[:100]!r}. Correct the "
-        f"row. A question without an answer has an empty list."
-    )

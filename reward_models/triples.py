@@ -44,7 +44,8 @@ def references(triples: Any) -> set[Triple]:
         triple = read_line(line) if isinstance(line, str) else None
         if triple is None:
             raise ValueError(
-                f"'triples' must have three filled parts in each line, but has {str(line)[:100]!r}. Correct or delete the line."
+                f"'triples' must have three filled parts in each line, but has {str(line)[:100]!r}. Correct or delete the "
+                f"line."
             )
         found.add(triple)
     return found

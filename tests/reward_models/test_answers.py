@@ -61,24 +61,26 @@ def test_scores_by_hand(completion, answers, exact, f1, kind):
     assert token_f1(**given) == [pytest.approx(f1)]
 
 
+# cell, number of its references
 FORMS = {
-    "text": "Mary Scott",
-    "list": ["Mary Scott", "Scott"],
-    "SQuAD's files": [{"text": "Mary Scott", "answer_start": 4}, {"text": "Scott", "answer_start": 9}],
-    "SQuAD on the hub": {"text": ["Mary Scott", "Scott"], "answer_start": [4, 9]},
-    "one answer of it": {"text": "Mary Scott", "answer_start": 4},
+    "text": ("Mary Scott", 1),
+    "list": (["Mary Scott", "Scott"], 2),
+    "SQuAD's files": ([{"text": "Mary Scott", "answer_start": 4}, {"text": "Scott", "answer_start": 9}], 2),
+    "SQuAD on the hub": ({"text": ["Mary Scott", "Scott"], "answer_start": [4, 9]}, 2),
+    "one answer of it": ({"text": "Mary Scott", "answer_start": 4}, 1),
 }
 
 
-@pytest.mark.parametrize("answers", FORMS.values(), ids=FORMS)
-def test_forms_of_references(answers):
-    both = isinstance(answers, (list, dict)) and len(answers.get("text") if isinstance(answers, dict) else answers) == 2
-    assert references(answers) == [["mary", "scott"], ["scott"]][: 1 + both]
+@pytest.mark.parametrize(("answers", "count"), FORMS.values(), ids=FORMS)
+def test_forms_of_references(answers, count):
+    assert references(answers) == [["mary", "scott"], ["scott"]][:count]
 
 
 @pytest.mark.parametrize("answers", [None, 3, [3], {"answer": "x"}, {"text": None}, [["x"]], [{"text": ["x"]}]])
 def test_what_is_no_reference(answers):
-    with pytest.raises(ValueError, match=r"^'answers' must be a text, a list of texts, or SQuAD's .* Correct the row\. "):
+    with pytest.raises(
+        ValueError, match=r"^'answers' must be a text, a list of texts, or SQuAD's .* Correct the row\. "
+    ):
         exact_match(completions=["x"], answers=[answers])
 
 
