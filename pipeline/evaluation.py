@@ -283,6 +283,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         "policy": policy.metrics(),
         **judgement(args, sft, policy),
         **({"pairwise": pairwise_judgement(args, pairwise, prompts, sft, policy)} if pairwise else {}),
+        "score_gain": bootstrap_interval(policy.scores - sft.scores),
         "score_win_rate": bootstrap_interval(wins(policy.scores, sft.scores)),
         **text_change(sft, policy),
         **({"reward_model": measured} if measured else {}),

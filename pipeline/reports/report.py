@@ -57,8 +57,8 @@ def _headline(report: dict) -> str:
     key, name = ("judge", "judge's") if judged else ("score", "reward model's")
     before, after = number(sft.get(key), ".3f"), number(trained.get(key), ".3f")
     clauses = [f"The {name} mean score goes from {before} (SFT) to {after} ({policy})"]
-    if judged and report.get("judge_gain"):
-        clauses[0] += f", a gain of {interval_in_words(report['judge_gain'], '+.3f')}"
+    if report.get(f"{key}_gain"):
+        clauses[0] += f", a gain of {interval_in_words(report[f'{key}_gain'], '+.3f')}"
     won = report.get("win_rate" if judged else "score_win_rate")
     if won:
         clauses.append(f"{policy} beats SFT on {interval_in_words(won, '.1%')} of the prompts, ties counting half")
@@ -170,8 +170,8 @@ def markdown_report(report: dict, samples: list[dict], curves: bool = True) -> s
 
     Args:
         report: `sft` and `policy` (dicts with the keys of `METRICS`), and optionally `judge_gain` and `win_rate` (see
-            `pipeline.reports.metrics.bootstrap_interval`, at its level of 95%), `score_win_rate`, `judge` (name of the
-            judge), `pairwise` (see `pipeline.evaluation.pairwise_judgement`), `reward_model` (see
+            `pipeline.reports.metrics.bootstrap_interval`, at its level of 95%), `score_gain`, `score_win_rate`, `judge` (name
+            of the judge), `pairwise` (see `pipeline.evaluation.pairwise_judgement`), `reward_model` (see
             `reward_models.calibration.reward_model_report`), `calibration` (see `reward_models.temperature.Calibration`),
             `seconds` (stage -> seconds), `prompts`, `seed`,
             `preflight` (see `pipeline.rl.preflight.Check`), `policy_name` (if not PPO).

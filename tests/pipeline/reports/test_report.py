@@ -243,12 +243,14 @@ def test_report_without_reward_model_and_seconds():
 
 def test_report_without_judge():
     report = without(REPORT, "judge_gain", "win_rate") | {"score_win_rate": {"mean": 0.75, "low": 0.7, "high": 0.8}}
+    report["score_gain"] = {"mean": 1.6, "low": 1.5, "high": 1.75}
     for model in ("sft", "policy"):
         del report[model]["judge"]
     text = markdown_report(report, [without(SAMPLES[0], "sft_judge", "policy_judge")])
     assert "judge" not in text
     assert text.splitlines()[2].startswith(
-        "The reward model's mean score goes from 0.100 (SFT) to 1.700 (PPO); PPO beats SFT on **75"
+        "The reward model's mean score goes from 0.100 (SFT) to 1.700 (PPO), a gain of **+1.600** (95% interval +1.500 to "
+        "+1.750); PPO beats SFT on **75"
     )
     assert "| prompt | SFT | score | PPO | score |" in text
     assert "| -0.50 |" in text
