@@ -26,6 +26,9 @@ FAST_TESTS = CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(<D)/bin/python -m pytest 
 	--maxprocesses 4 --dist worksteal
 LAUNCH = .venv/bin/accelerate launch --quiet --config_file accelerate_configs/cpu.yaml -m
 RECIPES = pipeline/recipes
+# Tasks whose data `data.tasks` makes, and the SFT adapter of a task that begins with SFT.
+MADE = question_answering knowledge_graph
+TASK_FROM = $(if $(wildcard $(RECIPES)/$(TASK)/sft.yaml),--sft_adapter $(OUT)/sft)
 
 # glibc returns the memory of every large tensor to the kernel and then asks for it again. Keeping the memory saves a quarter
 # of a training step on a CPU. Other allocators ignore these variables.
@@ -35,7 +38,7 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export DS_ACCELERATOR = cpu
 
 .PHONY: demo smollm2 smollm2-chat baselines seeds ablations lambda-sweep reward-losses reward-long backbone bench \
-	bench-scaling gpu soak faults lint types test test-fast test-oldest test-python test-vllm translation
+	bench-scaling gpu soak faults lint types test test-fast test-oldest test-python test-vllm translation task
 
 # Run SFT, reward model, PPO and evaluation; write $(OUT)/report.md and report.json. `demo` uses the embedded model and data,
 # and takes four minutes. `smollm2` uses a pretrained model of 135M parameters, and takes less than half an hour after its
@@ -66,6 +69,19 @@ smollm2-chat: .venv/installed
 	$(LAUNCH) pipeline.evaluation --config $(RECIPES)/smollm2-chat/evaluation.yaml --model_name_or_path $(SMOLLM2) \
 		--seed $(SEED) --dataset_name $(CHAT)/data/prompts_test.jsonl --output_dir $(CHAT) --sft_adapter $(CHAT)/sft \
 		--reward_adapter $(CHAT)/reward --policy_adapter $(CHAT)/ppo
+
+# Run the recipes of a task whose reward is a rule: make task TASK=question_answering, knowledge_graph or hello_world. Its data
+# is made first, if it is not in the recipe's folder. Write $(OUT)/report.md and report.json.
+task: OUT = runs/$(TASK)
+task: .venv/installed
+	@test -f $(RECIPES)/$(TASK)/ppo.yaml || { echo "TASK=$(TASK): $(RECIPES) has no such folder with a ppo.yaml." >&2; exit 1; }
+	$(if $(filter $(TASK),$(MADE)),.venv/bin/python -m data.tasks $(TASK) $(OUT)/data)
+	$(if $(wildcard $(RECIPES)/$(TASK)/sft.yaml),$(LAUNCH) pipeline.sft --config $(RECIPES)/$(TASK)/sft.yaml --seed $(SEED) \
+		--dataset_name $(OUT)/data/sft_train.jsonl --output_dir $(OUT)/sft)
+	$(LAUNCH) pipeline.ppo --config $(RECIPES)/$(TASK)/ppo.yaml --seed $(SEED) --output_dir $(OUT)/ppo $(TASK_FROM) \
+		$(if $(filter $(TASK),$(MADE)),--dataset_name $(OUT)/data/prompts_train.jsonl)
+	$(LAUNCH) pipeline.evaluation --config $(RECIPES)/$(TASK)/evaluation.yaml --seed $(SEED) --output_dir $(OUT) \
+		--policy_adapter $(OUT)/ppo $(TASK_FROM) $(if $(filter $(TASK),$(MADE)),--dataset_name $(OUT)/data/prompts_test.jsonl)
 
 # Run best-of-n, RLOO, GRPO and DPO from the demo's SFT and reward adapters; write $(BASELINES)/table.md and table.json.
 baselines: .venv/installed

@@ -218,6 +218,45 @@ def test_own_data_by_the_commands_of_readme_and_docs(tmp_path, monkeypatch):
     assert json.loads((out / "report.json").read_text())["prompts"] == 3
 
 
+# By task: what a demonstration says, and the column of references in another form than `data.tasks` writes it.
+TASKS = {
+    "question_answering": ("Number {}.", {"answers": {"text": ["Number {}", "{}"], "answer_start": [5, 12]}}),
+    "knowledge_graph": ("film | number | {}", {"triples": [["film", "number", "{}"], ["film", "length", "long"]]}),
+}
+
+
+def filled(cell, number: int):
+    """A cell with the number of its row in all texts."""
+    if isinstance(cell, dict):
+        return {key: filled(value, number) for key, value in cell.items()}
+    if isinstance(cell, list):
+        return [filled(value, number) for value in cell]
+    return cell.format(number) if isinstance(cell, str) else cell
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+def test_a_task_takes_any_model_and_data(task, tmp_path, monkeypatch):
+    """The recipes of the embedded backbone, with a chat model, conversations, and files of the user."""
+    said, references = TASKS[task]
+    asked = [turns(f"Which film is number {number}?") for number in range(8)]
+    rows = {
+        "texts": [{"prompt": ask, "completion": turns("", said.format(n))[1:]} for n, ask in enumerate(asked)],
+        "prompts": [{"prompt": ask, "id": n} | filled(references, n) for n, ask in enumerate(asked)],
+    }
+    monkeypatch.chdir(tmp_path)
+    for name, of_file in rows.items():
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_file))
+    model = narrow_model("smollm2-chat", tmp_path / "model")
+    for stage, name in (("sft", "texts"), ("ppo", "prompts"), ("evaluation", "prompts")):
+        first_step(stage, RECIPES / task / f"{stage}.yaml", model, "--dataset_name", f"{name}.jsonl")
+    report = json.loads((Path("runs") / task / "report.json").read_text())
+    assert report["prompts"] == 4 and -0.5 <= report["sft"]["score"] <= report["sft"]["judge"] + 1
+    assert report["rows"]["prompts"]["source"] == "prompts.jsonl"
+    for key in ("score_gain", "judge_gain"):
+        assert report[key]["low"] <= report[key]["mean"] <= report[key]["high"]
+
+
 def test_every_real_model_has_all_stages():
     """A folder of recipes is whole or says nothing of a real model."""
     for folder in RECIPES.iterdir():
