@@ -36,7 +36,7 @@ def references(answers: Any) -> list[list[str]]:
     cell = answers.get("text") if isinstance(answers, dict) else answers
     entries = [cell] if isinstance(cell, str) else cell
     if isinstance(entries, list):
-        texts = [entry.get("text") if isinstance(entry, dict) else entry for entry in entries]
+        texts: list[Any] = [entry.get("text") if isinstance(entry, dict) else entry for entry in entries]
         if all(isinstance(text, str) for text in texts):
             return [found for text in texts if (found := words(text))] or [[]]
     raise ValueError(
