@@ -12,6 +12,7 @@ TRANSLATION ?= runs/translation
 SMOLLM2 ?= smollm2
 HH ?= Anthropic/hh-rlhf
 CHAT ?= runs/smollm2-chat
+PAPERS ?= huang2024 ziegler2019 bai2022 stiennon2020 bai2022_calibration
 ABLATIONS ?= value_init=auto value_init=policy critic=head lora_top_layers=4 normalize_advantages=false \
 	whiten_rewards=true reward_clip_range=-1,1 adam_epsilon=1e-8 value_learning_rate=1.5e-4 value_learning_rate=1.5e-2
 
@@ -38,7 +39,7 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export DS_ACCELERATOR = cpu
 
 .PHONY: demo smollm2 smollm2-chat baselines seeds ablations lambda-sweep reward-losses reward-long backbone bench \
-	bench-scaling gpu soak faults lint types test test-fast test-oldest test-python test-vllm translation task
+	bench-scaling gpu soak faults lint types test test-fast test-oldest test-python test-vllm translation task papers
 
 # Run SFT, reward model, PPO and evaluation; write $(OUT)/report.md and report.json. `demo` uses the embedded model and data,
 # and takes four minutes. `smollm2` uses a pretrained model of 135M parameters, and takes less than half an hour after its
@@ -168,6 +169,11 @@ translation: .venv/translation
 	$(LAUNCH) pipeline.evaluation --config $(RECIPES)/translation/evaluation.yaml --seed $(SEED) --output_dir $(TRANSLATION) \
 		--sft_adapter $(TRANSLATION)/sft --policy_adapter $(TRANSLATION)/ppo \
 		--dataset_name $(TRANSLATION)/data/prompts_test.jsonl
+
+# Run the small reproductions of papers that docs/papers.md lists; write runs/papers/mini/reports. Each stage has one thread,
+# as those behind the measurements of the repository had.
+papers: .venv/installed
+	for paper in $(PAPERS); do OMP_NUM_THREADS=1 .venv/bin/python -m pipeline.reproduce $$paper || exit 1; done
 
 # Train a reward model for longer, in about five minutes; write runs/reward-long/metrics.json.
 reward-long: .venv/installed

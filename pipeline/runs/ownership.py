@@ -39,6 +39,7 @@ FILES = {
         "reward_eval_domain.png",
     ),
     "table": ("table.json", "table.md", "trade_off.png"),
+    "reproduction": ("report.md", "figure.png", "metrics.json"),
     "data": tuple(
         f"{stage}_{split}.jsonl" for stage in ("preferences", "sft", "prompts") for split in ("train", "test")
     ),
@@ -52,6 +53,7 @@ FORMER = {
     "adapter": ((IDENTITY, "fingerprint"), ("metrics.json", None), (ADAPTER_CONFIG, "peft_type")),
     "report": (("report.json", "sft"), ("report.json", "seconds")),
     "best_of_n": (("best_of_n.json", "rows"), ("best_of_n.json", "seconds")),
+    "reproduction": (("metrics.json", "criterion"),),
 }
 ROW = {"step", "prompt", "completion", "score", "kl"}  # keys of a row of the table of samples
 IN_STAGING = re.compile(NAME.pattern + "|replaced|removed-.*|" + re.escape(SAMPLES))
