@@ -12,7 +12,7 @@ TRANSLATION ?= runs/translation
 SMOLLM2 ?= smollm2
 HH ?= Anthropic/hh-rlhf
 CHAT ?= runs/smollm2-chat
-PAPERS ?= huang2024 ziegler2019 bai2022 stiennon2020 bai2022_calibration
+PAPERS ?= huang2024 bai2022 ziegler2019_collapse ziegler2019 stiennon2020 bai2022_calibration
 ABLATIONS ?= value_init=auto value_init=policy critic=head lora_top_layers=4 normalize_advantages=false \
 	whiten_rewards=true reward_clip_range=-1,1 adam_epsilon=1e-8 value_learning_rate=1.5e-4 value_learning_rate=1.5e-2
 

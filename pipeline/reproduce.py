@@ -1,7 +1,7 @@
 """Reproduce a paper's claim: run its stages under several seeds, and compute the verdict from a criterion set before.
 
-    python -m pipeline.reproduce ziegler2019
-    python -m pipeline.reproduce ziegler2019 --report_only
+    python -m pipeline.reproduce bai2022
+    python -m pipeline.reproduce bai2022 --report_only
 
 The protocols are in pipeline/recipes/papers; docs/papers.md explains them and has the verdicts. A stage that has finished is
 not run again, also not for another paper that has the same stage; one that was cut off goes on from its last checkpoint, if

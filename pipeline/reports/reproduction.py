@@ -201,8 +201,8 @@ def report(protocol: Mapping[str, Any], saved: Mapping[str, Any]) -> tuple[str, 
         markdown_table(["what", "paper"], [[one["what"], one["paper"]] for one in protocol["numbers"]]),
         f"**What differs from the paper**: {protocol['differs']}",
         "## Protocol",
-        f"Launched with {protocol['launch']}. {protocol['takes']}",
-        "```bash\n" + "\n".join(f"{name}: {command}" for name, command in protocol["stages"].items()) + "\n```",
+        f"Each stage is launched with {protocol['launch']}. {protocol['takes']}",
+        "```\n" + "\n".join(f"{name}: {command}" for name, command in protocol["stages"].items()) + "\n```",
     ]
     return "\n\n".join(parts) + "\n", verdict
 
