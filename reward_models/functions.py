@@ -91,7 +91,9 @@ def load_function(text: str, option: str = "reward_funcs") -> Callable:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         lacks = error.name if isinstance(error, ModuleNotFoundError) else None
-        if lacks and not f"{module}.".startswith(f"{lacks}."):  # the module is there, and a package that it imports is not
+        if lacks and not f"{module}.".startswith(
+            f"{lacks}."
+        ):  # the module is there, and a package that it imports is not
             raise ValueError(
                 f"{option}: cannot import {path!r} ({error}). Install the package that has the module {lacks!r}."
             ) from error
