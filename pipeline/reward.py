@@ -6,6 +6,9 @@ Trains a LoRA adapter and a score head on the frozen backbone with TRL's RewardT
 dataset or several. Pairs of one ranking share a batch, and each text is scored once. Labels may be shares of raters, and
 smoothed; the adapter may start from that of SFT. Then measures the reward model on held-out pairs: accuracy, the accuracy
 that people reach, accuracy for each rating gap, and calibration.
+
+An encoder, such as BERT, is a model of its own: it gets a LoRA adapter that no policy shares. With `use_peft: false` all
+weights of an encoder or a decoder are trained, and a whole model is saved.
 """
 
 import math
@@ -21,12 +24,15 @@ from data.prompts import check_prompt_lengths
 from data.saving import save
 from data.tokens import check_max_length
 from pipeline.backbone.adapters import Adapter, read_adapter
+from pipeline.backbone.classifier_adapters import classifier_lora
+from pipeline.backbone.classifiers import RewardModelConfig, has_own_head, load_classifier
 from pipeline.backbone.identity import digest, fingerprint
 from pipeline.backbone.loading import context_length, load_pretrained, train_in_float32
 from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.backbone.reward_start import reward_config, start_from
 from pipeline.backbone.rewards import measure
 from pipeline.backbone.roles import load_backbone
+from pipeline.backbone.sharding import kind_of
 from pipeline.runs.changed_options import options_of
 from pipeline.runs.checkpoints import Checkpointed
 from pipeline.runs.command_line import parse
@@ -34,11 +40,12 @@ from pipeline.runs.launch import check_wrapper
 from pipeline.runs.mixture import FORMATS, RewardDataArguments
 from pipeline.runs.opening import open_run
 from pipeline.runs.outputs import finish_stage, push
-from pipeline.runs.rows import prepare_rows
+from pipeline.runs.rows import prepare_own_pairs, prepare_rows
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows
 from reward_models.listwise import comparisons
 from reward_models.normalization import Normalization
+from reward_models.pretrained import longest_text
 from reward_models.ranking import RankingTrainer
 
 
@@ -100,6 +107,31 @@ class RewardModelArguments:
             )
         if self.start_from_sft and not self.sft_adapter:
             raise ValueError("start_from_sft=True needs an adapter to start from. Name it in sft_adapter.")
+
+    def check_own(self, model: RewardModelConfig, args: RewardConfig) -> None:
+        """Check the options of a reward model of its own, which shares the backbone of no policy.
+
+        Raises:
+            ValueError: an option is about a shared backbone, or the launch would shard the model.
+        """
+        if model.use_peft:
+            own, also = f"model_name_or_path={model.model_name_or_path!r} is an encoder, and so a model of its own", ""
+        else:
+            own, also = "use_peft=False trains a model of its own", ", or train a LoRA adapter (use_peft: true)"
+        if self.sft_adapter:
+            raise ValueError(
+                f"sft_adapter={self.sft_adapter!r} is about a backbone that the reward model shares with the policy, but "
+                f"{own}. Leave sft_adapter and start_from_sft unset (--sft_adapter ''){also}."
+            )
+        if self.loss_type != "bradley_terry":
+            raise ValueError(
+                f"loss_type={self.loss_type!r} needs the shared backbone, but {own}, which learns from pairs. Set loss_type: "
+                f"bradley_terry{also}."
+            )
+        if (kind := kind_of(args.distributed_state)) not in ("no wrapper", "DDP"):
+            raise ValueError(
+                f"{own}, which does not run under {kind}. Launch with accelerate_configs/ddp.yaml, or in one process{also}."
+            )
 
     def check_columns(self, parts: dict[str, tuple[str, Dataset]], args: RewardConfig) -> None:
         """Check that the rows whose loss is computed have the columns that it needs, and that its options suit it.
@@ -193,11 +225,15 @@ def normalization_of(
     return measure(backbone, prompts, tokenizer, seed=args.seed, max_completion_length=pairs.max_completion_length)
 
 
-OPTIONS = (RewardDataArguments, RewardModelArguments, LoraArguments, ModelConfig, RewardConfig)
+OPTIONS = (RewardDataArguments, RewardModelArguments, LoraArguments, RewardModelConfig, RewardConfig)
 
 
 def main(
-    data: RewardDataArguments, pairs: RewardModelArguments, lora: LoraArguments, model: ModelConfig, args: RewardConfig
+    data: RewardDataArguments,
+    pairs: RewardModelArguments,
+    lora: LoraArguments,
+    model: RewardModelConfig,
+    args: RewardConfig,
 ) -> None:
     if args.train_sampling_strategy not in ("random", "group_by_length"):
         raise ValueError(
@@ -209,9 +245,20 @@ def main(
             f"label_smoothing_factor={args.label_smoothing_factor!r} has no effect on pairs. Set label_smoothing."
         )
     options = options_of(data, pairs, lora, model, args)
+    if not model.use_peft:
+        pairs.check_own(model, args)
     checkpoint = open_run(
-        args, model, options=options, policies=(pairs.sft_adapter,), leaves_reward=True, data=data.sources
+        args,
+        model,
+        options=options,
+        policies=(pairs.sft_adapter,),
+        leaves_reward=True,
+        data=data.sources,
+        whole=not model.use_peft,
     )
+    own = not model.use_peft or has_own_head(model, trust_remote_code=args.trust_remote_code)
+    if own:
+        pairs.check_own(model, args)
     rows_of = FORMATS[pairs.loss_type]
     parts = data.load(rows_of.load, args)
     pairs.check_columns(parts, args)
@@ -222,12 +269,18 @@ def main(
         train = train.remove_columns("margin")
     parts["train"] = source, train
     torch.manual_seed(args.seed)  # the score head is drawn here
-    base, tokenizer = load_pretrained(
-        model, head=True, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
-    )
-    check_max_length(args.max_length, context_length(base))
-    rows, report = prepare_rows(parts, tokenizer, data, max_length=args.max_length, drops=True, row=rows_of.row)
-    identity = fingerprint(base)
+    source_of = {"trust_remote_code": args.trust_remote_code, "pad_token": args.pad_token}
+    if own:
+        classifier = load_classifier(model, **source_of)
+        base, tokenizer = classifier.model, classifier.tokenizer
+        check_max_length(args.max_length, longest_text(base, tokenizer))
+        rows, report = prepare_own_pairs(parts, tokenizer, data, max_length=args.max_length)
+        identity = fingerprint(base, learned=classifier.learned)
+    else:
+        base, tokenizer = load_pretrained(model, head=True, **source_of)
+        check_max_length(args.max_length, context_length(base))
+        rows, report = prepare_rows(parts, tokenizer, data, max_length=args.max_length, drops=True, row=rows_of.row)
+        identity = fingerprint(base)
     start = None
     if pairs.sft_adapter:
         # Refuse an adapter that does not fit before training.
@@ -238,7 +291,12 @@ def main(
         completed = train.shuffle(seed=args.seed).select(range(min(pairs.sft_completions, len(train))))
         limits = context_length(base), pairs.max_completion_length
         completed, _ = check_prompt_lengths(completed, tokenizer, *limits, source, drop=data.drop_bad_rows)
-    if start:
+    if not model.use_peft:
+        config = None
+        base.requires_grad_(True)
+    elif own:
+        config = classifier_lora(classifier, model, lora)
+    elif start:
         config = reward_config(start, model, lora, base)
     else:
         config = lora_config(model, task_type="SEQ_CLS", lora=lora, base=base)

@@ -4,6 +4,7 @@ Such a model has weights and a tokenizer of its own, so it scores the texts, wri
 policy's backbone (`reward_adapter`) scores the sampled tokens themselves, and costs less.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import (
 from transformers.integrations import deepspeed
 
 from data.embedded import find_embedded
+from data.saving import check_saved
 from reward_models.learned import score_rows
 
 
@@ -64,7 +66,38 @@ def get_model(
     """
     name = find_embedded(name)
     model = _load(name, dtype)
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False, truncation_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    return scorer(
+        model,
+        tokenizer,
+        name,
+        label,
+        batch_size=batch_size,
+        max_length=max_length,
+        completion_only=completion_only,
+        probability=probability,
+        device=device,
+    )
+
+
+def scorer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    name: str,
+    label: str | None = None,
+    *,
+    batch_size: int,
+    max_length: int | None = None,
+    completion_only: bool = False,
+    probability: bool = False,
+    device: str | None = None,
+) -> Callable:
+    """Make a reward function of a classifier in memory, which it freezes; its options are those of `get_model`.
+
+    Raises:
+        ValueError: there is no such label, or several and none is named.
+    """
+    tokenizer.truncation_side = "left"
     model.to(device or PartialState().device).eval().requires_grad_(False)
     index = label_index(model.config, label, name)
     if tokenizer.pad_token_id is None:
@@ -72,7 +105,7 @@ def get_model(
         logger.warning(f"{name}: the tokenizer has no pad token, so texts are scored one by one. Set pad_token there.")
     else:
         model.config.pad_token_id = tokenizer.pad_token_id
-    longest = min(max_length or tokenizer.model_max_length, tokenizer.model_max_length, _positions(model.config))
+    longest = min(max_length or math.inf, longest_text(model, tokenizer))
     told: set[str] = set()
 
     def score_batch(ids: Tensor, mask: Tensor) -> Tensor:
@@ -83,7 +116,7 @@ def get_model(
         rows = text_rows(tokenizer, prompts, completions, completion_only=completion_only, name=name)
         if cut := sum(len(row) > longest for row in rows):
             rows = text_rows(
-                tokenizer, prompts, completions, completion_only=completion_only, name=name, max_length=longest
+                tokenizer, prompts, completions, completion_only=completion_only, name=name, max_length=int(longest)
             )
             if not told:
                 told.add(name)
@@ -105,6 +138,8 @@ def _load(name: str, dtype: str) -> PreTrainedModel:
             f"{name} is the folder of an adapter. Name it in reward_adapter if it shares the policy's backbone, or else write "
             f"pipeline.backbone.rewards.get_reward_adapter(folder={name!r})."
         )
+    if Path(name).expanduser().is_dir():
+        check_saved(name, "model")
     with loaded_whole():
         model, found = AutoModelForSequenceClassification.from_pretrained(
             name, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
@@ -192,6 +227,15 @@ def text_rows(
     return tokenizer(texts, **options)["input_ids"]
 
 
-def _positions(config: PretrainedConfig) -> float:
-    """Return how many tokens the model can read at once."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or float("inf")
+def longest_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> float:
+    """Return how many tokens model and tokenizer take at once; infinity if neither has a bound.
+
+    RoBERTa and its kin count positions from the pad token's id on, so the first of their position embeddings have no use.
+    """
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    skipped = [
+        module.padding_idx + 1
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    ]
+    return min(tokenizer.model_max_length, positions - max(skipped, default=0))

@@ -131,7 +131,7 @@ ROLES, LOADING, SHARDING = (
     "pipeline/backbone/loading.py",
     "pipeline/backbone/sharding.py",
 )
-RESUMED = "pipeline/runs/resumed_options.py"
+RESUMED, FILES = "pipeline/runs/resumed_options.py", "pipeline/backbone/model_files.py"
 PLAN, MERGING, LAUNCH = "pipeline/plan.py", "pipeline/backbone/merging.py", "pipeline/runs/launch.py"
 
 COPY_RLOO = "copy the method from the last RLOOTrainer that had it into PPOTrainer: it is ours to keep."
@@ -268,7 +268,7 @@ TRL = [
     Relied("trl.trainer.utils.is_async_callable", "reward_models/composite.py",
            "async rewards are told as TRL tells them.", COPY,
            arguments=("func",)),
-    Relied("trl.trainer.reward_trainer.suppress_seqcls_warning", LOADING, "that a score head is fresh is what we want.",
+    Relied("trl.trainer.reward_trainer.suppress_seqcls_warning", FILES, "that a score head is fresh is what we want.",
            "leave it out: transformers then reports the fresh head.", arguments=()),
     Relied("trl.models.unwrap_model_for_generation", SHARDING, "it unwraps, and gathers under ZeRO-3.",
            "`accelerator.unwrap_model` and deepspeed's GatheredParameters.",
@@ -380,6 +380,8 @@ TRANSFORMERS = [
            "reward_models/pretrained.py", "a model is loaded whole under ZeRO-3 too.",
            "load under `deepspeed.zero.Init(enabled=False)`.", arguments=(),
            says=("_hf_deepspeed_config_weak_ref = None",)),
+    Relied("transformers.utils.SAFE_WEIGHTS_NAME", "pipeline/runs/whole_models.py", "the file of a checkpoint's weights.",
+           "write the name.", holds=lambda x: x == "model.safetensors"),
     Relied("transformers.utils.is_bitsandbytes_available", LOADING, "load_in_4bit is refused without it.",
            "importlib.util.find_spec.", holds=lambda x: isinstance(x(), bool)),
     Relied("transformers.utils.logging.tqdm", "pipeline/runs/terminal.py",
@@ -406,7 +408,7 @@ TRANSFORMERS = [
            says=("output_loading_info",), holds=lambda x: all(
                name in inspect.getsource(inspect.getmodule(x)) for name in ("missing_keys", "unexpected_keys",
                "mismatched_keys"))),
-    Relied("transformers.models.auto.auto_factory._BaseAutoModelClass.from_pretrained", LOADING,
+    Relied("transformers.models.auto.auto_factory._BaseAutoModelClass.from_pretrained", FILES,
            "a family without such a model is refused in our words.", "ask the mapping before.",
            says=("Unrecognized configuration class",)),
     Relied("transformers.PreTrainedConfig._name_or_path", "pipeline/backbone/identity.py", "where a base was loaded from.",
@@ -464,6 +466,8 @@ PEFT = [
            "keep the adapter of zeros.", holds=lambda x: "adapter_name" in inspect.signature(x).parameters),
     Relied("peft.PeftModelForCausalLM.save_pretrained", ROLES, "the policy alone is saved.", "`save_role`.",
            holds=lambda x: {"save_directory", "selected_adapters"} <= set(inspect.signature(x).parameters)),
+    Relied("peft.utils.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING", "pipeline/backbone/classifier_adapters.py",
+           "peft's choice of layers for a family.", "ask for lora_target_modules.", holds=lambda x: "bert" in x),
     Relied("peft.tuners.tuners_utils.check_target_module_exists", "pipeline/backbone/adapter_tensors.py",
            "which layers peft adapts is known before it makes tensors for them.", "compare the tensors' names alone.",
            arguments=("config", "key"), says=("config.exclude_modules", "config.target_modules", "key.endswith(")),

@@ -96,10 +96,18 @@ UNUSED: dict[str, Kind] = {
 OFF: tuple = (None, False, "", [], {})
 
 SCHEMA = record(None, {**USED, **UNUSED})
+# An adapter on a classifier of its own may train any modules whole: no role shares them.
+OWN_SCHEMA = record(None, {**USED, **UNUSED, "modules_to_save": nullable(list_of(NAME, high=100))})
 
 
-def read_adapter_config(name: str, folder: Path, modules: Collection[str] = ()) -> dict[str, Any]:
-    """Read an adapter's config file, and check each of its fields. `modules` are those that its tensors name.
+def read_adapter_config(
+    name: str, folder: Path, modules: Collection[str] = (), *, trains_modules: bool = False
+) -> dict[str, Any]:
+    """Read an adapter's config file, and check each of its fields.
+
+    Args:
+        modules: those that its tensors name.
+        trains_modules: whether it may name any modules that it trains whole, and not a score head alone.
 
     Raises:
         ValueError: the file cannot be read; the adapter is not of LoRA; it changes the backbone; or a field has a value that
@@ -118,7 +126,8 @@ def read_adapter_config(name: str, folder: Path, modules: Collection[str] = ()) 
                 f"roles share. Train an adapter with {field}={harmless[0]!r}, or merge this one into its model and name the "
                 f"merged model in model_name_or_path."
             )
-    check_object(found, escaped(path), SCHEMA, remedy=_remedy(found, modules))
+    schema = OWN_SCHEMA if trains_modules else SCHEMA
+    check_object(found, escaped(path), schema, remedy=_remedy(found, modules))
     for field in sorted(found.keys() - USED.keys() - UNUSED.keys() - LEAVES_BASE.keys() - {"peft_type"}):
         value = found[field]
         if not any(type(value) is type(off) and value == off for off in OFF):

@@ -1,7 +1,9 @@
 """Find adapters in standard peft folders, check them without loading a model, and read them."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import is_offline_mode, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -73,7 +75,10 @@ def check_adapter(name: str, *, needs_head: bool | None) -> Path:
             model = any(folder.glob("model*.safetensors"))
             hint = ""
             if model and needs_head:
-                hint = " This is a whole model, but a reward model must be a LoRA adapter on the backbone."
+                hint = (
+                    f" This is a whole model. Write reward_models.pretrained.get_model(name={name!r}) in reward_funcs, or "
+                    f"name a LoRA adapter on the policy's backbone."
+                )
             elif model:
                 hint = " This is a whole model. Name a merged model in model_name_or_path."
             raise FileNotFoundError(
@@ -81,6 +86,11 @@ def check_adapter(name: str, *, needs_head: bool | None) -> Path:
                 f"and {WEIGHTS}).{hint}"
             )
     tensors = read_header(folder / WEIGHTS)
+    if needs_head and is_of_classifier(folder, tensors):
+        raise ValueError(
+            f"{name}: an adapter on a classifier of its own, not on the policy's backbone. Write "
+            f"pipeline.backbone.rewards.get_reward_adapter(folder={name!r}) in reward_funcs."
+        )
     read_adapter_config(name, folder, modules={module_of(key) for key in tensors if is_lora(key)})
     head = tensors.get(HEAD)
     if needs_head and head is None:
@@ -101,6 +111,16 @@ def check_adapter(name: str, *, needs_head: bool | None) -> Path:
     if needs_head:
         read_metrics(folder)
     return folder
+
+
+def is_of_classifier(folder: Path, tensors: Collection[str]) -> bool:
+    """Tell whether an adapter is on a classifier that is no backbone: its head is not in `score`.
+
+    Args:
+        tensors: the names of its tensors.
+    """
+    head = any(not is_lora(key) for key in tensors) and HEAD not in tensors
+    return head and read_json(folder / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
 
 
 def read_metrics(folder: str | Path) -> dict:
@@ -166,21 +186,7 @@ def read_adapter(
             not finite, or too large.
     """
     folder = check_adapter(name, needs_head=needs_head)
-    identity = folder / IDENTITY_FILE
-    made_for = read_json(identity, IDENTITY) if identity.is_file() else {}
-    if base is not None and identity.is_file():
-        ours = fingerprint(base)
-        theirs = made_for["fingerprint"]
-        # A reward adapter does not depend on the language model head, and older adapters do not store its fingerprint.
-        differ = [pair for pair in zip(theirs.split("+"), ours.split("+"), strict=False) if pair[0] != pair[1]]
-        if differ:
-            theirs, ours = differ[0]
-            raise ValueError(
-                f"{name}: the adapter was trained on another base, {escaped(made_for.get('model_name_or_path'))} "
-                f"({escaped(made_for.get('precision', 'not quantised'))}, fingerprint {escaped(theirs[:12])}), than "
-                f"{base.config._name_or_path} ({precision_of(base.config)}, {ours[:12]}). Train the adapter on this "
-                f"base, or set model_name_or_path, load_in_4bit and bnb_4bit_quant_type to those of its own base."
-            )
+    made_for = check_base(name, folder, base)
     beside = None
     if tokenizer is not None and (folder / "tokenizer.json").is_file():
         beside = load_tokenizer(str(folder), trust_remote_code=False)
@@ -195,6 +201,50 @@ def read_adapter(
     if base is not None:
         check_fits(name, config, read_header(folder / WEIGHTS), base)
     tensors = load_file(folder / WEIGHTS)
+    check_weights(folder, tensors)
+    head = tensors.pop(HEAD, None)
+    stored = made_for.get("pad_token_id")
+    if tokenizer is not None and (stored is not None or (head is not None and (made_for or beside))):
+        check_pad_token(name, stored, beside, tokenizer)
+    return Adapter(name, config, tensors, head)
+
+
+def check_base(
+    name: str, folder: Path, base: PreTrainedModel | None, *, learned: Collection[str] = ()
+) -> dict[str, Any]:
+    """Return what an adapter's identity file says of its base; an empty dict without the file.
+
+    Args:
+        base: the model that it is to be used on; None checks nothing.
+        learned: modules of the base that the adapter brings whole.
+
+    Raises:
+        ValueError: the adapter was trained on another base.
+    """
+    identity = folder / IDENTITY_FILE
+    made_for = read_json(identity, IDENTITY) if identity.is_file() else {}
+    if base is not None and identity.is_file():
+        ours = fingerprint(base, learned=learned)
+        theirs = made_for["fingerprint"]
+        # A reward adapter does not depend on the language model head, and older adapters do not store its fingerprint.
+        differ = [pair for pair in zip(theirs.split("+"), ours.split("+"), strict=False) if pair[0] != pair[1]]
+        if differ:
+            theirs, ours = differ[0]
+            raise ValueError(
+                f"{name}: the adapter was trained on another base, {escaped(made_for.get('model_name_or_path'))} "
+                f"({escaped(made_for.get('precision', 'not quantised'))}, fingerprint {escaped(theirs[:12])}), than "
+                f"{base.config._name_or_path} ({precision_of(base.config)}, {ours[:12]}). Train the adapter on this "
+                f"base, or set model_name_or_path, load_in_4bit and bnb_4bit_quant_type to those of its own base."
+            )
+    return made_for
+
+
+def check_weights(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Check that the tensors of an adapter are finite numbers of a usual size.
+
+    Raises:
+        ValueError: one is not.
+    """
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() or not all_finite([tensor], LARGEST_WEIGHT):
             problem = f"is of {tensor.dtype}, not of a floating-point type"
@@ -203,8 +253,3 @@ def read_adapter(
                     "is not finite" if not all_finite([tensor]) else "has weights above 1e8: its training diverged"
                 )
             raise ValueError(f"{folder / WEIGHTS}: {escaped(key)} {problem}. Train the adapter anew.")
-    head = tensors.pop(HEAD, None)
-    stored = made_for.get("pad_token_id")
-    if tokenizer is not None and (stored is not None or (head is not None and (made_for or beside))):
-        check_pad_token(name, stored, beside, tokenizer)
-    return Adapter(name, config, tensors, head)

@@ -1,7 +1,7 @@
 """Compute fingerprints of pretrained models, and record beside an adapter which model it belongs to."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from data.json_files import write_json
 IDENTITY = "backbone.json"
 
 
-def fingerprint(base: PreTrainedModel) -> str:
+def fingerprint(base: PreTrainedModel, *, learned: Collection[str] = ()) -> str:
     """Return a fingerprint of a pretrained model, the same in float32 and bfloat16.
 
     It is the hex digest of the trunk, then a `+` and that of the language model head. A classifier on the same trunk has
@@ -22,13 +22,18 @@ def fingerprint(base: PreTrainedModel) -> str:
 
     LoRA weights are left out. A quantised base has a fingerprint of its own, that of its 4-bit codes. Their scales
     (`weight.absmax` and the like) are left out too, because another device may round them differently.
+
+    Args:
+        learned: full names of modules that are left out, since they are trained whole.
     """
+    trained = tuple(f"{module.removeprefix(f'{base.base_model_prefix}.')}." for module in learned)
 
     def of(tensors: dict[str, Tensor]) -> str:
         ours = ((n, tensor) for n, tensor in sorted(tensors.items()) if "lora_" not in n and ".weight." not in n)
         return digest((n.replace("base_layer.", ""), tensor) for n, tensor in ours)
 
-    trunk = of(base.base_model.state_dict())
+    weights = base.base_model.state_dict()
+    trunk = of({name: tensor for name, tensor in weights.items() if not name.startswith(trained)})
     if base.get_output_embeddings() is None:
         return trunk
     prefix = f"{base.base_model_prefix}."

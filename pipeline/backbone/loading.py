@@ -1,7 +1,6 @@
 """Load a pretrained model and its tokenizer, and check both."""
 
 import math
-import os
 import re
 from contextlib import suppress
 from pathlib import Path
@@ -10,10 +9,8 @@ from accelerate import PartialState
 from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from peft import PeftModel
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
@@ -24,7 +21,6 @@ from transformers import (
 from transformers.activations import ACT2FN, NewGELUActivation
 from transformers.utils import is_bitsandbytes_available
 from trl import ModelConfig, get_quantization_config
-from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from data.caches import check_cache
 from data.embedded import find_embedded
@@ -33,20 +29,18 @@ from data.quoting import escaped, quoted
 from data.saving import check_saved
 from data.schemas import MODEL_CONFIG
 from pipeline.backbone.adapter_config import ADAPTER_CONFIG
-from pipeline.backbone.adapter_tensors import damaged
 from pipeline.backbone.adapters import load_tokenizer
 from pipeline.backbone.architecture import check_finite, check_model
-from pipeline.backbone.gguf import SMOLLM2, is_gguf, model_source
-from pipeline.backbone.model_files import check_size, reached, without_report
+from pipeline.backbone.gguf import SMOLLM2, is_gguf
+from pipeline.backbone.model_files import check_vocabulary, model_config, reached, read_weights
 from pipeline.backbone.padding import choose_pad_token, set_pad_token
 from pipeline.backbone.sharding import kind_of
-from reward_models.pretrained import loaded_whole
 
 
-def check_model_folder(name: str | None) -> None:
+def check_model_folder(name: str | None, *, classifies: bool = False) -> None:
     """Check a model's folder or GGUF file, without loading the model.
 
-    `smollm2` and hub ids are checked when they are fetched.
+    `smollm2` and hub ids are checked when they are fetched. With `classifies`, the folder may hold a classifier.
 
     Raises:
         FileNotFoundError: there is no such folder or file, or the folder has no tokenizer or no safetensors.
@@ -80,7 +74,7 @@ def check_model_folder(name: str | None) -> None:
             f"({escaped(base)}). Name the adapter as sft_adapter, reward_adapter or policy_adapter."
         )
     config = read_json(folder / "config.json", MODEL_CONFIG) if (folder / "config.json").is_file() else {}
-    kinds = config.get("architectures") or []
+    kinds = [] if classifies else config.get("architectures") or []
     if kinds and all(re.search(r"For\w*(Classification|QuestionAnswering|MultipleChoice)$", kind) for kind in kinds):
         raise ValueError(
             f"{folder}: the model folder holds a classifier ({escaped(kinds[0])}), which has no language model head. Name the "
@@ -126,20 +120,9 @@ def load_pretrained(
             model, or no sequence classifier with its head in `score`.
         OSError: the model is no local folder, and the hub does not give it.
     """
-    name = model.model_name_or_path
-    check_model_folder(name)
+    check_model_folder(model.model_name_or_path)
     bits = quantization(model)
-    name = model_source(name)
-    if Path(name).expanduser().is_dir():
-        name = os.path.realpath(Path(name).expanduser())
-    source = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
-    try:
-        with reached(name):
-            config = AutoConfig.from_pretrained(name, **source)
-    except (ImportError, OSError):  # a package that is missing, or no such model
-        raise
-    except Exception as error:  # transformers checks the types of the fields with errors of its own
-        raise _unusable_config(name, error) from error
+    name, source, config = model_config(model, trust_remote_code=trust_remote_code)
     with reached(name):
         tokenizer = load_tokenizer(name, **source)
     if tokenizer.eos_token is None:
@@ -149,42 +132,15 @@ def load_pretrained(
     if pad_token is not None:
         set_pad_token(tokenizer, pad_token, name)
 
-    options = {"dtype": model.dtype, "attn_implementation": model.attn_implementation, "use_safetensors": True}
-    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_whole` reports them
+    options = {"dtype": model.dtype, "attn_implementation": model.attn_implementation}
     if bits:  # by default transformers uses the first GPU, even with `use_cpu`
         options |= {"quantization_config": bits, "device_map": {"": PartialState().device}}
-    if Path(name).is_dir() and not trust_remote_code:
-        check_size(config, Path(name))
-    try:
-        # Warning and report are about the fresh score head, which we want.
-        with reached(name), loaded_whole(), suppress_seqcls_warning(), without_report():
-            if head:
-                base, found = AutoModelForSequenceClassification.from_pretrained(
-                    name, num_labels=1, **source, **options
-                )
-            else:
-                base, found = AutoModelForCausalLM.from_pretrained(name, **source, **options)
-    except SafetensorError as error:
-        raise damaged(Path(name), error) from error
-    except (ValueError, TypeError, KeyError, ZeroDivisionError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "negative dimension" not in str(error):
-            raise
-        if "Unrecognized configuration class" not in str(error):
-            raise _unusable_config(name, error) from error
-        missing = (
-            f"{name}: transformers has no {'sequence classifier' if head else 'causal language model'} of the family"
-        )
-        remedy = "Train PPO with reward functions (reward_funcs), or use" if head else "Use"
-        raise ValueError(
-            f"{missing} {config.model_type!r}. {remedy} a decoder-only language model (GPT-2, Llama, Qwen, Mistral ...)."
-        ) from error
+    if head:
+        base, found = read_weights(AutoModelForSequenceClassification, name, config, num_labels=1, **source, **options)
+    else:
+        base, found = read_weights(AutoModelForCausalLM, name, config, **source, **options)
     check_finite(base.base_model if head else base, name)
-    rows = base.get_input_embeddings().num_embeddings
-    if len(tokenizer) > rows:
-        raise ValueError(
-            f"{name}: the tokenizer has {len(tokenizer)} tokens, but the model embeds {rows}. Use the tokenizer that the "
-            f"model was trained with, or call `model.resize_token_embeddings({len(tokenizer)})`, train and save it."
-        )
+    check_vocabulary(base, tokenizer, name)
     if head and not isinstance(getattr(base, "score", None), nn.Linear):
         raise ValueError(
             f"{name}: {type(base).__name__} does not keep its head in `score`. Use a decoder-only model "
@@ -193,10 +149,10 @@ def load_pretrained(
     _check_whole(base, found, name)
     if head:
         nn.init.normal_(base.score.weight, std=(base.score.in_features + 1) ** -0.5)
-    ends = _ends(base, name, model.model_revision)
+    ends = ends_of(base, name, model.model_revision)
     if pad_token is None:
         choose_pad_token(tokenizer, ends)
-    _pad_with(base, tokenizer.pad_token_id)
+    pad_with(base, tokenizer.pad_token_id)
     for layer in base.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             # In eval mode, bitsandbytes would repack the weights for these CPUs, with scales rounded to bfloat16. A later
@@ -204,13 +160,6 @@ def load_pretrained(
             layer.support_avx512bf16_for_cpu = False
     check_model(base, name)
     return fuse_gelu(base).requires_grad_(False), tokenizer
-
-
-def _unusable_config(name: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"{name}: transformers makes no model of config.json and the options of the model ({type(error).__name__}: "
-        f"{escaped(' '.join(str(error).split()), 600)}). Correct them, or name another model."
-    )
 
 
 def _check_whole(base: PreTrainedModel, found: dict, name: str) -> None:
@@ -248,7 +197,7 @@ def _check_whole(base: PreTrainedModel, found: dict, name: str) -> None:
         )
 
 
-def _ends(base: PreTrainedModel, name: str, revision: str | None) -> set[int]:
+def ends_of(base: PreTrainedModel, name: str, revision: str | None) -> set[int]:
     """Return the ids of the tokens that end a text or a turn, from the model's config and its generation config."""
     found = [base.config.get_text_config().eos_token_id]
     try:  # a classifier is loaded without its generation config
@@ -263,7 +212,7 @@ def _ends(base: PreTrainedModel, name: str, revision: str | None) -> set[int]:
     return set(ends)
 
 
-def _pad_with(base: PreTrainedModel, pad_token_id: int) -> None:
+def pad_with(base: PreTrainedModel, pad_token_id: int) -> None:
     base.config.get_text_config().pad_token_id = pad_token_id
     if getattr(base, "generation_config", None) is not None:
         base.generation_config.pad_token_id = pad_token_id

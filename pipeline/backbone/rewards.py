@@ -13,13 +13,16 @@ from trl import ModelConfig
 
 from data.prompts import tokenize_prompts
 from pipeline.backbone.adapter_config import read_adapter_config
-from pipeline.backbone.adapters import adapter_folder, read_adapter
+from pipeline.backbone.adapter_tensors import WEIGHTS, read_header
+from pipeline.backbone.adapters import adapter_folder, is_of_classifier, read_adapter
+from pipeline.backbone.classifier_adapters import read_classifier_adapter
 from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.roles import Backbone
 from pipeline.backbone.sampling import gathered, sample
 from reward_models.functions import RewardArguments
 from reward_models.learned import LearnedReward, score_rows
 from reward_models.normalization import Normalization, read_normalization
+from reward_models.pretrained import scorer
 
 
 def learned_rewards(
@@ -55,9 +58,9 @@ def get_reward_adapter(
     batch_size: int = 32,
     device: str | None = None,
 ) -> Callable:
-    """Make a reward function of a reward adapter on another backbone than the policy's, such as a larger one.
+    """Make a reward function of a reward adapter on another model than the policy's: a larger backbone, or an encoder.
 
-    That backbone has a tokenizer of its own. So the decoded completions are scored, each as one that has ended.
+    That model has a tokenizer of its own. So the decoded completions are scored, each as one that has ended.
 
     Args:
         folder: folder or hub id of the adapter.
@@ -66,9 +69,12 @@ def get_reward_adapter(
         batch_size: texts a pass.
         device: device of the model, such as cpu; None is that of training.
 
-    Raises the errors of `load_pretrained` and `read_adapter`.
+    Raises the errors of `load_pretrained` and `read_adapter`, or those of `read_classifier_adapter`.
     """
     found = adapter_folder(folder)
+    if (found / WEIGHTS).is_file() and is_of_classifier(found, read_header(found / WEIGHTS)):
+        classifier, own = read_classifier_adapter(folder, found, model=model, dtype=dtype)
+        return scorer(classifier, own, str(Path(folder).absolute()), batch_size=batch_size, device=device)
     named = read_adapter_config(folder, found)["base_model_name_or_path"]
     base, tokenizer = load_pretrained(ModelConfig(model or named, dtype=dtype))
     adapter = read_adapter(folder, needs_head=True, base=base, tokenizer=tokenizer)

@@ -70,7 +70,7 @@ REFUSED = {
         dtype model_init_kwargs load_in_8bit load_in_4bit bnb_4bit_quant_type use_bnb_nested_quant
         bnb_4bit_quant_storage
     """,
-    "it changes the shape of the model": "vocab_size n_positions n_layer n_embd n_head",
+    "it changes the shape of the model": "model_type vocab_size n_positions n_layer n_embd n_head",
     "it changes which weights train": "critic",
     "it describes the beginning of a run": "value_init start_from_sft",
     "it changes the rows that are trained on, or their order": """
@@ -116,6 +116,7 @@ TABLE: dict[str, str | None] = {
     # An option that means something else in one of the dataclasses.
     "RewardModelArguments.sft_adapter": "applied",  # its completions are scored after training
     "RewardModelArguments.loss_type": "scores mean something else under it",  # DPO's and GRPO's is of another kind
+    "RewardModelConfig.use_peft": "it changes which weights train",
     "PPOConfig.disable_dropout": "it changes which layers of the value train",  # PPO shares layers only without dropout
 }
 UNKNOWN = "this release does not know what a change of it does"  # an option of a later release of TRL or transformers

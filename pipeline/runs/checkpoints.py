@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from peft import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, TrainerState
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
@@ -50,6 +50,7 @@ from pipeline.runs.rotation import Rotates
 from pipeline.runs.state_files import save_state
 from pipeline.runs.stopping import StopsOnSignals
 from pipeline.runs.terminal import write_lines
+from pipeline.runs.whole_models import load_weights
 from pipeline.runs.worlds import state_of
 from reward_models.composite import RewardError
 
@@ -189,7 +190,9 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
             self._number_run(resume_from_checkpoint)
             shutil.rmtree(Path(self.args.output_dir) / STAGING, ignore_errors=True)  # of a killed run
         self._trained = {name: list(p.shape) for name, p in self.model.named_parameters() if p.requires_grad}
-        for config in self.model.peft_config.values():  # peft writes a set in a different order in each process
+        for config in getattr(
+            self.model, "peft_config", {}
+        ).values():  # peft writes a set in a different order in each process
             if isinstance(config.target_modules, set):
                 config.target_modules = sorted(config.target_modules)
         self.diverged, self._loss, self._left_out = None, 0.0, False
@@ -200,8 +203,11 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        """Override `_load_from_checkpoint`: load the trained adapter, with its head if it has one."""
+        """Override `_load_from_checkpoint`: load the trained adapter, with its head if it has one, or the whole model."""
         model = self.accelerator.unwrap_model(model or self.model)
+        if not isinstance(model, PeftModel):
+            load_weights(model, resume_from_checkpoint)
+            return
         path = Path(resume_from_checkpoint) / WEIGHTS
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file. Name a checkpoint that has it, or start a new run.")

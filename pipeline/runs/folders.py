@@ -12,6 +12,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from data.boundaries import real_path
 from data.json_files import read_json
 from data.saving import SAVED, SAVING, complete
+from data.schemas import MODEL_CONFIG
 from pipeline.backbone.adapter_config import ADAPTER_CONFIG
 from pipeline.backbone.adapters import check_adapter
 from pipeline.backbone.loading import check_model_folder
@@ -29,6 +30,7 @@ def check_folders(
     policies: tuple[str | None, ...] = (),
     rewards: tuple[str, ...] | list[str] = (),
     leaves_reward: bool | None = None,
+    whole: bool = False,
     data: tuple[str | None, ...] = (),
     writes: tuple[str, ...] = (),
     needs_model: bool = True,
@@ -38,6 +40,7 @@ def check_folders(
     Args:
         policies, rewards: adapters that the run reads; None is an option that is not set.
         leaves_reward: whether the run saves a reward adapter in `output_dir` (True), a policy (False) or none (None).
+        whole: whether the reward model that it saves is a whole model, not an adapter.
         data: datasets and reports that the run reads.
         writes: names of the files that the run writes in `output_dir`.
         needs_model: whether the run cannot do without a model.
@@ -46,11 +49,11 @@ def check_folders(
     """
     check_path(output_dir)
     if needs_model or model_name_or_path:
-        check_model_folder(model_name_or_path)
+        check_model_folder(model_name_or_path, classifies=bool(leaves_reward))
     adapters = [name for name in (*policies, *rewards) if name]
     for number, name in enumerate(adapters):
         check_adapter(name, needs_head=number >= len(adapters) - len(rewards))
-    check_output_dir(output_dir, (model_name_or_path, *adapters), leaves_reward)
+    check_output_dir(output_dir, (model_name_or_path, *adapters), leaves_reward, whole=whole)
     check_ours(output_dir, writes, data)
 
 
@@ -95,7 +98,13 @@ def _is_there(path: Path) -> bool:
     return True
 
 
-def check_output_dir(output_dir: str, inputs: tuple[str | None, ...] = (), leaves_reward: bool | None = None) -> None:
+def check_output_dir(
+    output_dir: str,
+    inputs: tuple[str | None, ...] = (),
+    leaves_reward: bool | None = None,
+    *,
+    whole: bool = False,
+) -> None:
     """Check that the run can write into a folder, and that this destroys nothing that must be kept.
 
     As with Trainer, a run overwrites an earlier run of the same kind, and old checkpoints make room for new ones. `inputs`
@@ -134,8 +143,16 @@ def check_output_dir(output_dir: str, inputs: tuple[str | None, ...] = (), leave
                     f"output_dir={output_dir!r}: the run reads {name} beneath this folder, and would overwrite or remove "
                     f"it. {remedy}"
                 )
-    if (folder / "config.json").is_file():
+    if (folder / "config.json").is_file() and not whole:
         raise ValueError(f"output_dir={output_dir!r} holds a model, and an adapter must not be beside it. {remedy}")
+    if whole and (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"output_dir={output_dir!r} holds an adapter, and a model must not be beside it. {remedy}")
+    if whole and (folder / "config.json").is_file():
+        kinds = read_json(folder / "config.json", MODEL_CONFIG).get("architectures") or []
+        if not any("SequenceClassification" in kind for kind in kinds):
+            raise ValueError(
+                f"output_dir={output_dir!r} holds a model that is no classifier, and this run saves a reward model. {remedy}"
+            )
     if (folder / ADAPTER_CONFIG).is_file():
         reward = read_json(folder / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
         if reward != leaves_reward:

@@ -25,6 +25,7 @@ def open_run(
     rewards: RewardArguments | None = None,
     data: tuple[str | None, ...] = (),
     shards: bool = True,
+    whole: bool = False,
 ) -> str | None:
     """Check launch, folders and reward weights, lock the output folder, and return the checkpoint to resume from, if any.
 
@@ -35,13 +36,14 @@ def open_run(
         rewards: the rewards that the run trains against.
         data: datasets that the run reads.
         shards: whether the run supports a model that is sharded over processes (FSDP, ZeRO-3).
+        whole: whether the run saves a whole model, not an adapter.
 
     Raises the errors of `check_launch`, `check_folders`, `RewardArguments.check_weights`, `lock_output`, `find_checkpoint` and
     `check_checkpoints` or `changed_options`.
     """
     check_launch(args, shards=shards)
     adapters = rewards.reward_adapter if rewards else ()
-    writes = (*FILES["adapter"], *((SCALE,) if leaves_reward else ()))
+    writes = FILES["model"] if whole else (*FILES["adapter"], *((SCALE,) if leaves_reward else ()))
     if hasattr(args, "sample_updates"):  # PPO
         writes += (*VALUE, *((SAMPLES,) if args.sample_updates else ()))
     check_folders(
@@ -50,6 +52,7 @@ def open_run(
         policies=policies,
         rewards=adapters,
         leaves_reward=leaves_reward,
+        whole=whole,
         data=data,
         writes=writes,
     )

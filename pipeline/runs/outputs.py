@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 from accelerate import PartialState
 from huggingface_hub import upload_folder
+from peft import PeftModel
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
@@ -65,6 +66,8 @@ def check_space(args: TrainingArguments, model: nn.Module) -> None:
 def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict, *, complete: bool = True) -> None:
     """Save the trained adapter with model card, backbone identity and `metrics.json`, all at once.
 
+    A model without an adapter is saved whole, and is its own identity.
+
     With `push_to_hub` they are pushed to the hub, unless the folder is not `complete` yet. The stage calls `trainer.end` when
     it no longer needs the other processes.
 
@@ -72,6 +75,7 @@ def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict, *, complete:
     """
     args, output_dir = trainer.args, trainer.args.output_dir
     folder = Path(output_dir)
+    kind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
     metrics = {**metrics, "seconds": round(trainer.seconds_before + seconds_running(), 1)}
 
     def write(staged: Path) -> None:
@@ -84,13 +88,14 @@ def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict, *, complete:
         finally:
             args.output_dir = output_dir
         add_rows_to_card(staged, metrics.get("rows", {}))
-        write_identity(staged, trainer.model.config, fingerprint)
+        if kind == "adapter":
+            write_identity(staged, trainer.model.config, fingerprint)
         write_json(staged / "metrics.json", metrics)
 
     if args.should_save:
         # Other processes take part in gathering sharded weights, and would not do so twice.
         sharded = kind_of(args.distributed_state) in ("FSDP", "ZeRO-3")
-        save(folder, "adapter", write, former=former_files(folder, "adapter"), retry=not sharded)
+        save(folder, kind, write, former=former_files(folder, kind), retry=not sharded)
     else:
         write(folder / SAVING)
     if complete and trainer.is_world_process_zero():

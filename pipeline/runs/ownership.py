@@ -44,8 +44,7 @@ FILES = {
         f"{stage}_{split}.jsonl" for stage in ("preferences", "sft", "prompts") for split in ("train", "test")
     ),
     "model": (
-        "config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json",
-        "tokenizer_config.json", "special_tokens_map.json",
+        "config.json", "generation_config.json", "model.safetensors", "README.md", "metrics.json", *TOKENIZER,
     ),
 }  # fmt: skip
 # A file of which an earlier release wrote each kind, and the keys that it has. Later kinds have always been listed.

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, TrainingArguments
 
 from data.human_ratings import load_split
 from pipeline.pretrain import EOS, PAD, BackboneConfig, held_out_loss, main, tokenize
@@ -65,6 +65,25 @@ def test_a_backbone_from_nothing(tmp_path):
     assert model.dtype == torch.float32 and model.config.n_layer == 1 and model.config.use_cache
     assert model.config.vocab_size == len(tokenizer) == 300
     assert {model.config.eos_token_id, model.config.pad_token_id} == {tokenizer.eos_token_id, tokenizer.pad_token_id}
+
+
+@pytest.mark.slow
+def test_an_encoder_from_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.pretrain.load_split", lambda split: load_split(split)[:300])
+    for name in ("one", "two"):
+        shape = {"vocab_size": 300, "n_positions": 32, "n_layer": 1, "n_embd": 16, "n_head": 2, "model_type": "bert"}
+        options = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 256, "max_steps": 2, "seed": 5}
+        args = TrainingArguments(str(tmp_path / "run"), use_cpu=True, report_to="none", **options)
+        main(BackboneConfig(str(tmp_path / name), **shape), args)
+    folder = tmp_path / "one"
+    assert digest(folder) == digest(tmp_path / "two") == stated_digest(folder)  # a seed fixes it
+    model, tokenizer = AutoModelForMaskedLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == torch.float32 and model.config.num_hidden_layers == 1
+    ids = tokenizer("The FILM")["input_ids"]
+    assert tokenizer.decode(ids) == "[CLS] the film [SEP]" and model.config.vocab_size == len(tokenizer)
+    dataset = tokenize([snippet.text for snippet in load_split("test")[:300]], tokenizer, n_positions=32)
+    (stated,) = re.findall(r"(\S+) nats on the test split", (folder / "README.md").read_text())
+    assert held_out_loss(model, dataset, tokenizer, 256)[0] == pytest.approx(float(stated), abs=1e-3)
 
 
 @pytest.mark.slow
