@@ -39,7 +39,8 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 export DS_ACCELERATOR = cpu
 
 .PHONY: demo smollm2 smollm2-chat baselines seeds ablations lambda-sweep reward-losses reward-long backbone bench \
-	bench-scaling gpu soak faults lint types test test-fast test-oldest test-python test-vllm translation task papers
+	bench-scaling gpu soak faults lint types test test-fast test-oldest test-python test-vllm translation task papers \
+	sentiment-bert reward-full
 
 # Run SFT, reward model, PPO and evaluation; write $(OUT)/report.md and report.json. `demo` uses the embedded model and data,
 # and takes four minutes. `smollm2` uses a pretrained model of 135M parameters, and takes less than half an hour after its
@@ -83,6 +84,14 @@ task: .venv/installed
 		$(if $(filter $(TASK),$(MADE)),--dataset_name $(OUT)/data/prompts_train.jsonl)
 	$(LAUNCH) pipeline.evaluation --config $(RECIPES)/$(TASK)/evaluation.yaml --seed $(SEED) --output_dir $(OUT) \
 		--policy_adapter $(OUT)/ppo $(TASK_FROM) $(if $(filter $(TASK),$(MADE)),--dataset_name $(OUT)/data/prompts_test.jsonl)
+
+# Train a BERT of nothing as the reward model, and the demo's policy against it; write runs/sentiment_bert/report.md.
+sentiment-bert: .venv/installed
+	$(LAUNCH) pipeline.sft --config $(RECIPES)/demo/sft.yaml
+	$(LAUNCH) pipeline.pretrain --config $(RECIPES)/sentiment_bert/encoder.yaml
+	$(LAUNCH) pipeline.reward --config $(RECIPES)/sentiment_bert/reward.yaml
+	$(LAUNCH) pipeline.ppo --config $(RECIPES)/sentiment_bert/ppo.yaml
+	$(LAUNCH) pipeline.evaluation --config $(RECIPES)/sentiment_bert/evaluation.yaml
 
 # Run best-of-n, RLOO, GRPO and DPO from the demo's SFT and reward adapters; write $(BASELINES)/table.md and table.json.
 baselines: .venv/installed
@@ -178,6 +187,17 @@ papers: .venv/installed
 # Train a reward model for longer, in about five minutes; write runs/reward-long/metrics.json.
 reward-long: .venv/installed
 	$(LAUNCH) pipeline.reward --config $(RECIPES)/reward_long.yaml
+
+# Train the demo's reward model with LoRA and with all weights (use_peft: false), for three seeds; write
+# runs/reward-full/<lora or full>/<seed>/metrics.json.
+reward-full: .venv/installed
+	for seed in 0 1 2; do \
+		$(LAUNCH) pipeline.reward --config $(RECIPES)/demo/reward.yaml --seed $$seed --sft_adapter '' \
+			--output_dir runs/reward-full/lora/$$seed || exit 1; \
+		$(LAUNCH) pipeline.reward --config $(RECIPES)/demo/reward.yaml --seed $$seed --sft_adapter '' \
+			--use_peft false --learning_rate 3e-4 --output_dir runs/reward-full/full/$$seed || exit 1; \
+	done
+	grep '^  "accuracy"' runs/reward-full/*/*/metrics.json
 
 # Train the embedded backbone from the beginning, in about an hour; write data/backbone.
 backbone: .venv/installed

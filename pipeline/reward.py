@@ -112,7 +112,8 @@ class RewardModelArguments:
         """Check the options of a reward model of its own, which shares the backbone of no policy.
 
         Raises:
-            ValueError: an option is about a shared backbone, or the launch would shard the model.
+            ValueError: an option is about a shared backbone, the weights to train would be of 16 bits, or the launch would
+                shard the model.
         """
         if model.use_peft:
             own, also = f"model_name_or_path={model.model_name_or_path!r} is an encoder, and so a model of its own", ""
@@ -127,6 +128,12 @@ class RewardModelArguments:
             raise ValueError(
                 f"loss_type={self.loss_type!r} needs the shared backbone, but {own}, which learns from pairs. Set loss_type: "
                 f"bradley_terry{also}."
+            )
+        if not model.use_peft and model.dtype != "float32":
+            raise ValueError(
+                f"dtype={model.dtype!r} with use_peft=False may train weights of 16 bits, in which most steps of "
+                f"learning_rate={args.learning_rate:g} are lost to rounding. Leave dtype unset (float32), and set bf16: true "
+                f"to compute in bfloat16."
             )
         if (kind := kind_of(args.distributed_state)) not in ("no wrapper", "DDP"):
             raise ValueError(

@@ -43,6 +43,7 @@ LEARNED = {
     "gpt2": {"score"},
     "llama": {"score"},
 }
+ENCODERS = ("bert", "distilbert", "roberta", "deberta-v2", "modernbert")
 TEXTS = ("a quiet triumph .", "a loud yawn !", "very long", "the film and a quiet film", "loud")
 PAIRS = [
     {"prompt": f"the film {word} ", "chosen": chosen, "rejected": rejected, "margin": 1.0, "agreement": 0.75}
@@ -101,13 +102,14 @@ def test_what_must_be_learned(family, folder):
         assert classifier.tokenizer("the film")["input_ids"][-1] == classifier.tokenizer.eos_token_id
 
 
-@pytest.mark.parametrize("peft", [False, True], ids=["all weights", "LoRA"])
-@pytest.mark.parametrize("family", LEARNED)
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "peft"),
+    [*((name, False) for name in ("bert", "gpt2", "llama")), *((name, True) for name in ENCODERS)],
+    ids=lambda value: value if isinstance(value, str) else ("LoRA" if value else "all weights"),
+)
 def test_what_training_leaves_gives_the_same_scores(family, peft, folder, run, monkeypatch):
     """The margins on the held-out pairs, which the trainer measures before it saves, are those of the reward function."""
-    if peft and family in DECODERS:
-        pytest.skip("it shares the policy's backbone")
     margins = []
     original = reward.reward_model_report
     monkeypatch.setattr(reward, "reward_model_report", lambda m, **rest: margins.extend(m) or original(m, **rest))
@@ -130,7 +132,7 @@ def test_what_training_leaves_gives_the_same_scores(family, peft, folder, run, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "peft"), [("bert", False), ("gpt2", False), ("bert", True)])
+@pytest.mark.parametrize(("family", "peft"), [("bert", False), ("bert", True)])
 def test_it_resumes_to_the_byte(family, peft, folder, run, monkeypatch):
     options = {
         "use_peft": peft, "max_steps": 6, "save_strategy": "steps", "save_steps": 1, "disable_dropout": False,
@@ -156,7 +158,11 @@ def test_it_resumes_to_the_byte(family, peft, folder, run, monkeypatch):
     before, after = (json.loads((out / "metrics.json").read_text()) for out in (expected, found))
     assert before["accuracy"] == after["accuracy"] and before["reliability"] == after["reliability"]
     with pytest.raises(ValueError, match=r"use_peft=\w+ instead of \w+ \(it changes which weights train\)"):
-        run(folder(family), "in pieces", **{**options, "use_peft": not peft})
+        run(
+            folder(family),
+            "other",
+            **{**options, "use_peft": not peft, "resume_from_checkpoint": found / "checkpoint-5"},
+        )
 
 
 @pytest.mark.parametrize(
@@ -167,6 +173,11 @@ def test_it_resumes_to_the_byte(family, peft, folder, run, monkeypatch):
             "gpt2",
             {"sft_adapter": "sft", "use_peft": False},
             r"sft_adapter=.* but use_peft=False trains a model of its own\. .*or train a LoRA adapter \(use_peft: true\)",
+        ),
+        (
+            "bert",
+            {"use_peft": False, "dtype": "bfloat16"},
+            r"dtype='bfloat16' .* are lost to rounding.* set bf16: true",
         ),
         ("bert", {"load_in_4bit": True}, r"load_in_4bit=True is only for a decoder"),
         ("bert", {"lora_top_layers": 1}, r"lora_top_layers=1 saves PPO work on a shared backbone"),
