@@ -193,12 +193,12 @@ def check_scores(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name
     rows = [tokenizer(text)["input_ids"] for text in PROBES]
     longest = max(map(len, rows))
     padded = [row + [tokenizer.pad_token_id] * (longest - len(row)) for row in rows]
-    mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    real = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
     training = base.training
     base.eval()
     try:
         alone = torch.cat([base(input_ids=torch.tensor([row], device=base.device)).logits for row in rows])
-        ids, mask = (torch.tensor(of, device=base.device) for of in (padded, mask))
+        ids, mask = (torch.tensor(of, device=base.device) for of in (padded, real))
         together = base(input_ids=ids, attention_mask=mask).logits
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]

@@ -59,7 +59,7 @@ def model_config(
         raise unusable_config(name, error) from error
 
 
-def read_weights(kind: type, name: str, config: PreTrainedConfig, **options) -> tuple[PreTrainedModel, dict]:
+def read_weights(kind: Any, name: str, config: PreTrainedConfig, **options) -> tuple[PreTrainedModel, dict]:
     """Load a model of an auto class of transformers, and return it with the report of its loading.
 
     Raises the errors of `check_size` and `reached`, and:
