@@ -188,7 +188,7 @@ METRICS = record(
 INTERVAL = record(dict.fromkeys(("mean", "low", "high"), NUMBER))
 COMPLETIONS = record(
     dict.fromkeys(("score", "kl", "distinct_2"), NUMBER),
-    {"judge": NUMBER, **dict.fromkeys(("distinct_1", "perplexity", "mean_length", "text_loss"), FIGURE)},
+    {"judge": NUMBER, **dict.fromkeys(("distinct_1", "perplexity", "mean_length", "text_loss", "disagreement"), FIGURE)},
 )
 # report.json of pipeline.evaluation. Without a judge it has no figures of one.
 JUDGED = {"judge_gain": INTERVAL, "win_rate": INTERVAL}
@@ -302,3 +302,6 @@ DATASET_STATE = record(
     }
 )
 DATASET_INFO = record(None, {"features": nullable(OBJECT), "splits": nullable(OBJECT)})
+# ensemble.json: `pipeline.backbone.members.write_members`.
+MEMBER = record({"folder": FILE_NAME, "seed": whole(), "sha256": TEXT})
+ENSEMBLE = record({"members": list_of(MEMBER, 2)})

@@ -26,6 +26,7 @@ from data.json_files import write_json
 from data.prompts import tokenize_prompts
 from data.saving import save
 from pipeline.backbone.loading import context_length
+from pipeline.backbone.members import check_rewards
 from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import load_backbone
 from pipeline.backbone.sampling import as_answers, gathered, rounds, sample
@@ -79,7 +80,7 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
         data=(args.dataset_name, args.report),
         writes=FILES["best_of_n"],
     )
-    rewards.check_weights(args.reward_weights)
+    check_rewards(rewards, args.reward_weights)
     lock_output(args.output_dir, writes=state.is_main_process)
     prompts = args.prompts()
     functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)

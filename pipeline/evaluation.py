@@ -28,6 +28,7 @@ from data.schemas import MEASURED, REWARD_MODEL
 from data.texts import load_texts
 from pipeline.backbone.adapters import adapter_folder, read_adapter, read_metrics
 from pipeline.backbone.loading import context_length
+from pipeline.backbone.members import check_rewards
 from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import Backbone, load_backbone
 from pipeline.backbone.sampling import as_answers, gathered, rounds, sample
@@ -44,6 +45,7 @@ from pipeline.runs.output_lock import lock_output
 from pipeline.runs.outputs import seconds_running
 from pipeline.runs.ownership import FILES, former_files
 from reward_models.composite import Composite, call_rewards, load_judge
+from reward_models.ensembles import disagreement_in
 from reward_models.functions import RewardArguments, extra_columns, load_function, load_functions
 from reward_models.judges import prefer
 from reward_models.rules import distinct_n
@@ -93,6 +95,7 @@ class Completions:
         self.nll: list[float] = []  # nats a sequence, under the bare backbone
         self.scores = np.zeros(0)
         self.judged: np.ndarray | None = None
+        self.disagreement: list[float | None] = [None]  # of an ensemble's members
         self.rewards: dict[str, float] = {}  # mean of each reward, before its weight
         self.text_losses: list[float] = []  # language-model loss of each text, in nats a token
 
@@ -105,6 +108,7 @@ class Completions:
         return {
             "score": float(self.scores.mean()),
             **({} if self.judged is None else {"judge": float(self.judged.mean())}),
+            **({} if None in self.disagreement else {"disagreement": float(np.mean(self.disagreement))}),
             "kl": float(np.mean(self.kl)),
             "distinct_1": distinct_n(self.texts, 1),
             "distinct_2": distinct_n(self.texts, 2),
@@ -128,8 +132,8 @@ def complete(
 ) -> Completions:
     """Sample one completion of each prompt as `role`, and measure it.
 
-    The figures are its KL to the reference, its likelihood under the backbone, its rewards and what the judge says, if there
-    is one. Processes share the batches, and every process gets all results.
+    The figures are its KL to the reference, its likelihood under the backbone, its rewards, how far an ensemble disagrees, and
+    what the judge says, if there is one. Processes share the batches, and every process gets all results.
     """
     asked, parts = prompts["prompt"][:], []
     judges = {"rewards": composite} | ({"judge": judge} if judge else {})
@@ -164,15 +168,18 @@ def complete(
         rows = batch.rows()
         of_batch = prompts.select(range(batch.first, batch.first + len(rows)))
         answers = as_answers(tokenizer.batch_decode(rows, skip_special_tokens=True), asked)
-        found = {}
+        found: dict[str, list] = {}
+        extra: dict[str, list] = {}
         for name, rewarding in judges.items():
-            found[name] = call_rewards(rewarding.functions, of_batch, answers, rows, runner).tolist()
+            logged = extra if name == "rewards" else None
+            found[name] = call_rewards(rewarding.functions, of_batch, answers, rows, runner, logged).tolist()
             if number < together:
                 rewarding.check_batch(found[name], of_batch["prompt"][:], answers)
         kl = (nats[role] - nats["reference"]).tolist()
-        parts.append((batch.first, rows, kl, (-nats[None]).tolist(), *found.values()))
+        disagreement = disagreement_in(extra) or [None] * len(rows)
+        parts.append((batch.first, rows, kl, (-nats[None]).tolist(), disagreement, *found.values()))
     result = Completions(tokenizer)
-    result.ids, result.kl, result.nll, *columns = gathered(parts)
+    result.ids, result.kl, result.nll, result.disagreement, *columns = gathered(parts)
     answers = as_answers(result.texts, asked)
     rewards, *judged = (torch.tensor(column, dtype=torch.float64) for column in columns)
     result.scores = composite.total(rewards, asked, answers).numpy()
@@ -241,7 +248,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
         remedy = "Restore the file, or remove it: the report is then silent about the reward model's training."
         check_object(measured, f"{first}/metrics.json", MEASURED, remedy=remedy)
     calibration = read_calibration(adapter_folder(first)) if first else None
-    rewards.check_weights(args.reward_weights)
+    check_rewards(rewards, args.reward_weights)
     lock_output(args.output_dir, writes=state.is_main_process)
     prompts, texts = args.prompts(), args.texts()
     functions = load_functions(rewards.reward_funcs, prompts, args.dataset_name)

@@ -29,6 +29,7 @@ from pipeline.backbone.gguf import model_source
 from pipeline.backbone.loading import fuse_gelu
 from pipeline.backbone.logprobs import LOGITS
 from pipeline.backbone.lora import LoraArguments, lora_config
+from pipeline.backbone.members import planned_members
 from pipeline.backbone.roles import ADAPTERS, Backbone
 from pipeline.backbone.trunk import decoder_layers
 from pipeline.reports.markdown import markdown_table
@@ -106,7 +107,7 @@ def roles(rewards: RewardArguments, lora: LoraArguments, model: ModelConfig, arg
         backbone = Backbone(base, adapter)
         if policy:  # a trained policy needs a reference adapter
             backbone.add_adapter(ADAPTERS["reference"], adapter)
-        for number, _ in enumerate(rewards.reward_adapter, 1):
+        for number in range(1, 1 + sum(map(planned_members, rewards.reward_adapter))):
             role = "reward" if number == 1 else f"reward_{number}"
             backbone.add_adapter(role, adapter)
             backbone.heads[role] = nn.Linear(backbone.hidden_size, 1, bias=False)

@@ -120,7 +120,7 @@ def main(
     if not model.load_in_4bit:  # a 4-bit model is already on its device
         backbone.to(args.device)  # under FSDP and DeepSpeed Trainer moves it only when training begins
     trainer.check_changes(checkpoint, options)  # before the preflight, which takes long
-    adapters = {reward.role: folder for reward, folder in zip(learned, rewards.reward_adapter, strict=True)}
+    adapters = {role: str(folder) for reward in learned for role, folder in reward.adapters.items()}
     vllm = trainer.vllm_generation if args.use_vllm else None
     with trainer.gathered_weights(), trainer.accelerator.autocast():
         checks = preflight(backbone, prompts["prompt"][:], tokenizer, args, adapters, vllm)

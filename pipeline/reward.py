@@ -5,7 +5,8 @@
 Trains a LoRA adapter and a score head on the frozen backbone with TRL's RewardTrainer, on pairs, rankings or ratings, of one
 dataset or several. Pairs of one ranking share a batch, and each text is scored once. Labels may be shares of raters, and
 smoothed; the adapter may start from that of SFT. Then measures the reward model on held-out pairs: accuracy, the accuracy
-that people reach, accuracy for each rating gap, and calibration.
+that people reach, accuracy for each rating gap, and calibration. With `num_members` it trains an ensemble of adapters, one by
+one.
 
 An encoder, such as BERT, is a model of its own: it gets a LoRA adapter that no policy shares. With `use_peft: false` all
 weights of an encoder or a decoder are trained, and a whole model is saved.
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import torch
+from accelerate import Accelerator
 from datasets import Dataset
 from trl import ModelConfig, RewardConfig
 
@@ -36,10 +38,11 @@ from pipeline.backbone.sharding import kind_of
 from pipeline.runs.changed_options import options_of
 from pipeline.runs.checkpoints import Checkpointed
 from pipeline.runs.command_line import parse
+from pipeline.runs.ensembles import finish_ensemble, forget_accelerator, member_arguments, open_ensemble
 from pipeline.runs.launch import check_wrapper
 from pipeline.runs.mixture import FORMATS, RewardDataArguments
 from pipeline.runs.opening import open_run
-from pipeline.runs.outputs import finish_stage, push
+from pipeline.runs.outputs import finish_stage, push, seconds_running
 from pipeline.runs.rows import prepare_own_pairs, prepare_rows
 from reward_models.calibration import reward_model_report
 from reward_models.learned import score_rows
@@ -87,6 +90,12 @@ class RewardModelArguments:
     )
     sft_completions: int = field(default=256, metadata={"help": "Number of completions of sft_adapter."})
     max_completion_length: int = field(default=64, metadata={"help": "Most tokens sampled for each of them."})
+    num_members: int = field(
+        default=1,
+        metadata={
+            "help": "Train an ensemble of this many adapters, with seeds of their own, in output_dir/member_0 ..."
+        },
+    )
 
     def __post_init__(self):
         if 0.5 <= self.label_smoothing <= 1:
@@ -123,6 +132,10 @@ class RewardModelArguments:
             raise ValueError(
                 f"sft_adapter={self.sft_adapter!r} is about a backbone that the reward model shares with the policy, but "
                 f"{own}. Leave sft_adapter and start_from_sft unset (--sft_adapter ''){also}."
+            )
+        if self.num_members != 1:
+            raise ValueError(
+                f"num_members={self.num_members} makes adapters on the shared backbone, but {own}. Leave num_members unset{also}."
             )
         if self.loss_type != "bradley_terry":
             raise ValueError(
@@ -174,11 +187,18 @@ class RewardModel(Checkpointed, RankingTrainer):
 
     Args:
         start: the policy's adapter that the reward adapter starts from, if any.
+        earlier: seconds of this process that earlier members of an ensemble took.
     """
 
-    def __init__(self, *args, start: Adapter | None = None, **kwargs):
+    def __init__(self, *args, start: Adapter | None = None, earlier: float = 0.0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.start = start
+        self.start, self.earlier = start, earlier
+        self.seconds_before = -earlier
+
+    def load_training_state(self, state: dict) -> None:
+        """Override `load_training_state`: do not count the time of earlier members."""
+        super().load_training_state(state)
+        self.seconds_before -= self.earlier
 
     def contents(self) -> dict[str, Any]:
         """Override `contents`: a run that started from a policy resumes with the same one."""
@@ -188,8 +208,8 @@ class RewardModel(Checkpointed, RankingTrainer):
         return found
 
 
-def held_out_report(trainer: RewardModel) -> dict:
-    """Measure accuracy and calibration on the pairs of the trainer's evaluation rows.
+def held_out_margins(trainer: RewardModel) -> dict[str, list | None]:
+    """Score the trainer's evaluation rows as pairs, and return the columns that `reward_model_report` takes.
 
     A text of several pairs is scored once. Processes share the texts.
     """
@@ -216,7 +236,7 @@ def held_out_report(trainer: RewardModel) -> dict:
     if not all(map(math.isfinite, margins)):
         trainer.diverged = "A score of a held-out text is not finite"
         raise trainer.divergence()
-    return reward_model_report(margins, agreement=agreement, gaps=gaps)
+    return {"margins": margins, "agreement": agreement, "gaps": gaps}
 
 
 def normalization_of(
@@ -235,13 +255,22 @@ def normalization_of(
 OPTIONS = (RewardDataArguments, RewardModelArguments, LoraArguments, RewardModelConfig, RewardConfig)
 
 
-def main(
+def train_adapter(
     data: RewardDataArguments,
     pairs: RewardModelArguments,
     lora: LoraArguments,
     model: RewardModelConfig,
     args: RewardConfig,
-) -> None:
+    earlier: float = 0.0,
+) -> tuple[Accelerator, dict[str, list | None]]:
+    """Train a reward model and save it.
+
+    Args:
+        earlier: seconds of this process that earlier members of an ensemble took.
+
+    Returns:
+        Its accelerator, and its scores of the held-out pairs (`held_out_margins`); empty if there are none.
+    """
     if args.train_sampling_strategy not in ("random", "group_by_length"):
         raise ValueError(
             f"train_sampling_strategy={args.train_sampling_strategy!r} is not supported: pairs of a ranking are batched "
@@ -309,6 +338,7 @@ def main(
         config = lora_config(model, task_type="SEQ_CLS", lora=lora, base=base)
     trainer = RewardModel(
         start=start,
+        earlier=earlier,
         use_margin=pairs.use_margin,
         use_agreement=pairs.use_agreement,
         label_smoothing=pairs.label_smoothing,
@@ -325,7 +355,8 @@ def main(
         start_from(trainer.model, start)
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint, options=options)
-    metrics = held_out_report(trainer) if "held_out" in rows else {}
+    held_out = held_out_margins(trainer) if "held_out" in rows else {}
+    metrics: dict[str, Any] = reward_model_report(**held_out) if held_out else {}
     if trainer.rating_scale:
         metrics["rating_scale"] = asdict(trainer.rating_scale)
     metrics |= {"rows": report, "history": trainer.state.log_history}
@@ -338,6 +369,29 @@ def main(
         if accelerator.is_main_process:
             save(args.output_dir, "adapter", scale.save, adds=True)
             push(args, repository)
+    return accelerator, held_out
+
+
+def main(
+    data: RewardDataArguments,
+    pairs: RewardModelArguments,
+    lora: LoraArguments,
+    model: RewardModelConfig,
+    args: RewardConfig,
+) -> None:
+    if pairs.num_members == 1:
+        accelerator, _ = train_adapter(data, pairs, lora, model, args)
+    else:
+        open_ensemble(args, model, pairs.num_members, policies=(pairs.sft_adapter,), data=data.sources)
+        held_out = []
+        for number, of_member in enumerate(member_arguments(args, pairs.num_members)):
+            if number:
+                forget_accelerator()
+            earlier = seconds_running() if number else 0.0
+            accelerator, found = train_adapter(data, pairs, lora, model, of_member, earlier)
+            held_out += [found] if found else []
+        if args.should_save:
+            finish_ensemble(args, pairs.num_members, held_out)
     accelerator.end_training()  # as `Trainer.end`
 
 

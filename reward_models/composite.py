@@ -281,15 +281,21 @@ def call_rewards(
     completions: list,
     completion_ids: list[list[int]],
     runner: Runner,
+    extra: dict[str, list] | None = None,
 ) -> Tensor:
     """Return the rewards of each function for the completions of the prompts in `rows`, (B, functions), NaN for None.
 
     The functions are called as TRL's trainers call them, sync or async, but without training: the trainer's state is a
-    fresh one, and their logs are dropped. Use one `runner` for all calls, because async clients are bound to their event
-    loop.
+    fresh one, and their metrics are dropped. The columns that they log are added to `extra`, if it is given. Use one
+    `runner` for all calls, because async clients are bound to their event loop.
     """
-    nothing = {"trainer_state": TrainerState(), "log_extra": lambda *args: None, "log_metric": lambda *args: None}
-    given = {"prompts": rows["prompt"][:], "completions": completions, "completion_ids": completion_ids, **nothing}
+
+    def log_extra(column: str, values: list) -> None:
+        if extra is not None:
+            extra.setdefault(column, []).extend(values)
+
+    logs = {"trainer_state": TrainerState(), "log_extra": log_extra, "log_metric": lambda *args: None}
+    given = {"prompts": rows["prompt"][:], "completions": completions, "completion_ids": completion_ids, **logs}
     given |= {column: rows[column][:] for column in extra_columns(rows)}
     with undisturbed():
         outputs = [function(**given) for function in functions]

@@ -21,6 +21,10 @@ PICTURES = ("image", "images")
 HIDDEN = "column:"
 # A function named by its file: `my_rewards.py:brevity`, `./my_rewards.brevity`, `my_rewards:brevity`.
 FILE_NAME = re.compile(r"[/\\:]|\.py$")
+# How the scores of an ensemble's members become one (`reward_models.ensembles.combine`).
+COMBINATIONS = ("mean", "min", "mean_minus_std")
+COMPARED = ("min", "mean_minus_std")  # these compare members, so a member's zero and scale matter
+ENSEMBLE = "ensemble"  # name of the reward that `reward_combination` makes of all adapters
 # Errors of a function that end the run with an error: `sys.exit(0)` too, but not Ctrl-C.
 RAISED = (Exception, SystemExit, GeneratorExit, asyncio.CancelledError)
 
@@ -34,7 +38,9 @@ class RewardArguments:
 
     reward_adapter: list[str] = field(
         default_factory=list,
-        metadata={"help": "Reward adapters, each a folder or hub id. The value starts from the first."},
+        metadata={
+            "help": "Reward adapters, each a folder or hub id; of an ensemble, its folder. The value starts from the first."
+        },
     )
     reward_funcs: list[str] = field(
         default_factory=list,
@@ -48,6 +54,16 @@ class RewardArguments:
         default=False,
         metadata={"help": "Scale each adapter's scores to mean 0, deviation 1 on completions of the SFT policy."},
     )
+    reward_combination: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Make one reward of all adapters, as an ensemble: {', '.join(COMBINATIONS)}. Unset: they add up, and an "
+            f"ensemble's folder is the mean of its members."
+        },
+    )
+    reward_std_coef: float = field(
+        default=1.0, metadata={"help": "What mean_minus_std takes off: this many deviations of the members' scores."}
+    )
 
     def __post_init__(self):
         for name in ("reward_adapter", "reward_funcs"):
@@ -60,6 +76,27 @@ class RewardArguments:
             raise ValueError(
                 "normalize_scores scales reward adapters. Name one in reward_adapter, or leave normalize_scores unset."
             )
+        self._check_combination()
+
+    def _check_combination(self) -> None:
+        named = self.reward_combination
+        if named is not None and named not in COMBINATIONS:
+            raise ValueError(f"reward_combination={named!r} is not one of {', '.join(COMBINATIONS)}.")
+        if named and not self.reward_adapter:
+            raise ValueError(
+                f"reward_combination={named!r} combines reward adapters. Name them in reward_adapter, or leave "
+                f"reward_combination unset."
+            )
+        if named in COMPARED and not self.normalize_scores:
+            raise ValueError(
+                f"reward_combination={named!r} compares the members' scores, and each member has a zero and a scale of its "
+                f"own. Set normalize_scores: true."
+            )
+        if self.reward_std_coef != 1 and named != "mean_minus_std":
+            raise ValueError(
+                f"reward_std_coef={self.reward_std_coef:g} has no effect without reward_combination: mean_minus_std. Set "
+                f"that, or leave reward_std_coef unset."
+            )
 
     def check_weights(self, weights: list[float] | None) -> None:
         """Check that there is one of `reward_weights` for each named reward, before any reward is loaded.
@@ -67,7 +104,8 @@ class RewardArguments:
         Raises:
             ValueError: the numbers of weights and rewards differ.
         """
-        check_weights_count(weights, [*self.reward_adapter, *self.reward_funcs])
+        adapters = [ENSEMBLE] if self.reward_combination else self.reward_adapter
+        check_weights_count(weights, [*adapters, *self.reward_funcs])
 
 
 def load_function(text: str, option: str = "reward_funcs") -> Callable:

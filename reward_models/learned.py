@@ -1,8 +1,8 @@
 """Use a learned reward as a reward function of TRL's protocol, on the backbone that is already in memory."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate import PartialState
@@ -37,20 +37,20 @@ def score_rows(
     device,
     share: bool = False,
     bar: str = "",
-) -> list[float]:
+) -> list[Any]:
     """Return the scores of token rows, in their order.
 
-    `score` maps ids and mask, right-padded (B, S), to scores (B,). Rows are scored in order of length, which keeps padding
-    small. With `share`, processes that have the same rows share the batches, and all get all scores. Each process runs the
-    same number of batches, because a sharded model runs in all processes together. `bar` is the name of a progress bar of
-    the batches; without a name there is none.
+    `score` maps ids and mask, right-padded (B, S), to scores (B,), or to those of several roles, (B, M). Rows are scored in
+    order of length, which keeps padding small. With `share`, processes that have the same rows share the batches, and all get
+    all scores. Each process runs the same number of batches, because a sharded model runs in all processes together. `bar` is
+    the name of a progress bar of the batches; without a name there is none.
     """
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     chunks = [order[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     if share:
         with PartialState().split_between_processes(chunks, apply_padding=True) as mine:
             chunks = mine
-    found: list[tuple[int, float]] = []
+    found: list[tuple[int, Any]] = []
     tokens = sum(len(rows[i]) for chunk in chunks for i in chunk)  # the last batches are the longest
     drawn = bool(bar) and PartialState().is_main_process
     with tqdm(total=tokens, desc=bar, unit="token", unit_scale=True, disable=not drawn) as progress:
@@ -70,6 +70,9 @@ class Scorer(Protocol):
 
     def scores(self, input_ids: Tensor, attention_mask: Tensor, role: str) -> Tensor:
         """Return the scores of a role, (B, S) -> (B,)."""
+
+    def member_scores(self, input_ids: Tensor, attention_mask: Tensor, roles: Sequence[str]) -> Tensor:
+        """Return the scores of M roles, (B, S) -> (B, M)."""
 
     def get_base_model(self) -> nn.Module: ...
 
@@ -92,10 +95,17 @@ class LearnedReward:
         role: str = "reward",
         name: str = "reward_model",
         shift: float = 0.0,
+        folder: str | None = None,
     ):
         self.backbone, self.tokenizer, self.batch_size, self.role = backbone, tokenizer, batch_size, role
         self.shift = shift  # subtracted from every score
+        self.folder = folder  # or hub id of the adapter
         self.__name__ = name  # TRL logs a reward function under this name
+
+    @property
+    def adapters(self) -> dict[str, str | None]:
+        """Return the roles that score, each with the name of its adapter."""
+        return {self.role: self.folder}
 
     def __call__(
         self, prompts: list, completion_ids: list[list[int]], known_scores: list[dict] | None = None, **kwargs
@@ -108,15 +118,24 @@ class LearnedReward:
         return [score - self.shift for score in scores]
 
     def _scores(self, prompts: list, completion_ids: list[list[int]]) -> list[float]:
-        prompt_ids = tokenize_prompts(prompts, self.tokenizer)
-        training = self.backbone.training
-        self.backbone.eval()  # no dropout while scoring, even during training
-        scores = score_rows(
-            partial(self.backbone.scores, role=self.role),
-            [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)],
-            pad_token_id=self.tokenizer.pad_token_id,
-            batch_size=self.batch_size,
-            device=self.backbone.get_base_model().device,
-        )
-        self.backbone.train(training)
-        return scores
+        return score_prompts(self, prompts, completion_ids)
+
+
+def score_prompts(
+    reward: LearnedReward, prompts: list, completion_ids: list[list[int]], roles: Sequence[str] | None = None
+) -> list[Any]:
+    """Return a score for each completion, without dropout; with `roles`, a list with the score of each."""
+    backbone = reward.backbone
+    score = partial(backbone.member_scores, roles=roles) if roles else partial(backbone.scores, role=reward.role)
+    prompt_ids = tokenize_prompts(prompts, reward.tokenizer)
+    training = backbone.training
+    backbone.eval()  # no dropout while scoring, even during training
+    scores = score_rows(
+        score,
+        [prompt + completion for prompt, completion in zip(prompt_ids, completion_ids, strict=True)],
+        pad_token_id=reward.tokenizer.pad_token_id,
+        batch_size=reward.batch_size,
+        device=backbone.get_base_model().device,
+    )
+    backbone.train(training)
+    return scores

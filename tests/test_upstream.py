@@ -133,6 +133,7 @@ ROLES, LOADING, SHARDING = (
 )
 RESUMED, FILES = "pipeline/runs/resumed_options.py", "pipeline/backbone/model_files.py"
 PLAN, MERGING, LAUNCH = "pipeline/plan.py", "pipeline/backbone/merging.py", "pipeline/runs/launch.py"
+ENSEMBLES = "pipeline/runs/ensembles.py"
 
 COPY_RLOO = "copy the method from the last RLOOTrainer that had it into PPOTrainer: it is ours to keep."
 RENAME = "take the new name; the pin on the package's minor version holds until then."
@@ -505,6 +506,11 @@ ACCELERATE = [
            "leave that half sentence out of the message."),
     Relied("accelerate.Accelerator.scaler", DIVERGENCE, "with float16 a gradient may be infinite for a while.",
            "refuse fp16, as PPO does."),
+    Relied("accelerate.state.AcceleratorState._reset_state", ENSEMBLES,
+           "each member of an ensemble has a trainer, and a second accelerator with plugins is refused.",
+           "train each member in a process of its own."),
+    Relied("accelerate.state.GradientState._reset_state", ENSEMBLES, "it is of the member before.",
+           "train each member in a process of its own."),
     Relied("accelerate.Accelerator.end_training", CHECKPOINTS, "trackers are finished and the process group left.",
            "torch.distributed.destroy_process_group.", arguments=("self",)),
 ]  # fmt: skip

@@ -7,7 +7,7 @@ does not touch `requires_grad`, so several roles can run inside one differentiab
 The module is longer than others, because a `PeftModel` is one class.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
@@ -62,6 +62,7 @@ class Backbone(PeftModelForCausalLM):
         super().__init__(base, policy if fresh else _language_config(policy.config), adapter_name=ADAPTERS["policy"])
         self.heads = nn.ModuleDict()
         self.trunk_depth, self.value_has_trunk = 0, False
+        self._starts_at: dict[int, bool] = {}  # whether a pass can start from the inputs of a layer
         self._logits = None if plain else partial(own_logits, base)
         self._role: str | None = "policy"  # the role that peft and TRL's trainers expect
         # A fresh LoRA adapter changes nothing, because B is zero. Until it is trained, the policy is the bare backbone.
@@ -372,7 +373,47 @@ class Backbone(PeftModelForCausalLM):
 
         A score is read at the last token that is not the pad token, as in the sequence classifiers of transformers.
         """
-        hidden = self.hidden_states(role, input_ids, attention_mask, trunk)
+        return self._score(role, self.hidden_states(role, input_ids, attention_mask, trunk), input_ids)
+
+    def member_scores(
+        self,
+        input_ids: Int[Tensor, "B S"],
+        attention_mask: Mask,
+        roles: Sequence[str],
+        trunk: Float[Tensor, "B S D"] | None = None,
+    ) -> Float[Tensor, "B M"]:
+        """Return the `scores` of M reward roles. The layers below all their adapters run once.
+
+        All of them must start from the `trunk`, if it is given.
+        """
+        base, below = self.get_base_model(), 0 if trunk is None else self.trunk_depth
+        depth = self._shared_depth(roles) if len(roles) > 1 else below
+        if depth <= below:
+            columns = [self.scores(input_ids, attention_mask, role, trunk) for role in roles]
+            return torch.stack(columns, dim=1)
+        inputs = attention(base, attention_mask)
+        given = inputs if below else inputs | {"input_ids": input_ids}
+        with self.role(None):
+            states = lower(base, depth, trunk, below, **given)
+        columns = []
+        for role in roles:
+            with self.role(role):
+                hidden = upper(base, depth, states, **inputs)
+            columns.append(self._score(role, hidden, input_ids))
+        return torch.stack(columns, dim=1)
+
+    def _shared_depth(self, roles: Sequence[str]) -> int:
+        """Count the lowest layers that no adapter of these roles changes; 0 if a pass cannot start above them."""
+        base = self.get_base_model()
+        first = min(first_adapted_layer(base, self._adapter(role)) for role in roles)
+        depth = min(first, len(decoder_layers(base)[2]) - 1)
+        if depth and depth not in self._starts_at:
+            ids, mask = probe(base)
+            with self.role(None):
+                self._starts_at[depth] = trunk_fault(base, depth, ids, **attention(base, mask)) is None
+        return depth if depth and self._starts_at[depth] else 0
+
+    def _score(self, role: str, hidden: Float[Tensor, "B S D"], input_ids: Int[Tensor, "B S"]) -> Float[Tensor, " B"]:
         real = input_ids != self.get_base_model().config.get_text_config().pad_token_id
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (positions * real).argmax(dim=-1)

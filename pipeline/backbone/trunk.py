@@ -106,14 +106,25 @@ class _StartingFrom(nn.Module):
 
 
 @torch.no_grad()
-def lower(model: PreTrainedModel, depth: int, **inputs: Shaped[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
-    """Run the first `depth` layers and return their output; the inputs are those of the forward."""
+def lower(
+    model: PreTrainedModel,
+    depth: int,
+    states: Float[Tensor, "B S D"] | None = None,
+    start: int = 0,
+    **inputs: Shaped[Tensor, "B S"],
+) -> Float[Tensor, "B S D"]:
+    """Run the first `depth` layers and return their output; the inputs are those of the forward.
+
+    With `states`, the output of `lower` at depth `start`, only the layers from there on run; then without `input_ids`.
+    """
     kept = []
 
     def keep(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         kept.append(output[0] if isinstance(output, tuple) else output)
 
-    with _cut(model, slice(depth)) as layers:
+    if states is not None:
+        inputs["inputs_embeds"] = _embeddings_for(model, states)
+    with _cut(model, slice(start, depth), states) as layers:
         hook = layers[-1].register_forward_hook(keep)
         try:
             model.base_model(**inputs, use_cache=False)
@@ -129,11 +140,19 @@ def upper(
 
     `states` is the output of `lower`. The inputs are those of the model's forward, without `input_ids`.
     """
-    # The embeddings are not used, only their shape. Those of OPT can be narrower than the states.
-    width = model.get_input_embeddings().weight.shape[1]
-    given = states if width == states.shape[-1] else states.new_zeros(*states.shape[:2], width)
     with _cut(model, slice(depth, None), states):
-        return model.base_model(inputs_embeds=given, **inputs, use_cache=False).last_hidden_state
+        return model.base_model(
+            inputs_embeds=_embeddings_for(model, states), **inputs, use_cache=False
+        ).last_hidden_state
+
+
+def _embeddings_for(model: PreTrainedModel, states: Float[Tensor, "B S D"]) -> Float[Tensor, "B S E"]:
+    """Return embeddings of the shape that a pass from `states` is given, and does not use.
+
+    Those of OPT can be narrower than the states.
+    """
+    width = model.get_input_embeddings().weight.shape[1]
+    return states if width == states.shape[-1] else states.new_zeros(*states.shape[:2], width)
 
 
 @torch.no_grad()

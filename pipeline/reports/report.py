@@ -21,6 +21,7 @@ FIGURES = {
 # Rows of the table of metrics: key in the report, name with unit, format.
 METRICS = (
     ("score", "reward model score", ".3f"),
+    ("disagreement", "disagreement of the reward models", ".3f"),
     ("judge", "judge score", ".3f"),
     ("kl", "KL to the reference (nats a sequence)", ".2f"),
     ("distinct_1", "distinct-1", ".3f"),

@@ -50,7 +50,7 @@ def measure(
             backbone.logprobs(role, ids, mask, completions, temperature, trunk) for role in ("policy", "reference")
         )
         values = backbone.values(ids, mask, end, trunk if value_trunk is None else value_trunk)
-        scores = [backbone.scores(ids, mask, role, trunk) for role in reward_roles]
+        scores = [*backbone.member_scores(ids, mask, reward_roles, trunk).T] if reward_roles else []
         of_tokens = [F.pad(x, (0, after)) for x in (policy, reference, values)]
         states = [x if x is None else F.pad(x, (0, 0, begin, after)) for x in (trunk, value_trunk)]
         batches.append((*of_tokens, *states, *scores))

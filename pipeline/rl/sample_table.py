@@ -21,6 +21,7 @@ from pipeline.rl.kl import kl_per_token
 from pipeline.runs.manifest import STAGING
 from pipeline.runs.ownership import SAMPLES
 from reward_models.composite import Composite, call_rewards
+from reward_models.ensembles import disagreement_in
 
 
 class TrainerLoop(NamedTuple):
@@ -35,7 +36,8 @@ class TrainerLoop(NamedTuple):
 class SampleTable(TrainerCallback):
     """Sample the same prompts with the same seed, before training and every `sample_updates` updates.
 
-    Each row holds step, prompt, completion, score, KL (nats) and what the judge says, if there is one. Rows are appended to
+    Each row holds step, prompt, completion, score, KL (nats), how far an ensemble of reward models disagrees, if there is one,
+    and what the judge says, if there is one. Rows are appended to
     `samples.jsonl` in the run's folder. They also go to the trackers that `report_to` names: as a table to trackio and
     wandb, as text to tensorboard. The state of the random generators is restored, so that training does not change.
     """
@@ -112,8 +114,11 @@ class SampleTable(TrainerCallback):
         figures = {"prompt": asked, "completion": texts, "score": None, "kl": kl.tolist()}
         for name, rewarding in (("score", trainer.composite), ("judge", self.judge)):
             if rewarding is not None:
-                given = (self.prompts, completions, batch.rows(), TrainerLoop(trainer))
+                extra: dict[str, list] = {}
+                given = (self.prompts, completions, batch.rows(), TrainerLoop(trainer), extra)
                 figures[name] = rewarding.total(call_rewards(rewarding.functions, *given), asked, completions).tolist()
+                if name == "score" and (found := disagreement_in(extra)):
+                    figures["disagreement"] = found
         model.train(was_training)
         rows = zip(*figures.values(), strict=True)
         return [{"step": step, **dict(zip(figures, row, strict=True))} for row in rows]

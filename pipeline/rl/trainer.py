@@ -108,8 +108,8 @@ class PPOTrainer(Recording, Optimizing, SavesRoles, PolicySampler, RLOOTrainer):
             backbone.delete_adapter(ADAPTERS["reference"])
         backbone.train_only("policy", "value")  # adding adapters changes requires_grad
         self._share_trunk()
-        learned = [reward for reward in reward_funcs if isinstance(reward, LearnedReward)]
-        self._roles_on_trunk = [reward.role for reward in learned if backbone.starts_at_trunk(reward.role)]
+        learned = [list(reward.adapters) for reward in reward_funcs if isinstance(reward, LearnedReward)]
+        self._roles_on_trunk = [r for roles in learned if all(map(backbone.starts_at_trunk, roles)) for r in roles]
         self.texts = texts or []
         self.health = Health()
         self._kl_exceeded = False  # whether approxkl of this update has exceeded max_approx_kl

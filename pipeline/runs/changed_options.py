@@ -38,7 +38,7 @@ APPLIED = f"""
     sft_completions
 
     reward_funcs reward_weights normalize_scores reward_clip_range missing_eos_penalty whiten_rewards scale_rewards
-    multi_objective_aggregation center_rewards_coefficient use_agreement
+    multi_objective_aggregation center_rewards_coefficient use_agreement reward_combination reward_std_coef
 
     temperature top_p top_k min_p repetition_penalty generation_kwargs chat_template_kwargs cache_implementation
     max_completion_length max_tool_calling_iterations use_transformers_continuous_batching
@@ -102,7 +102,7 @@ HARMLESS = """
     per_device_eval_batch_size prediction_loss_only eval_do_concat_batches eval_use_gather_object
     eval_accumulation_steps include_for_metrics batch_eval_metrics precompute_ref_batch_size
 
-    min_kept min_reward_accuracy trust_remote_code use_peft dataset_num_proc torch_empty_cache_steps
+    num_members min_kept min_reward_accuracy trust_remote_code use_peft dataset_num_proc torch_empty_cache_steps
     activation_checkpointing activation_checkpointing_kwargs ds3_gather_for_generation dataloader_num_workers
     dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout

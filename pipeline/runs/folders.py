@@ -16,6 +16,7 @@ from data.schemas import MODEL_CONFIG
 from pipeline.backbone.adapter_config import ADAPTER_CONFIG
 from pipeline.backbone.adapters import check_adapter
 from pipeline.backbone.loading import check_model_folder
+from pipeline.backbone.members import MANIFEST, members_of
 from pipeline.runs.manifest import STAGING
 from pipeline.runs.ownership import foreign_checkpoints, not_ours
 
@@ -45,11 +46,13 @@ def check_folders(
         writes: names of the files that the run writes in `output_dir`.
         needs_model: whether the run cannot do without a model.
 
-    Raises the errors of `check_path`, `check_model_folder`, `check_adapter`, `check_output_dir` and `check_ours`.
+    Raises the errors of `check_path`, `check_model_folder`, `members_of`, `check_adapter`, `check_output_dir` and
+    `check_ours`.
     """
     check_path(output_dir)
     if needs_model or model_name_or_path:
         check_model_folder(model_name_or_path, classifies=bool(leaves_reward))
+    rewards = [member for name in rewards if name for member in members_of(name)]
     adapters = [name for name in (*policies, *rewards) if name]
     for number, name in enumerate(adapters):
         check_adapter(name, needs_head=number >= len(adapters) - len(rewards))
@@ -153,6 +156,10 @@ def check_output_dir(
             raise ValueError(
                 f"output_dir={output_dir!r} holds a model that is no classifier, and this run saves a reward model. {remedy}"
             )
+    if (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"output_dir={output_dir!r} holds an ensemble of reward adapters, and one adapter must not be beside it. {remedy}"
+        )
     if (folder / ADAPTER_CONFIG).is_file():
         reward = read_json(folder / ADAPTER_CONFIG).get("task_type") == "SEQ_CLS"
         if reward != leaves_reward:

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import TrainingArguments
 from trl import ModelConfig
 
+from pipeline.backbone.members import check_rewards
 from pipeline.runs.changed_options import changed_options
 from pipeline.runs.folders import check_checkpoints, check_folders
 from pipeline.runs.launch import check_launch
@@ -38,7 +39,7 @@ def open_run(
         shards: whether the run supports a model that is sharded over processes (FSDP, ZeRO-3).
         whole: whether the run saves a whole model, not an adapter.
 
-    Raises the errors of `check_launch`, `check_folders`, `RewardArguments.check_weights`, `lock_output`, `find_checkpoint` and
+    Raises the errors of `check_launch`, `check_folders`, `check_rewards`, `lock_output`, `find_checkpoint` and
     `check_checkpoints` or `changed_options`.
     """
     check_launch(args, shards=shards)
@@ -57,7 +58,7 @@ def open_run(
         writes=writes,
     )
     if rewards:
-        rewards.check_weights(args.reward_weights)
+        check_rewards(rewards, args.reward_weights)
     lock_for_training(args)
     checkpoint = find_checkpoint(args)
     if checkpoint is None:

@@ -16,6 +16,7 @@ from data.listing import read_listing
 from data.saving import SAVED, SAVING, is_ours, put_aside
 from pipeline.backbone.adapters import ADAPTER_CONFIG, WEIGHTS
 from pipeline.backbone.identity import IDENTITY
+from pipeline.backbone.members import MANIFEST as ENSEMBLE
 from pipeline.runs.manifest import MANIFEST, NAME, STAGING, checkpoints_in, files_in, name_in, read_manifest
 from reward_models.normalization import FILE as SCALE
 
@@ -33,6 +34,7 @@ FILES = {
         "report.json", "report.md", "ppo_curves.png", "score_histograms.png", "reward_calibration.png",
         "accuracy_by_gap.png",
     ),
+    "ensemble": (ENSEMBLE, "metrics.json"),
     "best_of_n": ("best_of_n.json", "best_of_n.md", "best_of_n.png"),
     "reward_eval": (
         "reward_eval.json", "reward_eval.md", "reward_eval_reliability.png", "reward_eval_gap.png", "reward_eval_length.png",
@@ -53,6 +55,7 @@ FORMER = {
     "report": (("report.json", "sft"), ("report.json", "seconds")),
     "best_of_n": (("best_of_n.json", "rows"), ("best_of_n.json", "seconds")),
     "reproduction": (("metrics.json", "criterion"),),
+    "ensemble": ((ENSEMBLE, "members"),),
 }
 ROW = {"step", "prompt", "completion", "score", "kl"}  # keys of a row of the table of samples
 IN_STAGING = re.compile(NAME.pattern + "|replaced|removed-.*|" + re.escape(SAMPLES))
@@ -99,7 +102,7 @@ def is_table_of_samples(path: Path) -> bool:
         row = json.loads(first)
     except (OSError, ValueError, RecursionError):
         return False
-    return isinstance(row, dict) and row.keys() - {"judge"} == ROW
+    return isinstance(row, dict) and row.keys() - {"judge", "disagreement"} == ROW
 
 
 def not_ours(folder: Path, names: Iterable[str]) -> list[str]:

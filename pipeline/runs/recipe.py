@@ -27,7 +27,7 @@ FROM_0 = """
     learning_rate value_learning_rate weight_decay max_grad_norm beta vf_coef entropy_coef ptx_coef missing_eos_penalty
     critic_warmup_updates sample_updates warmup_steps top_k vllm_importance_sampling_clip_min dataloader_num_workers
     center_rewards_coefficient router_aux_loss_coef eval_delay neftune_noise_alpha num_completions_to_print
-    entropy_coef_delta entropy_coef_min entropy_coef_max entropy_target off_policy_mask_threshold
+    entropy_coef_delta entropy_coef_min entropy_coef_max entropy_target off_policy_mask_threshold reward_std_coef
     max_tool_calling_iterations vllm_server_timeout vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos
 """
 FROM_1 = """
@@ -36,7 +36,7 @@ FROM_1 = """
     sft_completions sample_prompts eval_prompts max_prompts max_pairs batch_size lora_r lora_top_layers
     precompute_ref_batch_size eval_accumulation_steps dataloader_prefetch_factor dataset_num_proc ddp_bucket_cap_mb
     ddp_timeout torch_empty_cache_steps ref_model_sync_steps vllm_max_model_length vllm_tensor_parallel_size
-    pad_to_multiple_of prompt_tokens processes vocab_size n_positions n_layer n_embd n_head
+    pad_to_multiple_of prompt_tokens processes num_members vocab_size n_positions n_layer n_embd n_head
 """
 SHARE = """
     gamma lam value_lam min_reward_accuracy min_p lora_dropout dropout label_smoothing label_smoothing_factor ld_alpha
@@ -71,6 +71,7 @@ MOST = {
     **dict.fromkeys(("max_length", "max_completion_length", "ptx_max_length", "prompt_tokens", "vocab_size"), 2**24),
     **dict.fromkeys(("n_positions", "n_embd"), 2**13),
     **dict.fromkeys(("n_layer", "n_head"), 2**7),
+    "num_members": 2**7,
     **dict.fromkeys(("dataloader_num_workers", "dataset_num_proc", "processes"), 2**12),
     **dict.fromkeys(("num_train_epochs", "max_steps", "ddp_timeout", "dataloader_prefetch_factor"), 2**30),
     "vllm_server_timeout": 2**30,

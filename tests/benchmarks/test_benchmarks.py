@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tests.benchmarks import rounding, scaling
+from tests.benchmarks import ensemble, rounding, scaling
 from tests.benchmarks.cost import decoding_flops, layer_weights, update_flops
 from tests.benchmarks.ppo_update import SMOLLM2, Contender, markdown, measure
 from tests.benchmarks.spine_contender import make_trainer
@@ -50,6 +50,11 @@ def test_ours_runs_by_turns_and_is_written_down(work):
     assert row["generation"] + row["scoring"] + row["training"] == pytest.approx(row["seconds"], rel=0.3)
     result |= {"speedup": 3.0, "memory_ratio": 0.2, "floor_seconds": 1.0}
     assert "| spine_top |" in markdown(result) and "1/3.00" in markdown(json.loads(json.dumps(result)))
+
+
+def test_an_ensemble_is_timed_beside_one_member():
+    found = ensemble.measure(TINY, 1, 3, 2)
+    assert found["ratio"] == found["seconds"]["all"] / found["seconds"]["one"] and found["seconds"]["one"] > 0
 
 
 @pytest.mark.slow

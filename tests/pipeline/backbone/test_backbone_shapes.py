@@ -43,6 +43,7 @@ CASES = {
     "Backbone.logprobs_and_entropy": COMPLETED,
     "Backbone.values": TEXT | {"length": 4, "trunk": STATES},
     "Backbone.scores": TEXT | {"trunk": STATES},
+    "Backbone.member_scores": TEXT | {"roles": ("reward", "value"), "trunk": STATES},
     "Backbone.forward": TEXT | {"completion_ids": COMPLETIONS, "trunk": STATES, "value_trunk": STATES},
 }
 MORE = {  # inputs of any name

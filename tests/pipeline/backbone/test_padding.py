@@ -231,7 +231,7 @@ def rewards(chat_model, tmp_path_factory) -> dict[tuple, dict]:
         return {}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reward, "held_out_report", keep)
+        patch.setattr(reward, "held_out_margins", keep)
         for case in CASES:
             kind, pad = case
             folder = root / f"{kind}-{len(found)}"
