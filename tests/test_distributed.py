@@ -21,6 +21,7 @@ from transformers.trainer_pt_utils import safe_globals
 ROOT = Path(__file__).parents[1]
 KINDS = {"cpu_ddp": "DDP", "zero2": "ZeRO-2", "zero3": "ZeRO-3", "fsdp2": "FSDP"}
 TRAINED = ("sft", "reward", "ppo", "ppo_other")
+OF_ENSEMBLE = ("members/member_0", "members/member_1", "ppo_members")
 BEST = [
     "--load_best_model_at_end",
     "true",
@@ -182,10 +183,15 @@ def plan(inputs: dict[str, str], out: Path, start: Path, processes: int, use_cpu
         "ptx_dataset_name": inputs["texts"],
         "max_steps": 4,
     }
+    # Two members above a layer that they share, and PPO by the lower score of the two.
+    members = {**reward, "lora_embeddings": False, "lora_top_layers": 1, "num_members": 2, "max_steps": 2}
+    by_members = {key: value for key, value in ppo.items() if not key.startswith("eval_")}
+    by_members |= {"reward_adapter": start / "members", "reward_combination": "min", "max_steps": 4}
     stages = {"sft": sft, "reward": reward, "ppo": ppo, "ppo_other": other, "evaluation": evaluation}
-    stages["reward_eval"] = reward_eval
+    stages |= {"reward_eval": reward_eval, "reward_members": members, "ppo_members": by_members}
+    commands = {"ppo_other": "ppo", "reward_members": "reward", "ppo_members": "ppo"}
     return [
-        entry(name, name.removesuffix("_other"), {**options, "output_dir": out / name})
+        entry(name, commands.get(name, name), {**options, "output_dir": out / name.replace("reward_members", "members")})
         for name, options in stages.items()
     ]
 
@@ -311,7 +317,7 @@ def two(request, inputs, one, tmp_path_factory) -> tuple[str, Path, list[dict], 
 @pytest.mark.slow
 def test_adapters_equal_those_of_one_process(one, two):
     _, out, _, _ = two
-    for folder in (*TRAINED, "ppo/value", "ppo_other/value"):
+    for folder in (*TRAINED, *OF_ENSEMBLE, "ppo/value", "ppo_other/value"):
         ours, theirs = (load_file(path / folder / "adapter_model.safetensors") for path in (out, one[0]))
         assert ours.keys() == theirs.keys(), folder
         for name in theirs:
