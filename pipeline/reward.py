@@ -38,7 +38,7 @@ from pipeline.backbone.sharding import kind_of
 from pipeline.runs.changed_options import options_of
 from pipeline.runs.checkpoints import Checkpointed
 from pipeline.runs.command_line import parse
-from pipeline.runs.ensembles import finish_ensemble, forget_accelerator, member_arguments, open_ensemble
+from pipeline.runs.ensembles import finish_ensemble, in_turn, open_ensemble
 from pipeline.runs.launch import check_wrapper
 from pipeline.runs.mixture import FORMATS, RewardDataArguments
 from pipeline.runs.opening import open_run
@@ -383,13 +383,11 @@ def main(
         accelerator, _ = train_adapter(data, pairs, lora, model, args)
     else:
         open_ensemble(args, model, pairs.num_members, policies=(pairs.sft_adapter,), data=data.sources)
-        held_out = []
-        for number, of_member in enumerate(member_arguments(args, pairs.num_members)):
-            if number:
-                forget_accelerator()
-            earlier = seconds_running() if number else 0.0
+        held_out, earlier = [], 0.0
+        for of_member in in_turn(args, pairs.num_members):
             accelerator, found = train_adapter(data, pairs, lora, model, of_member, earlier)
             held_out += [found] if found else []
+            earlier = seconds_running()
         if args.should_save:
             finish_ensemble(args, pairs.num_members, held_out)
     accelerator.end_training()  # as `Trainer.end`

@@ -11,6 +11,7 @@ from copy import copy
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from accelerate.state import AcceleratorState, GradientState
 from transformers import TrainingArguments
 from trl import ModelConfig
@@ -80,11 +81,19 @@ def open_ensemble(
     lock_for_training(args)
 
 
-def forget_accelerator() -> None:
-    """Forget the accelerator of the member before: a second one with plugins would be refused in the same process."""
-    gc.collect()  # its trainer holds itself
-    AcceleratorState._reset_state()
-    GradientState._reset_state()
+def in_turn(args: TrainingArguments, number: int) -> Iterator[TrainingArguments]:
+    """Yield the arguments of each member as `member_arguments` does, with accelerate as it was before the first member.
+
+    A second accelerator in one process would be refused its plugins, or go without them.
+    """
+    kind = PartialState().distributed_type  # an accelerator with FSDP changes it
+    for index, of_member in enumerate(member_arguments(args, number)):
+        if index:
+            gc.collect()  # a trainer holds itself
+            AcceleratorState._reset_state()
+            GradientState._reset_state()
+            PartialState().distributed_type = kind
+        yield of_member
 
 
 def finish_ensemble(args: TrainingArguments, number: int, held_out: list[dict[str, Any]]) -> None:
