@@ -12,6 +12,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +96,7 @@ class Completions:
         self.nll: list[float] = []  # nats a sequence, under the bare backbone
         self.scores = np.zeros(0)
         self.judged: np.ndarray | None = None
-        self.disagreement: list[float | None] = [None]  # of an ensemble's members
+        self.disagreement: list[Any] = [None]  # of an ensemble's members; None without one
         self.rewards: dict[str, float] = {}  # mean of each reward, before its weight
         self.text_losses: list[float] = []  # language-model loss of each text, in nats a token
 
@@ -176,7 +177,7 @@ def complete(
             if number < together:
                 rewarding.check_batch(found[name], of_batch["prompt"][:], answers)
         kl = (nats[role] - nats["reference"]).tolist()
-        disagreement = disagreement_in(extra) or [None] * len(rows)
+        disagreement: list[Any] = disagreement_in(extra) or [None] * len(rows)
         parts.append((batch.first, rows, kl, (-nats[None]).tolist(), disagreement, *found.values()))
     result = Completions(tokenizer)
     result.ids, result.kl, result.nll, result.disagreement, *columns = gathered(parts)

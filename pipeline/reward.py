@@ -208,7 +208,7 @@ class RewardModel(Checkpointed, RankingTrainer):
         return found
 
 
-def held_out_margins(trainer: RewardModel) -> dict[str, list | None]:
+def held_out_margins(trainer: RewardModel) -> dict[str, Any]:
     """Score the trainer's evaluation rows as pairs, and return the columns that `reward_model_report` takes.
 
     A text of several pairs is scored once. Processes share the texts.
@@ -262,7 +262,7 @@ def train_adapter(
     model: RewardModelConfig,
     args: RewardConfig,
     earlier: float = 0.0,
-) -> tuple[Accelerator, dict[str, list | None]]:
+) -> tuple[Accelerator, dict[str, Any]]:
     """Train a reward model and save it.
 
     Args:

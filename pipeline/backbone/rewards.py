@@ -88,6 +88,7 @@ def get_reward_adapter(
     dtype: str | None = None,
     batch_size: int = 32,
     device: str | None = None,
+    pad_token: str | None = None,
     normalize_scores: bool = False,
     reward_combination: str | None = None,
 ) -> Callable:
@@ -101,6 +102,7 @@ def get_reward_adapter(
         dtype: the precision of the base; None is that of its files.
         batch_size: texts a pass.
         device: device of the model, such as cpu; None is that of training.
+        pad_token: the pad token that the adapter was trained with, where that is not the tokenizer's own.
         normalize_scores, reward_combination: as in a recipe.
 
     Raises the errors of `load_pretrained` and `learned_rewards`, or those of `read_classifier_adapter`.
@@ -112,7 +114,7 @@ def get_reward_adapter(
     rewards = RewardArguments([folder], normalize_scores=normalize_scores, reward_combination=reward_combination)
     member = members_of(folder)[0]
     named = read_adapter_config(member, adapter_folder(member))["base_model_name_or_path"]
-    base, tokenizer = load_pretrained(ModelConfig(model or named, dtype=dtype))
+    base, tokenizer = load_pretrained(ModelConfig(model or named, dtype=dtype), pad_token=pad_token)
     with torch.random.fork_rng(devices=[]):  # peft draws weights, which the adapter's replace
         # The policy role is not used.
         backbone = Backbone(base, read_adapter(member, needs_head=True, base=base, tokenizer=tokenizer))

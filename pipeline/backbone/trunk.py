@@ -111,6 +111,7 @@ def lower(
     depth: int,
     states: Float[Tensor, "B S D"] | None = None,
     start: int = 0,
+    /,
     **inputs: Shaped[Tensor, "B S"],
 ) -> Float[Tensor, "B S D"]:
     """Run the first `depth` layers and return their output; the inputs are those of the forward.

@@ -46,3 +46,13 @@ def test_an_adapter_that_names_no_base(reward_adapter, tmp_path):
     (folder / "saved_files.json").unlink(missing_ok=True)
     with pytest.raises(ValueError, match="model_name_or_path is not set"):
         get_reward_adapter(str(folder))
+
+
+def test_an_adapter_that_was_trained_with_another_pad_token(reward_adapter, tokenizer, tmp_path):
+    folder = shutil.copytree(reward_adapter, tmp_path / "adapter")
+    identity = folder / "backbone.json"
+    identity.write_text(json.dumps(json.loads(identity.read_text()) | {"pad_token_id": tokenizer.eos_token_id}))
+    given = {"prompts": ["The film", "A"], "completions": [" is fine.", " bore."]}
+    with pytest.raises(ValueError, match="the adapter was trained with"):
+        get_reward_adapter(str(folder))
+    assert len(set(get_reward_adapter(str(folder), pad_token=tokenizer.eos_token)(**given))) == 2
