@@ -33,7 +33,7 @@ from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.logprobs import token_logprobs
 from pipeline.backbone.lora import LoraArguments, check_lora, lora_config
 from pipeline.backbone.merging import merged_weights
-from pipeline.backbone.trunk import decoder_layers, first_adapted_layer, lower, trunk_fault, upper
+from pipeline.backbone.trunk import decoder_layers, first_adapted_layer, lower, middle, trunk_fault, upper
 
 
 logger = get_logger(__name__)
@@ -392,9 +392,11 @@ class Backbone(PeftModelForCausalLM):
             columns = [self.scores(input_ids, attention_mask, role, trunk) for role in roles]
             return torch.stack(columns, dim=1)
         inputs = attention(base, attention_mask)
-        given = inputs if below else inputs | {"input_ids": input_ids}
         with self.role(None):
-            states = lower(base, depth, trunk, below, **given)
+            if trunk is None:
+                states = lower(base, depth, input_ids=input_ids, **inputs)
+            else:
+                states = middle(base, below, depth, trunk, **inputs)
         columns = []
         for role in roles:
             with self.role(role):

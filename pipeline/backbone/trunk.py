@@ -106,26 +106,29 @@ class _StartingFrom(nn.Module):
 
 
 @torch.no_grad()
-def lower(
-    model: PreTrainedModel,
-    depth: int,
-    states: Float[Tensor, "B S D"] | None = None,
-    start: int = 0,
-    /,
-    **inputs: Shaped[Tensor, "B S"],
-) -> Float[Tensor, "B S D"]:
-    """Run the first `depth` layers and return their output; the inputs are those of the forward.
+def lower(model: PreTrainedModel, depth: int, **inputs: Shaped[Tensor, "B S"]) -> Float[Tensor, "B S D"]:
+    """Run the first `depth` layers and return their output; the inputs are those of the forward."""
+    return _output(model, slice(depth), None, inputs)
 
-    With `states`, the output of `lower` at depth `start`, only the layers from there on run; then without `input_ids`.
+
+@torch.no_grad()
+def middle(
+    model: PreTrainedModel, start: int, depth: int, states: Float[Tensor, "B S D"], **inputs: Shaped[Tensor, "B S"]
+) -> Float[Tensor, "B S D"]:
+    """Run the layers from `start` on and below `depth`, and return their output, which is that of `lower` at `depth`.
+
+    `states` is the output of `lower` at `start`. The inputs are those of `upper`.
     """
+    return _output(model, slice(start, depth), states, inputs | {"inputs_embeds": _embeddings_for(model, states)})
+
+
+def _output(model: PreTrainedModel, part: slice, states: Tensor | None, inputs: dict[str, Tensor]) -> Tensor:
     kept = []
 
     def keep(module: nn.Module, args: tuple, output: Tensor | tuple) -> None:
         kept.append(output[0] if isinstance(output, tuple) else output)
 
-    if states is not None:
-        inputs["inputs_embeds"] = _embeddings_for(model, states)
-    with _cut(model, slice(start, depth), states) as layers:
+    with _cut(model, part, states) as layers:
         hook = layers[-1].register_forward_hook(keep)
         try:
             model.base_model(**inputs, use_cache=False)

@@ -31,6 +31,7 @@ CASES = {
     "probe": {"model": None},
     "token_logprobs": {"head": None, "hidden": STATES[:, -4:], "tokens": COMPLETIONS, "temperature": 0.7},
     "lower": {"model": None, "depth": 1},
+    "middle": {"model": None, "start": 0, "depth": 1, "states": STATES},
     "upper": {"model": None, "depth": 1, "states": STATES},
     "trunk_fault": {"model": None, "depth": 1, "input_ids": IDS},
     "Sample": {**TEXT, "completion_ids": COMPLETIONS, "mask": COMPLETIONS > 5, "logprobs": torch.zeros(2, 4)},
@@ -48,6 +49,7 @@ CASES = {
 }
 MORE = {  # inputs of any name
     "lower": TEXT,
+    "middle": {"attention_mask": MASK},
     "upper": {"attention_mask": MASK},
     "trunk_fault": {"attention_mask": MASK},
 }
