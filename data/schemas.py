@@ -188,7 +188,10 @@ METRICS = record(
 INTERVAL = record(dict.fromkeys(("mean", "low", "high"), NUMBER))
 COMPLETIONS = record(
     dict.fromkeys(("score", "kl", "distinct_2"), NUMBER),
-    {"judge": NUMBER, **dict.fromkeys(("distinct_1", "perplexity", "mean_length", "text_loss", "disagreement"), FIGURE)},
+    {
+        "judge": NUMBER,
+        **dict.fromkeys(("distinct_1", "perplexity", "mean_length", "text_loss", "disagreement"), FIGURE),
+    },
 )
 # report.json of pipeline.evaluation. Without a judge it has no figures of one.
 JUDGED = {"judge_gain": INTERVAL, "win_rate": INTERVAL}

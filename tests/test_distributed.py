@@ -191,7 +191,9 @@ def plan(inputs: dict[str, str], out: Path, start: Path, processes: int, use_cpu
     stages |= {"reward_eval": reward_eval, "reward_members": members, "ppo_members": by_members}
     commands = {"ppo_other": "ppo", "reward_members": "reward", "ppo_members": "ppo"}
     return [
-        entry(name, commands.get(name, name), {**options, "output_dir": out / name.replace("reward_members", "members")})
+        entry(
+            name, commands.get(name, name), {**options, "output_dir": out / name.replace("reward_members", "members")}
+        )
         for name, options in stages.items()
     ]
 
