@@ -1,6 +1,7 @@
 """Use reward adapters: as roles of the policy's backbone, or on one of their own; and measure the scale of their scores."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np

@@ -58,8 +58,8 @@ def _headline(report: dict) -> str:
     key, name = ("judge", "judge's") if judged else ("score", "reward model's")
     before, after = number(sft.get(key), ".3f"), number(trained.get(key), ".3f")
     clauses = [f"The {name} mean score goes from {before} (SFT) to {after} ({policy})"]
-    if report.get(f"{key}_gain"):
-        clauses[0] += f", a gain of {interval_in_words(report[f'{key}_gain'], '+.3f')}"
+    if gain := report.get("judge_gain" if judged else "score_gain"):
+        clauses[0] += f", a gain of {interval_in_words(gain, '+.3f')}"
     won = report.get("win_rate" if judged else "score_win_rate")
     if won:
         clauses.append(f"{policy} beats SFT on {interval_in_words(won, '.1%')} of the prompts, ties counting half")
