@@ -110,3 +110,9 @@ def test_a_docstring_begins_with_a_verb_or_names_a_thing(module):
     titles = [docstring.splitlines()[0] for docstring in docstrings(module)]
     assert not [title for title in titles if re.split(r"[\s:,;.]", title)[0] in CLAUSES]
     assert not [title for title in titles if title.startswith(POSSESSIVES)]
+
+
+def test_each_test_file_has_a_name_of_its_own():
+    """pytest imports test files by their name alone, for they are in no package."""
+    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
