@@ -14,6 +14,7 @@ weights of an encoder or a decoder are trained, and a whole model is saved.
 
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,7 +23,6 @@ from trl import ModelConfig, RewardConfig
 
 from data.listing import json_digest
 from data.prompts import check_prompt_lengths
-from data.saving import save
 from data.tokens import check_max_length
 from pipeline.backbone.adapters import Adapter, read_adapter
 from pipeline.backbone.classifier_adapters import classifier_lora
@@ -40,7 +40,7 @@ from pipeline.runs.ensembles import finish_ensemble, in_turn, open_ensemble
 from pipeline.runs.launch import check_wrapper
 from pipeline.runs.mixture import FORMATS, RewardDataArguments
 from pipeline.runs.opening import open_run
-from pipeline.runs.outputs import finish_stage, push, seconds_running
+from pipeline.runs.outputs import add_to_unfinished, finish_stage, seconds_running, unfinished
 from pipeline.runs.reward_arguments import RewardModelArguments
 from pipeline.runs.rows import prepare_own_pairs, prepare_rows
 from reward_models.calibration import reward_model_report
@@ -109,13 +109,13 @@ def held_out_margins(trainer: RewardModel) -> dict[str, Any]:
 
 
 def normalization_of(
-    pairs: RewardModelArguments, model: ModelConfig, args: RewardConfig, prompts: list
+    folder: Path, pairs: RewardModelArguments, model: ModelConfig, args: RewardConfig, prompts: list
 ) -> Normalization:
-    """Measure mean and deviation of the trained adapter's scores on completions of the SFT policy."""
+    """Measure mean and deviation of the scores of the adapter in a folder on completions of the SFT policy."""
     backbone, tokenizer = load_backbone(
         model, pairs.sft_adapter, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token
     )
-    adapter = read_adapter(args.output_dir, needs_head=True, base=backbone.get_base_model(), tokenizer=tokenizer)
+    adapter = read_adapter(str(folder), needs_head=True, base=backbone.get_base_model(), tokenizer=tokenizer)
     backbone.add_role("reward", adapter)
     backbone.to(args.device).eval()
     return measure(backbone, prompts, tokenizer, seed=args.seed, max_completion_length=pairs.max_completion_length)
@@ -229,15 +229,21 @@ def train_adapter(
     if trainer.rating_scale:
         metrics["rating_scale"] = asdict(trainer.rating_scale)
     metrics |= {"rows": report, "history": trainer.state.log_history}
-    finish_stage(trainer, identity, metrics, complete=not pairs.sft_adapter)
+    finish_stage(trainer, identity, metrics, folder=unfinished(args) if pairs.sft_adapter else None)
     accelerator, repository = trainer.accelerator, trainer.hub_model_id
     if pairs.sft_adapter:
         accelerator.free_memory()
         del trainer, base  # the backbone is loaded again, as a language model
-        scale = normalization_of(pairs, model, args, completed["prompt"][:])
+        trained = unfinished(args)
+        try:
+            scale = normalization_of(trained, pairs, model, args, completed["prompt"][:])
+        except Exception as error:
+            error.add_note(
+                f"The adapter is trained, and lies in {trained}. Copy it before you start another run here."
+            )
+            raise
         if accelerator.is_main_process:
-            save(args.output_dir, "adapter", scale.save, adds=True)
-            push(args, repository)
+            add_to_unfinished(args, scale.save, repository)
     return accelerator, held_out
 
 

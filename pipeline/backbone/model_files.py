@@ -43,7 +43,7 @@ def model_config(
 
     The path of a local folder is made absolute.
 
-    Raises the errors of `model_source` and `reached`, and:
+    Raises the errors of `model_source`, `reached` and `check_size`, and:
         ValueError: config.json cannot be used.
     """
     name = model_source(model.model_name_or_path)
@@ -52,23 +52,24 @@ def model_config(
     source = {"revision": model.model_revision, "trust_remote_code": trust_remote_code}
     try:
         with reached(name):
-            return name, source, AutoConfig.from_pretrained(name, **source)
+            config = AutoConfig.from_pretrained(name, **source)
     except (ImportError, OSError):  # a package that is missing, or no such model
         raise
     except Exception as error:  # transformers checks the types of the fields with errors of its own
         raise unusable_config(name, error) from error
+    if Path(name).is_dir() and not trust_remote_code:
+        check_size(config, Path(name))
+    return name, source, config
 
 
 def read_weights(kind: Any, name: str, config: PreTrainedConfig, **options) -> tuple[PreTrainedModel, dict]:
     """Load a model of an auto class of transformers, and return it with the report of its loading.
 
-    Raises the errors of `check_size` and `reached`, and:
+    Raises the errors of `reached`, and:
         ValueError: a file is damaged, config.json cannot be used, or the family has no such model.
     """
     options |= {"use_safetensors": True, "output_loading_info": True}
     options |= {"ignore_mismatched_sizes": True}  # the report has them
-    if Path(name).is_dir() and not options.get("trust_remote_code"):
-        check_size(config, Path(name))
     try:
         # Warning and report are about the fresh score head, which we want.
         with reached(name), loaded_whole(), suppress_seqcls_warning(), without_report():

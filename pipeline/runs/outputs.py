@@ -2,6 +2,7 @@
 
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -12,12 +13,14 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from data.json_files import write_json
+from data.listing import LISTING
 from data.saving import SAVING, save
 from data.tokens import Counts
 from pipeline.backbone.identity import write_identity
 from pipeline.backbone.sharding import kind_of
 from pipeline.runs.agreement import check_same_rows
-from pipeline.runs.ownership import former_files
+from pipeline.runs.manifest import STAGING
+from pipeline.runs.ownership import UNFINISHED, former_files
 
 
 FIGURES = ("rows", "kept", "cut", "dropped", "longest")  # the reported fields of `Counts`
@@ -63,18 +66,20 @@ def check_space(args: TrainingArguments, model: nn.Module) -> None:
         )
 
 
-def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict, *, complete: bool = True) -> None:
+def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict, *, folder: Path | None = None) -> None:
     """Save the trained adapter with model card, backbone identity and `metrics.json`, all at once.
 
     A model without an adapter is saved whole, and is its own identity.
 
-    With `push_to_hub` they are pushed to the hub, unless the folder is not `complete` yet. The stage calls `trainer.end` when
-    it no longer needs the other processes.
+    With `push_to_hub` they are pushed to the hub. The stage calls `trainer.end` when it no longer needs the other processes.
+
+    Args:
+        folder: where to save them, if more is to be saved with them later (`add_to_unfinished`); nothing is pushed then.
 
     Raises the errors of `save`.
     """
     args, output_dir = trainer.args, trainer.args.output_dir
-    folder = Path(output_dir)
+    complete, folder = folder is None, folder or Path(output_dir)
     kind = "adapter" if isinstance(trainer.model, PeftModel) else "model"
     metrics = {**metrics, "seconds": round(trainer.seconds_before + seconds_running(), 1)}
 
@@ -84,7 +89,7 @@ def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict, *, complete:
             return
         args.output_dir = str(staged)  # where TRL writes the card
         try:
-            trainer.create_model_card(model_name=folder.name)
+            trainer.create_model_card(model_name=Path(output_dir).name)
         finally:
             args.output_dir = output_dir
         add_rows_to_card(staged, metrics.get("rows", {}))
@@ -101,6 +106,27 @@ def finish_stage(trainer: Trainer, fingerprint: str, metrics: dict, *, complete:
     if complete and trainer.is_world_process_zero():
         push(args, trainer.hub_model_id)
     trainer.accelerator.wait_for_everyone()  # any process may read the files next
+
+
+def unfinished(args: TrainingArguments) -> Path:
+    """Return the folder, beneath the output folder, of an adapter that something is still to be measured of."""
+    return Path(args.output_dir) / STAGING / UNFINISHED
+
+
+def add_to_unfinished(args: TrainingArguments, write: Callable[[Path], None], repository: str | None) -> None:
+    """Save what `finish_stage` left in `unfinished`, with what `write` adds, all at once; push it if `push_to_hub` is set.
+
+    Raises the errors of `save`.
+    """
+    folder = unfinished(args)
+
+    def write_all(staged: Path) -> None:
+        shutil.copytree(folder, staged, dirs_exist_ok=True, ignore=shutil.ignore_patterns(LISTING))
+        write(staged)
+
+    save(args.output_dir, "adapter", write_all, former=former_files(args.output_dir, "adapter"))
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    push(args, repository)
 
 
 def rows_report(counts: dict[str, tuple[str, Counts]]) -> dict[str, dict]:

@@ -58,7 +58,8 @@ FORMER = {
     "ensemble": ((ENSEMBLE, "members"),),
 }
 ROW = {"step", "prompt", "completion", "score", "kl"}  # keys of a row of the table of samples
-IN_STAGING = re.compile(NAME.pattern + "|replaced|removed-.*|" + re.escape(SAMPLES))
+UNFINISHED = "unfinished"  # an adapter of which something is still to be measured
+IN_STAGING = re.compile(NAME.pattern + f"|replaced|removed-.*|{UNFINISHED}|" + re.escape(SAMPLES))
 
 
 def former_files(folder: str | Path, kind: str) -> list[str]:

@@ -119,9 +119,12 @@ class Running:
                 if isinstance(error.code, str):
                     print(error.code, file=sys.stderr)
             except BaseException as error:  # as the interpreter does
-                sys.excepthook(type(error), error, error.__traceback__)
-                if isinstance(error, KeyboardInterrupt):
-                    code = -signal.SIGINT
+                try:
+                    sys.excepthook(type(error), error, error.__traceback__)
+                    if isinstance(error, KeyboardInterrupt):
+                        code = -signal.SIGINT
+                except SystemExit as end:
+                    code = end.code
             threading._shutdown()
             for stream in (sys.stdout, sys.stderr):
                 stream.flush()

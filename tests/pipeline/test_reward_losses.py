@@ -100,9 +100,9 @@ def test_scores_of_sft_completions_are_measured(run_stage, options, sft_adapter,
     """The prompt of whole texts is what they begin with; plain rated texts have none."""
     asked, original = [], reward.normalization_of
 
-    def measure(pairs, model, args, prompts):
+    def measure(folder, pairs, model, args, prompts):
         asked.extend(prompts)
-        return original(pairs, model, args, prompts)
+        return original(folder, pairs, model, args, prompts)
 
     monkeypatch.setattr(reward, "normalization_of", measure)
     given = {"sft_adapter": sft_adapter, "sft_completions": 4, "max_completion_length": 4, "max_steps": 1}

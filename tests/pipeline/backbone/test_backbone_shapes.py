@@ -11,7 +11,7 @@ from shapes import checked, has_shapes, wrong
 from pipeline.backbone import architecture, logprobs, padding, roles, sampling, trunk
 from pipeline.backbone.architecture import attention
 from pipeline.backbone.roles import Backbone
-from pipeline.backbone.sampling import FiniteLogits, Sample, SampledLogprobs, sample
+from pipeline.backbone.sampling import FiniteLogits, Sample, SampledLogprobs, Ticks, sample
 
 
 MODULES = (architecture, logprobs, padding, roles, sampling, trunk)
@@ -38,6 +38,7 @@ CASES = {
     "SampledLogprobs.__call__": {"input_ids": IDS, "scores": LOGITS},
     "SampledLogprobs.read": {"sequences": IDS},
     "FiniteLogits.__call__": {"input_ids": IDS, "scores": LOGITS},
+    "Ticks.__call__": {"input_ids": IDS, "scores": LOGITS},
     "Backbone.trunk": TEXT | {"role": "value"},
     "Backbone.hidden_states": TEXT | {"role": None, "trunk": STATES},
     "Backbone.logprobs": COMPLETED,
@@ -88,6 +89,7 @@ def make(backbone):
             "Backbone": backbone,
             "FiniteLogits": FiniteLogits("policy"),
             "SampledLogprobs": SampledLogprobs(1.0),
+            "Ticks": Ticks(lambda rows: None),
         }
         given = {key: parts.get(key, value) for key, value in CASES[name].items()}
         if name == "Sample":
