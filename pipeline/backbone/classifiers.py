@@ -13,7 +13,12 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from trl import ModelConfig
 
 from data.quoting import escaped
@@ -21,7 +26,7 @@ from data.tokens import added_tokens
 from pipeline.backbone.adapters import load_tokenizer
 from pipeline.backbone.architecture import all_finite, check_finite
 from pipeline.backbone.loading import check_model_folder, ends_of, fuse_gelu, pad_with
-from pipeline.backbone.model_files import check_vocabulary, model_config, read_weights
+from pipeline.backbone.model_files import check_vocabulary, model_config, read_weights, without_weights
 from pipeline.backbone.padding import choose_pad_token, set_pad_token
 
 
@@ -62,8 +67,7 @@ def has_own_head(model: ModelConfig, *, trust_remote_code: bool = False) -> bool
     """
     _, _, config = model_config(model, trust_remote_code=trust_remote_code)
     try:
-        with torch.device("meta"):
-            built = AutoModelForSequenceClassification.from_config(config, trust_remote_code=trust_remote_code)
+        built = without_weights(MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, config)
     except Exception:  # the code of each family raises errors of its own
         return False
     return not isinstance(getattr(built, "score", None), nn.Linear)

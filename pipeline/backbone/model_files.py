@@ -6,7 +6,7 @@ could take all memory, or hours: the sizes are compared with the files first.
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
-    AutoModel,
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
@@ -108,10 +108,18 @@ def unusable_config(name: str, error: Exception) -> ValueError:
     )
 
 
+def without_weights(kinds: Mapping[type, Any], config: PreTrainedConfig) -> PreTrainedModel:
+    """Make the model of a config on torch's meta device, where a tensor takes no memory, and draw no random number.
+
+    `from_config` would divide it among the processes under ZeRO-3, with weights.
+    """
+    kind = kinds[type(config)]
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return (kind[0] if isinstance(kind, tuple) else kind)(config)
+
+
 def check_size(config: PreTrainedConfig, folder: Path) -> None:
     """Check that a model is not much larger than its safetensors files.
-
-    The model is made on torch's meta device, where a tensor takes no memory.
 
     Raises:
         ValueError: the config names more layers than the files have tensors, or makes a model that is much larger than they
@@ -130,11 +138,8 @@ def check_size(config: PreTrainedConfig, folder: Path) -> None:
                 f"{remedy}"
             )
     try:
-        with torch.device("meta"):
-            model = AutoModel.from_config(config)
-    except (
-        Exception
-    ):  # as transformers loads the model it raises the same error, of any type, and `load_pretrained` words it
+        model = without_weights(MODEL_MAPPING, config)
+    except Exception:  # of any type; loading the model raises it again, and words it
         return
     made = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
     held = sum(torch.Size(shape).numel() for shape in shapes)

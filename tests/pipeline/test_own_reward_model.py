@@ -112,7 +112,9 @@ def test_what_training_leaves_gives_the_same_scores(family, peft, folder, run, m
     """The margins on the held-out pairs, which the trainer measures before it saves, are those of the reward function."""
     margins = []
     original = reward.reward_model_report
-    monkeypatch.setattr(reward, "reward_model_report", lambda **given: margins.extend(given["margins"]) or original(**given))
+    monkeypatch.setattr(
+        reward, "reward_model_report", lambda **given: margins.extend(given["margins"]) or original(**given)
+    )
     out = run(folder(family), use_peft=peft, lora_target_modules="all-linear", use_agreement=True)
     assert max(margins) - min(margins) > 0.01
     score = get_reward_adapter(str(out)) if peft else get_model(str(out))
