@@ -119,7 +119,7 @@ PROTOCOL = {
 
 
 class Launches:
-    """What would be launched: each stage leaves figures of its seed, and fails if its name is in `failing`."""
+    """Stand in for what would be launched: each stage leaves figures of its seed, and fails if its name is in `failing`."""
 
     def __init__(self):
         self.run, self.failing, self.factor = [], (), 1

@@ -138,7 +138,7 @@ def test_a_ranking_of_two_is_a_pair():
 
 
 def test_the_order_of_a_ranking_counts():
-    """Of three, unlike the sum over its pairs: 4, 2, 1 and 4, 1, 2 differ, and so do best and worst."""
+    """Tell orders of three apart, unlike the sum over its pairs: 4, 2, 1 and 4, 1, 2 differ, and so do best and worst."""
     found = [
         plackett_luce_loss(tensor([[log(each) for each in strengths]]), torch.ones(1, 3, dtype=torch.bool)).item()
         for strengths in ((4, 2, 1), (4, 1, 2), (1, 2, 4))
