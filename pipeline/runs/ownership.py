@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -65,6 +66,9 @@ IN_STAGING = re.compile(NAME.pattern + f"|replaced|removed-.*|{UNFINISHED}|" + r
 def former_files(folder: str | Path, kind: str) -> list[str]:
     """Return the files of a kind in a folder in which an earlier release of Spine saved them, without a list."""
     folder = Path(folder)
+    with suppress(ValueError):  # a damaged list: whoever saves says so
+        if any(entry["kind"] == kind for entry in (read_listing(folder) or {}).values()):
+            return []
     if kind == "table":
         rows = _json(folder / "table.json")
         known = isinstance(rows, list) and all(
@@ -111,11 +115,9 @@ def not_ours(folder: Path, names: Iterable[str]) -> list[str]:
 
     Raises the errors of `read_listing`.
     """
-    files = read_listing(folder) or {}
-    listed, kinds = set(files), {entry["kind"] for entry in files.values()}
+    listed = set(read_listing(folder) or {})
     for kind in FILES:
-        if kind not in kinds:
-            listed.update(former_files(folder, kind))
+        listed.update(former_files(folder, kind))
     found = []
     for name in names:
         path = folder / name

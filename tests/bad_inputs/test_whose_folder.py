@@ -148,6 +148,7 @@ def test_a_link_and_a_name_beside_a_list_are_nobodys_save(tmp_path):
     assert not_ours(tmp_path, ["README.md", "vocab.json"]) == ["vocab.json"]
     write_listing(tmp_path / LISTING, {"README.md": entry_of(tmp_path / "README.md", "adapter")})
     assert not_ours(tmp_path, ["README.md", "metrics.json"]) == ["metrics.json"]
+    assert former_files(tmp_path, "adapter") == []  # so that no save removes them
 
 
 # ------------------------------------------------------------------------------------------ checkpoints
