@@ -26,6 +26,7 @@ from pipeline.runs.launch import check_wrapper
 from pipeline.runs.opening import open_run
 from pipeline.runs.outputs import finish_stage
 from pipeline.runs.rows import prepare_rows
+from pipeline.runs.trainer_options import check_router_loss
 
 
 @dataclass
@@ -60,6 +61,7 @@ def main(data: DataArguments, start: PairArguments, model: ModelConfig, args: DP
         trust_remote_code=args.trust_remote_code,
         pad_token=args.pad_token,
     )
+    check_router_loss(args, backbone.get_base_model().config)
     check_max_length(args.max_length, context_length(backbone))
     needs_rest = args.truncation_mode == "keep_start"
     rows, report = prepare_rows(parts, tokenizer, data, max_length=args.max_length, needs_rest=needs_rest, row="pair")

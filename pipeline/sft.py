@@ -23,6 +23,7 @@ from pipeline.runs.launch import check_wrapper
 from pipeline.runs.opening import open_run
 from pipeline.runs.outputs import finish_stage
 from pipeline.runs.rows import prepare_rows
+from pipeline.runs.trainer_options import check_router_loss
 
 
 logger = get_logger(__name__)
@@ -44,6 +45,7 @@ def main(data: DataArguments, lora: LoraArguments, model: ModelConfig, args: SFT
         raise ValueError(f"assistant_only_loss=True needs conversations, and {source} has texts. Leave it unset.")
     base, tokenizer = load_pretrained(model, trust_remote_code=args.trust_remote_code, pad_token=args.pad_token)
     check_max_length(args.max_length, context_length(base))
+    check_router_loss(args, base.config)
     if type(base.config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:  # say so now, not after SFT
         logger.warning(
             f"{model.model_name_or_path}: transformers has no sequence classifier for the family {base.config.model_type!r}. "

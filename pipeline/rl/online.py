@@ -24,6 +24,7 @@ from pipeline.runs.checkpoints import Checkpointed
 from pipeline.runs.launch import check_wrapper
 from pipeline.runs.opening import open_run
 from pipeline.runs.outputs import completions_sampled, finish_stage, rows_report
+from pipeline.runs.trainer_options import check_router_loss
 from reward_models.composite import Composite, undisturbed
 from reward_models.functions import HIDDEN, PICTURES, RewardArguments, load_functions
 
@@ -149,6 +150,7 @@ def train(
         trust_remote_code=args.trust_remote_code,
         pad_token=start.pad_token,
     )
+    check_router_loss(args, backbone.get_base_model().config)
     prompts, found = check_prompt_lengths(
         prompts,
         tokenizer,

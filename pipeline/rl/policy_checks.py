@@ -27,7 +27,7 @@ DISAGREE = (
 )
 
 
-def _sampled_with(args: PPOConfig) -> str:
+def sampled_with(args: PPOConfig) -> str:
     """Return a sentence on the options of sampling that training knows nothing of, or ""."""
     defaults = {option.name: option.default for option in fields(args)}
     options = sampling_options(args).items()
@@ -97,7 +97,7 @@ def policy_checks(
         1e-3 if exact else 0.1,
         "refused",
         f"Mean difference (nats, times a temperature below 1) between a token's logprob in generation and in PPO's training "
-        f"pass. The largest difference is {sampled['largest']:.3g}. {DISAGREE}{_sampled_with(args)}",
+        f"pass. The largest difference is {sampled['largest']:.3g}. {DISAGREE}{sampled_with(args)}",
     )
     yield held(
         "importance ratios start near 1",
@@ -105,7 +105,7 @@ def policy_checks(
         0.1,
         "refused",
         f"Share of tokens whose probability (to the power of a temperature below 1) differs between generation and PPO's "
-        f"training pass by a factor beyond 1 ± {CLIP:g}, where PPO clips. {DISAGREE}{_sampled_with(args)}",
+        f"training pass by a factor beyond 1 ± {CLIP:g}, where PPO clips. {DISAGREE}{sampled_with(args)}",
     )
     odd = {name for name, _ in sampling ^ scoring}
     yield held(

@@ -125,7 +125,7 @@ def add_to_unfinished(args: TrainingArguments, write: Callable[[Path], None], re
         write(staged)
 
     save(args.output_dir, "adapter", write_all, former=former_files(args.output_dir, "adapter"))
-    shutil.rmtree(folder.parent, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     push(args, repository)
 
 

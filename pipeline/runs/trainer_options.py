@@ -17,6 +17,7 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedConfig,
     Trainer,
     TrainingArguments,
     get_scheduler,
@@ -99,11 +100,6 @@ def check_trainer_options(args: TrainingArguments, *, installed: bool) -> None:
             )
     if args.fp16 and args.use_cpu:
         raise ValueError("fp16=True needs a GPU, and use_cpu is set. Set bf16: true, or neither.")
-    if coefficient := getattr(args, "router_aux_loss_coef", None):
-        raise ValueError(
-            f"router_aux_loss_coef={coefficient:g} weighs a loss of mixtures of experts, whose routers are frozen here. Leave "
-            f"it unset."
-        )
     if isinstance(args, DPOConfig):
         _check_dpo(args)
     if isinstance(args, (RLOOConfig, GRPOConfig)):
@@ -116,6 +112,19 @@ def check_trainer_options(args: TrainingArguments, *, installed: bool) -> None:
         for option, package in (("use_vllm", "vllm"), ("use_liger_kernel", "liger_kernel")):
             if getattr(args, option, False) and not find_spec(package):
                 raise ImportError(f"{option}=True needs the package {package}. Install it, or leave {option} unset.")
+
+
+def check_router_loss(args: SFTConfig | DPOConfig | RLOOConfig | GRPOConfig, config: PreTrainedConfig) -> None:
+    """Refuse the weight of a loss that the model does not have, as TRL's trainers do.
+
+    Raises:
+        ValueError: `router_aux_loss_coef` is set, and the model is no mixture of experts.
+    """
+    if args.router_aux_loss_coef and not hasattr(config.get_text_config(), "output_router_logits"):
+        raise ValueError(
+            f"router_aux_loss_coef={args.router_aux_loss_coef:g} weighs a loss of mixtures of experts, and this model has no "
+            f"experts. Leave it unset."
+        )
 
 
 def check_attention(name: str | None, *, installed: bool) -> None:

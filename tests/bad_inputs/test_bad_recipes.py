@@ -8,12 +8,14 @@ from importlib import import_module
 from typing import get_type_hints
 
 import pytest
-from trl import SFTConfig
+from transformers import GPT2Config, MixtralConfig
+from trl import DPOConfig, GRPOConfig, RLOOConfig, SFTConfig
 
 from pipeline import ppo
 from pipeline.runs.arguments import DataArguments
 from pipeline.runs.command_line import parse
 from pipeline.runs.recipe import RANGES as RANGES_OF_OPTIONS
+from pipeline.runs.trainer_options import check_router_loss
 
 
 YAML = {
@@ -340,11 +342,6 @@ CONTRADICTIONS = {
         {"sync_ref_model": True},
         "^sync_ref_model=True needs a reference model of its own",
     ),
-    "a loss of experts": (
-        "rloo",
-        {"router_aux_loss_coef": 0.1},
-        r"^router_aux_loss_coef=0\.1 weighs a loss of mixtures",
-    ),
     "assistants of texts": (
         "sft",
         {"assistant_only_loss": True},
@@ -477,6 +474,16 @@ def test_every_range_is_that_of_an_option():
     kinds = [kind for main in mains for name, kind in get_type_hints(main).items() if name != "return"]
     options = {option.name for kind in kinds for option in fields(kind)}
     assert {name for names, _, _ in RANGES_OF_OPTIONS for name in names} <= options
+
+
+@pytest.mark.parametrize("kind", [SFTConfig, DPOConfig, RLOOConfig, GRPOConfig])
+def test_only_mixtures_of_experts_have_a_router_loss(kind, tmp_path):
+    args = kind(str(tmp_path), report_to="none", use_cpu=True, bf16=False, router_aux_loss_coef=0.1)
+    check_router_loss(args, MixtralConfig())
+    with pytest.raises(ValueError, match=r"^router_aux_loss_coef=0\.1 weighs .*this model has no experts"):
+        check_router_loss(args, GPT2Config())
+    args.router_aux_loss_coef = None
+    check_router_loss(args, GPT2Config())
 
 
 def test_a_word_too_many():

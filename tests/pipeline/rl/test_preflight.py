@@ -13,6 +13,8 @@ from peft import LoraConfig
 
 from pipeline.backbone.adapters import read_adapter
 from pipeline.rl.checks import Check
+from pipeline.rl.config import PPOConfig
+from pipeline.rl.policy_checks import sampled_with
 from pipeline.rl.preflight import preflight
 
 
@@ -343,3 +345,11 @@ def test_several_refusals_come_together(check):
 def test_a_check_shows_itself():
     shown = Check("KL is 0 at step 0", 0.123456, "at most 0.001", "refused", "Why.")
     assert str(shown) == "KL is 0 at step 0: 0.1235, bound at most 0.001. Why."
+
+
+def test_what_only_sampling_follows_is_named():
+    options = {"output_dir": "out", "report_to": "none", "use_cpu": True}
+    assert sampled_with(PPOConfig(**options)) == ""
+    assert sampled_with(PPOConfig(**options, repetition_penalty=2.0, top_k=5)) == (
+        " Sampling also has top_k=5, repetition_penalty=2.0, which training does not follow."
+    )
