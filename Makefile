@@ -170,7 +170,7 @@ lambda-sweep: .venv/installed
 
 # Learn to translate simple English to German: SFT on sentence pairs, then PPO on chrF; write $(TRANSLATION)/report.md.
 translation: .venv/translation
-	.venv/bin/python -m data.translation $(TRANSLATION)/data --seed $(SEED)
+	.venv/bin/python -m data.tasks translation $(TRANSLATION)/data --seed $(SEED)
 	$(LAUNCH) pipeline.sft --config $(RECIPES)/translation/sft.yaml --seed $(SEED) --output_dir $(TRANSLATION)/sft \
 		--dataset_name $(TRANSLATION)/data/sft_train.jsonl
 	$(LAUNCH) pipeline.ppo --config $(RECIPES)/translation/ppo.yaml --seed $(SEED) --output_dir $(TRANSLATION)/ppo \

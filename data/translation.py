@@ -1,24 +1,16 @@
-"""Write a small corpus of English and German for the translation recipe, from a grammar of some 150 words of each.
-
-    python -m data.translation runs/translation/data
+"""Draw sentences in English and German for the translation recipe, from a grammar of some 150 words of each.
 
 The sentences are simple and right: articles, adjective endings, verb forms, word order, numbers, dates, times and greetings.
 "You" is "du", and "Sie" with Mr. and Mrs. The words are in `data.english_german`.
 
-The files written are `sft_train.jsonl` (columns `prompt`, `completion`), `prompts_train.jsonl` and `prompts_test.jsonl`
-(`prompt`, `references`). No sentence is in two of them, or in one twice. Each sentence pairs two of its words or numbers, such
-as verb and object, or day and month. No such pair of `test` is in `train`, but its words are. The same command always writes
-the same files.
+Each sentence pairs two of its words or numbers, such as verb and object, or day and month. No such pair is both in held-out
+sentences and in others, but its words are.
 """
 
-import argparse
 import random
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
-from data.commands import run
-from data.conversion import check_folder, json_lines
 from data.english_german import (
     ADJECTIVES,
     EINER,
@@ -39,7 +31,6 @@ from data.english_german import (
     ordinal,
 )
 from data.hh import is_held_out
-from data.saving import save
 
 
 class Sentence(NamedTuple):
@@ -234,60 +225,3 @@ def translation(generator: random.Random, *, held_out: bool) -> dict:
         if is_held_out([{"content": pair}], HELD_OUT) == held_out:
             prompt = f"English: {english}\nGerman:"
             return {"prompt": prompt, "completion": f" {german[0]}", "references": list(german)}
-
-
-# ------------------------------------------------------------------------------------ the command
-COUNTS = {
-    "demonstrations": ("sft_train", 6144, "sentences with their translation, for SFT"),
-    "prompts": ("prompts_train", 6144, "other sentences, for PPO"),
-    "held_out": ("prompts_test", 512, "sentences for the report"),
-}
-
-
-def arguments(args: list[str]) -> argparse.Namespace:
-    """Parse the command line; exit with a message if an option is invalid."""
-    parser = argparse.ArgumentParser("python -m data.translation", allow_abbrev=False)
-    parser.add_argument("folder", type=Path, help="Folder to write the files to.")
-    for option, (_, default, what) in COUNTS.items():
-        parser.add_argument(f"--{option}", type=int, default=default, help=f"Number of {what}.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the draws.")
-    found = parser.parse_args(args)
-    for option in COUNTS:
-        if not 1 <= getattr(found, option) <= 50_000:  # the grammar has more sentences than that
-            parser.error(f"--{option} {getattr(found, option)} must be 1 to 50000.")
-    return found
-
-
-def make(counts: dict[str, int], seed: int) -> dict[str, list[dict]]:
-    """Return the rows of each file. No sentence is in two files, or in one twice.
-
-    `counts` has the number of rows of each file, by its name.
-    """
-    generator, seen, files = random.Random(seed), set(), {}
-    for name, count in counts.items():
-        rows: list[dict] = []
-        while len(rows) < count:
-            row = translation(generator, held_out=name == "prompts_test")
-            if row["prompt"] not in seen:
-                seen.add(row["prompt"])
-                rows.append(row)
-        unread = "references" if name == "sft_train" else "completion"
-        files[name] = [{key: value for key, value in row.items() if key != unread} for row in rows]
-    return files
-
-
-def main(args: list[str]) -> None:
-    given = arguments(args)
-    check_folder(given.folder, __file__)
-    files = make({name: getattr(given, option) for option, (name, *_) in COUNTS.items()}, given.seed)
-
-    def write(folder: Path) -> None:
-        for name, rows in files.items():
-            (folder / f"{name}.jsonl").write_text(json_lines(rows), encoding="utf-8")
-
-    save(given.folder, "data", write)
-    print(f"{given.folder}: " + ", ".join(f"{len(rows):,} rows in {name}.jsonl" for name, rows in files.items()) + ".")
-
-
-if __name__ == "__main__":
-    run(main)

@@ -12,29 +12,28 @@ An encoder, such as BERT, is a model of its own: it gets a LoRA adapter that no 
 weights of an encoder or a decoder are trained, and a whole model is saved.
 """
 
-import math
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
+from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl import ModelConfig, RewardConfig
 
-from data.listing import json_digest
 from data.prompts import check_prompt_lengths
 from data.tokens import check_max_length
 from pipeline.backbone.adapters import Adapter, read_adapter
 from pipeline.backbone.classifier_adapters import classifier_lora
-from pipeline.backbone.classifiers import RewardModelConfig, has_own_head, load_classifier
-from pipeline.backbone.identity import digest, fingerprint
+from pipeline.backbone.classifiers import Classifier, RewardModelConfig, has_own_head, load_classifier
+from pipeline.backbone.identity import fingerprint
 from pipeline.backbone.loading import context_length, load_pretrained, train_in_float32
 from pipeline.backbone.lora import LoraArguments, lora_config
 from pipeline.backbone.reward_start import reward_config, start_from
 from pipeline.backbone.rewards import measure
 from pipeline.backbone.roles import load_backbone
 from pipeline.runs.changed_options import options_of
-from pipeline.runs.checkpoints import Checkpointed
 from pipeline.runs.command_line import parse
 from pipeline.runs.ensembles import finish_ensemble, in_turn, open_ensemble
 from pipeline.runs.launch import check_wrapper
@@ -42,70 +41,11 @@ from pipeline.runs.mixture import FORMATS, RewardDataArguments
 from pipeline.runs.opening import open_run
 from pipeline.runs.outputs import add_to_unfinished, finish_stage, seconds_running, unfinished
 from pipeline.runs.reward_arguments import RewardModelArguments
+from pipeline.runs.reward_training import RewardModel, held_out_margins
 from pipeline.runs.rows import prepare_own_pairs, prepare_rows
 from reward_models.calibration import reward_model_report
-from reward_models.learned import score_rows
-from reward_models.listwise import comparisons
 from reward_models.normalization import Normalization
 from reward_models.pretrained import longest_text
-from reward_models.ranking import RankingTrainer
-
-
-class RewardModel(Checkpointed, RankingTrainer):
-    """RankingTrainer, with Spine's checkpoints.
-
-    Args:
-        start: the policy's adapter that the reward adapter starts from, if any.
-        earlier: seconds of this process that earlier members of an ensemble took.
-    """
-
-    def __init__(self, *args, start: Adapter | None = None, earlier: float = 0.0, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.start, self.earlier = start, earlier
-        self.seconds_before = -earlier
-
-    def load_training_state(self, state: dict) -> None:
-        """Override `load_training_state`: do not count the time of earlier members."""
-        super().load_training_state(state)
-        self.seconds_before -= self.earlier
-
-    def contents(self) -> dict[str, Any]:
-        """Override `contents`: a run that started from a policy resumes with the same one."""
-        found = super().contents()
-        if self.start:
-            found["frozen"] = json_digest([found["frozen"], digest(sorted(self.start.weights.items()))])
-        return found
-
-
-def held_out_margins(trainer: RewardModel) -> dict[str, Any]:
-    """Score the trainer's evaluation rows as pairs, and return the columns that `reward_model_report` takes.
-
-    A text of several pairs is scored once. Processes share the texts.
-    """
-    rows, model = trainer.eval_dataset, trainer.model_wrapped  # only the wrapper can run a sharded model
-    model.eval()
-
-    def score(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        with trainer.accelerator.autocast():
-            return model(input_ids=ids, attention_mask=mask).logits.float().squeeze(-1)
-
-    chosen, rejected, agreement, gaps = comparisons(rows)
-    texts = list(dict.fromkeys(chosen + rejected))
-    scores = score_rows(
-        score,
-        [list(text) for text in texts],
-        pad_token_id=trainer.processing_class.pad_token_id,
-        batch_size=trainer.args.per_device_eval_batch_size,
-        device=trainer.accelerator.device,
-        share=True,
-        bar="scores of held-out pairs",
-    )
-    score_of = dict(zip(texts, scores, strict=True))
-    margins = [score_of[c] - score_of[r] for c, r in zip(chosen, rejected, strict=True)]
-    if not all(map(math.isfinite, margins)):
-        trainer.diverged = "A score of a held-out text is not finite"
-        raise trainer.divergence()
-    return {"margins": margins, "agreement": agreement, "gaps": gaps}
 
 
 def normalization_of(
@@ -124,6 +64,156 @@ def normalization_of(
 OPTIONS = (RewardDataArguments, RewardModelArguments, LoraArguments, RewardModelConfig, RewardConfig)
 
 
+class Prepared(NamedTuple):
+    """The base of a reward model, before it gets its adapter, and the rows as tokens.
+
+    Attributes:
+        classifier: the base with its own head; None where the base is the policy's backbone.
+        rows: `train`, and `held_out` where there is such a dataset.
+        report: what became of the rows of each, for metrics.json.
+        identity: the fingerprint of the base.
+    """
+
+    base: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    classifier: Classifier | None
+    rows: dict[str, Dataset]
+    report: dict[str, Any]
+    identity: str
+
+
+def check_options(pairs: RewardModelArguments, model: RewardModelConfig, args: RewardConfig) -> None:
+    """Refuse options that training a reward model cannot follow, before anything is loaded.
+
+    Raises:
+        ValueError: there is such an option.
+    """
+    if args.train_sampling_strategy not in ("random", "group_by_length"):
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r} is not supported: pairs of a ranking are batched "
+            f"together. Set random or group_by_length."
+        )
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor!r} has no effect on pairs. Set label_smoothing."
+        )
+    if not model.use_peft:
+        pairs.check_own(model, args)
+
+
+def load_parts(data: RewardDataArguments, pairs: RewardModelArguments, args: RewardConfig) -> dict[str, tuple]:
+    """Return the rows of `train` and `held_out` as they are written, each with the name of its source.
+
+    Raises:
+        ValueError: a row, a column or an option does not fit the loss.
+        OSError: a file cannot be read.
+    """
+    rows_of = FORMATS[pairs.loss_type]
+    parts = data.load(rows_of.load, args)
+    pairs.check_columns(parts, args)
+    source, train = parts["train"]
+    if pairs.sft_adapter:  # completions of the prompts will be scored
+        train = rows_of.with_prompts(train, source, drop=data.drop_bad_rows)
+    if not pairs.use_margin and "margin" in train.column_names:
+        train = train.remove_columns("margin")
+    return parts | {"train": (source, train)}
+
+
+def prepare(
+    parts: dict[str, tuple],
+    data: RewardDataArguments,
+    pairs: RewardModelArguments,
+    model: RewardModelConfig,
+    args: RewardConfig,
+    *,
+    own: bool,
+) -> Prepared:
+    """Load the base and write the rows in its tokens.
+
+    Args:
+        parts: what `load_parts` returned.
+        own: whether the base is a model of its own, which no policy shares.
+    """
+    torch.manual_seed(args.seed)  # the score head is drawn here
+    source_of = {"trust_remote_code": args.trust_remote_code, "pad_token": args.pad_token}
+    if own:
+        classifier = load_classifier(model, **source_of)
+        base, tokenizer = classifier.model, classifier.tokenizer
+        check_max_length(args.max_length, longest_text(base, tokenizer))
+        rows, report = prepare_own_pairs(parts, tokenizer, data, max_length=args.max_length)
+        return Prepared(base, tokenizer, classifier, rows, report, fingerprint(base, learned=classifier.learned))
+    base, tokenizer = load_pretrained(model, head=True, **source_of)
+    check_max_length(args.max_length, context_length(base))
+    row = FORMATS[pairs.loss_type].row
+    rows, report = prepare_rows(parts, tokenizer, data, max_length=args.max_length, drops=True, row=row)
+    return Prepared(base, tokenizer, None, rows, report, fingerprint(base))
+
+
+def read_policy(
+    given: Prepared, source: str, data: RewardDataArguments, pairs: RewardModelArguments, args: RewardConfig
+) -> tuple[Adapter, list]:
+    """Return the adapter of SFT, and the prompts whose completions by it will be scored.
+
+    Args:
+        source: the name of the training dataset, for messages.
+
+    Raises:
+        ValueError: the adapter does not fit the base, or a prompt is too long.
+    """
+    base, tokenizer, train = given.base, given.tokenizer, given.rows["train"]
+    policy = read_adapter(pairs.sft_adapter, needs_head=False, base=base, tokenizer=tokenizer)
+    # Draw at random, since pairs of one ranking follow each other.
+    completed = train.shuffle(seed=args.seed).select(range(min(pairs.sft_completions, len(train))))
+    limits = context_length(base), pairs.max_completion_length
+    completed, _ = check_prompt_lengths(completed, tokenizer, *limits, source, drop=data.drop_bad_rows)
+    return policy, completed["prompt"][:]
+
+
+def make_trainer(
+    given: Prepared,
+    start: Adapter | None,
+    earlier: float,
+    pairs: RewardModelArguments,
+    lora: LoraArguments,
+    model: RewardModelConfig,
+    args: RewardConfig,
+) -> RewardModel:
+    """Return the trainer, with a new adapter on the base, or with all weights of the base to be trained.
+
+    Args:
+        start: the policy's adapter that the reward adapter starts from, if any.
+        earlier: see `train_adapter`.
+    """
+    base = given.base
+    if not model.use_peft:
+        config = None
+        base.requires_grad_(True)
+    elif given.classifier:
+        config = classifier_lora(given.classifier, model, lora)
+    elif start:
+        config = reward_config(start, model, lora, base)
+    else:
+        config = lora_config(model, task_type="SEQ_CLS", lora=lora, base=base)
+    trainer = RewardModel(
+        start=start,
+        earlier=earlier,
+        use_margin=pairs.use_margin,
+        use_agreement=pairs.use_agreement,
+        label_smoothing=pairs.label_smoothing,
+        model=base,
+        args=args,
+        train_dataset=given.rows["train"],
+        eval_dataset=given.rows.get("held_out"),
+        processing_class=given.tokenizer,
+        peft_config=config,
+    )
+    if model.load_in_4bit:
+        train_in_float32(trainer.model)
+    if start:
+        start_from(trainer.model, start)
+    return trainer
+
+
 def train_adapter(
     data: RewardDataArguments,
     pairs: RewardModelArguments,
@@ -140,18 +230,8 @@ def train_adapter(
     Returns:
         Its accelerator, and its scores of the held-out pairs (`held_out_margins`); empty if there are none.
     """
-    if args.train_sampling_strategy not in ("random", "group_by_length"):
-        raise ValueError(
-            f"train_sampling_strategy={args.train_sampling_strategy!r} is not supported: pairs of a ranking are batched "
-            f"together. Set random or group_by_length."
-        )
-    if args.label_smoothing_factor:
-        raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor!r} has no effect on pairs. Set label_smoothing."
-        )
+    check_options(pairs, model, args)
     options = options_of(data, pairs, lora, model, args)
-    if not model.use_peft:
-        pairs.check_own(model, args)
     checkpoint = open_run(
         args,
         model,
@@ -164,79 +244,28 @@ def train_adapter(
     own = not model.use_peft or has_own_head(model, trust_remote_code=args.trust_remote_code)
     if own:
         pairs.check_own(model, args)
-    rows_of = FORMATS[pairs.loss_type]
-    parts = data.load(rows_of.load, args)
-    pairs.check_columns(parts, args)
-    source, train = parts["train"]
-    if pairs.sft_adapter:  # completions of the prompts will be scored
-        train = rows_of.with_prompts(train, source, drop=data.drop_bad_rows)
-    if not pairs.use_margin and "margin" in train.column_names:
-        train = train.remove_columns("margin")
-    parts["train"] = source, train
-    torch.manual_seed(args.seed)  # the score head is drawn here
-    source_of = {"trust_remote_code": args.trust_remote_code, "pad_token": args.pad_token}
-    if own:
-        classifier = load_classifier(model, **source_of)
-        base, tokenizer = classifier.model, classifier.tokenizer
-        check_max_length(args.max_length, longest_text(base, tokenizer))
-        rows, report = prepare_own_pairs(parts, tokenizer, data, max_length=args.max_length)
-        identity = fingerprint(base, learned=classifier.learned)
-    else:
-        base, tokenizer = load_pretrained(model, head=True, **source_of)
-        check_max_length(args.max_length, context_length(base))
-        rows, report = prepare_rows(parts, tokenizer, data, max_length=args.max_length, drops=True, row=rows_of.row)
-        identity = fingerprint(base)
-    start = None
+    parts = load_parts(data, pairs, args)
+    given = prepare(parts, data, pairs, model, args, own=own)
+    start, prompts = None, []
     if pairs.sft_adapter:
-        # Refuse an adapter that does not fit before training.
-        policy = read_adapter(pairs.sft_adapter, needs_head=False, base=base, tokenizer=tokenizer)
+        policy, prompts = read_policy(given, parts["train"][0], data, pairs, args)
         start = policy if pairs.start_from_sft else None
-        # Draw at random, since pairs of one ranking follow each other.
-        train = rows["train"]
-        completed = train.shuffle(seed=args.seed).select(range(min(pairs.sft_completions, len(train))))
-        limits = context_length(base), pairs.max_completion_length
-        completed, _ = check_prompt_lengths(completed, tokenizer, *limits, source, drop=data.drop_bad_rows)
-    if not model.use_peft:
-        config = None
-        base.requires_grad_(True)
-    elif own:
-        config = classifier_lora(classifier, model, lora)
-    elif start:
-        config = reward_config(start, model, lora, base)
-    else:
-        config = lora_config(model, task_type="SEQ_CLS", lora=lora, base=base)
-    trainer = RewardModel(
-        start=start,
-        earlier=earlier,
-        use_margin=pairs.use_margin,
-        use_agreement=pairs.use_agreement,
-        label_smoothing=pairs.label_smoothing,
-        model=base,
-        args=args,
-        train_dataset=rows["train"],
-        eval_dataset=rows.get("held_out"),
-        processing_class=tokenizer,
-        peft_config=config,
-    )
-    if model.load_in_4bit:
-        train_in_float32(trainer.model)
-    if start:
-        start_from(trainer.model, start)
+    trainer = make_trainer(given, start, earlier, pairs, lora, model, args)
     check_wrapper(trainer)
     trainer.train(resume_from_checkpoint=checkpoint, options=options)
-    held_out = held_out_margins(trainer) if "held_out" in rows else {}
+    held_out = held_out_margins(trainer) if "held_out" in given.rows else {}
     metrics: dict[str, Any] = reward_model_report(**held_out) if held_out else {}
     if trainer.rating_scale:
         metrics["rating_scale"] = asdict(trainer.rating_scale)
-    metrics |= {"rows": report, "history": trainer.state.log_history}
-    finish_stage(trainer, identity, metrics, folder=unfinished(args) if pairs.sft_adapter else None)
+    metrics |= {"rows": given.report, "history": trainer.state.log_history}
+    finish_stage(trainer, given.identity, metrics, folder=unfinished(args) if pairs.sft_adapter else None)
     accelerator, repository = trainer.accelerator, trainer.hub_model_id
     if pairs.sft_adapter:
         accelerator.free_memory()
-        del trainer, base  # the backbone is loaded again, as a language model
+        del trainer, given  # the backbone is loaded again, as a language model
         trained = unfinished(args)
         try:
-            scale = normalization_of(trained, pairs, model, args, completed["prompt"][:])
+            scale = normalization_of(trained, pairs, model, args, prompts)
         except Exception as error:
             error.add_note(
                 f"The adapter is trained, and lies in {trained}. Copy it before you start another run here."

@@ -1,16 +1,15 @@
-"""`data.translation`: German by hand, no held-out pair of words in training, and the same files for the same command."""
+"""`data.translation`: German by hand, and no held-out pair of words in training."""
 
-import json
 import random
 import re
 from itertools import chain
 
 import pytest
 
-from data import translation
 from data.english_german import ADJECTIVES, NOUNS, number, ordinal
 from data.hh import is_held_out
-from data.translation import HELD_OUT, Grammar, make, phrase
+from data.tasks import make
+from data.translation import HELD_OUT, Grammar, phrase
 
 
 ARTICLES = {"the": "der", "a": "ein", "my": "mein", "his": "sein"}
@@ -19,7 +18,7 @@ SIZES = {"sft_train": 3000, "prompts_train": 3000, "prompts_test": 500}
 
 @pytest.fixture(scope="module")
 def files() -> dict[str, list[dict]]:
-    return make(SIZES, 0)
+    return make("translation", *SIZES.values(), 0)
 
 
 @pytest.mark.parametrize(
@@ -142,20 +141,3 @@ def test_rows_have_the_columns_of_their_stage(files):
         )
         assert re.fullmatch(r"English: \w.*[.?!]\nGerman:", row["prompt"])
     assert {len(row["references"]) for row in files["prompts_test"]} == {1, 2}  # two word orders
-
-
-def test_the_command_always_writes_the_same_files(tmp_path, capsys):
-    for folder in ("one", "two"):
-        translation.main([str(tmp_path / folder), "--demonstrations", "20", "--prompts", "10", "--held_out", "5"])
-    assert capsys.readouterr().out.endswith(
-        "two: 20 rows in sft_train.jsonl, 10 rows in prompts_train.jsonl, 5 rows in prompts_test.jsonl.\n"
-    )
-    for name in ("sft_train", "prompts_train", "prompts_test"):
-        one, two = ((tmp_path / folder / f"{name}.jsonl").read_bytes() for folder in ("one", "two"))
-        assert one == two
-    assert len([json.loads(line) for line in one.decode().splitlines()]) == 5
-    (tmp_path / "sft_train.jsonl").write_text("mine\n")
-    with pytest.raises(ValueError, match="sft_train.jsonl is there, and no conversion has written it"):
-        translation.main([str(tmp_path)])
-    with pytest.raises(SystemExit):
-        translation.main([str(tmp_path / "three"), "--held_out", "0"])

@@ -36,7 +36,10 @@ def read(text: str) -> list[Fact]:
     return found
 
 
-@pytest.fixture(params=list(tasks.TASKS))
+FILMS = ("question_answering", "knowledge_graph")
+
+
+@pytest.fixture(params=FILMS)
 def made(request, tmp_path, capsys):
     tasks.main([request.param, str(tmp_path / "data"), *SIZES])
     said = "60 rows in sft_train.jsonl, 50 rows in prompts_train.jsonl, 40 rows in prompts_test.jsonl."
@@ -89,7 +92,7 @@ def test_demonstrations_earn_the_whole_reward():
         ("knowledge_graph", (triple_f1, get_triple_reward())),
     ):
         generator = tasks.random.Random(0)
-        rows = [tasks.TASKS[task](generator, held_out=False) for _ in range(100)]
+        rows = [tasks.TASKS[task].draw(generator, held_out=False) for _ in range(100)]
         columns = {key: [row[key] for row in rows] for key in rows[0]}
         columns["completions"] = columns.pop("completion")
         for reward in rewards:
@@ -116,7 +119,28 @@ def test_no_more_rows_than_there_are(monkeypatch, tmp_path):
         tasks.make("knowledge_graph", 1, 1, 9000, 0)
 
 
-def test_a_file_of_the_user_is_kept(tmp_path):
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_a_file_of_the_user_is_kept(task, tmp_path):
     (tmp_path / "sft_train.jsonl").write_text("mine")
-    tasks.main(["question_answering", str(tmp_path), *SIZES])
-    assert "mine" in [path.read_text() for path in tmp_path.iterdir() if path.is_file()]
+    with pytest.raises(ValueError, match=r"sft_train\.jsonl is there, and no conversion has written it"):
+        tasks.main([task, str(tmp_path), *SIZES])
+    assert [path.name for path in tmp_path.iterdir()] == ["sft_train.jsonl"]
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_the_command_always_writes_the_same_files(task, tmp_path, capsys):
+    for folder in ("one", "two"):
+        tasks.main([task, str(tmp_path / folder), *SIZES])
+    assert capsys.readouterr().out.endswith(
+        "two: 60 rows in sft_train.jsonl, 50 rows in prompts_train.jsonl, 40 rows in prompts_test.jsonl.\n"
+    )
+    for name in ("sft_train", "prompts_train", "prompts_test"):
+        one, two = ((tmp_path / folder / f"{name}.jsonl").read_bytes() for folder in ("one", "two"))
+        assert one == two
+
+
+def test_a_task_has_a_number_of_rows_of_its_own():
+    for task, rows in (("knowledge_graph", 2048), ("translation", 6144)):
+        found = tasks.arguments([task, "folder"])
+        assert (found.demonstrations, found.prompts, found.held_out) == (rows, rows, 512)
+    assert tasks.arguments(["translation", "folder", "--prompts", "7"]).prompts == 7

@@ -1,8 +1,8 @@
 """Run commands of the pipeline in forked children of a process that has imported everything: a case costs seconds.
 
 A child ends as `python -m pipeline.<command>` would: the same error reporting, the same exit code. Its memory is bounded,
-and so is its time, in seconds of CPU, so that a busy machine makes no hangs. A child that hangs is ended by SIGABRT, and
-leaves the stack that it hung in.
+and so is its time, mostly in seconds of CPU, so that a busy machine makes no hangs. A child that hangs is ended by SIGABRT,
+and leaves the stack that it hung in.
 """
 
 import faulthandler
@@ -26,7 +26,7 @@ import psutil
 ROOT = Path(__file__).parents[2]
 STAGES = ("sft", "reward", "ppo", "evaluation", "best_of_n", "rloo", "grpo", "dpo")
 TOOLS = ("plan", "migrate", "tables", "convert_hh")
-CPU_SECONDS, IDLE_SECONDS = 40, 30  # of a case, before it counts as a hang
+CPU_SECONDS, IDLE_SECONDS, SECONDS = 40, 30, 600  # of a case, before it counts as a hang: of CPU, without any, in all
 MEMORY = 4 * 2**30  # bytes that a case may ask for beyond what is imported
 
 
@@ -171,7 +171,7 @@ class Running:
             time.sleep(0.005)
             if (now := self._cpu_seconds()) > computed + 0.05:
                 computed, moved = now, time.time()
-            if computed > CPU_SECONDS or time.time() > moved + IDLE_SECONDS:
+            if computed > CPU_SECONDS or time.time() > min(moved + IDLE_SECONDS, self.began + SECONDS):
                 hung = self._end_hung()
                 break
         read = {path: path.read_text(encoding="utf-8", errors="replace") for path in (self.out, self.err)}
@@ -185,6 +185,7 @@ class Running:
         while self.poll() is None and time.time() < until:
             time.sleep(0.02)
         if self.code is None:
+            os.kill(self.pid, signal.SIGKILL)
             self._end_group()
             self.code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         lines = [line.strip() for line in self.stack.read_text(errors="replace").splitlines() if "line" in line]

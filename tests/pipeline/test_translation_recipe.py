@@ -7,7 +7,7 @@ from typing import get_type_hints
 
 import pytest
 
-from data import translation
+from data import tasks
 from pipeline.runs.command_line import parse
 from reward_models.translation import get_bleu, get_chrf
 
@@ -25,7 +25,7 @@ def run(stage: str, **options) -> None:
 @pytest.mark.slow
 def test_every_stage(tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where the recipes' `runs` go
-    translation.main(["runs/translation/data", "--demonstrations", "8", "--prompts", "8", "--held_out", "4"])
+    tasks.main(["translation", "runs/translation/data", "--demonstrations", "8", "--prompts", "8", "--held_out", "4"])
     small = {"model_name_or_path": tiny, "per_device_train_batch_size": 4, "max_steps": 2}
     run("sft", **small)
     run("ppo", **small, max_completion_length=4)
@@ -44,7 +44,7 @@ def test_every_stage(tiny, tmp_path, monkeypatch):
 
 def test_what_is_rewarded_is_the_translation():
     """The first reference of each prompt scores 1 with the space that it is sampled with, and another sentence less."""
-    rows = translation.make({"sft_train": 1, "prompts_train": 40, "prompts_test": 40}, 0)["prompts_test"]
+    rows = tasks.make("translation", 1, 40, 40, 0)["prompts_test"]
     references = [row["references"] for row in rows]
     right = [f" {of_row[0]}" for of_row in references]
     for metric in (get_chrf(), get_bleu()):

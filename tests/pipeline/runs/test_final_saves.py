@@ -20,11 +20,11 @@ from data.saving import save
 from pipeline.backbone.adapters import read_adapter, read_metrics
 from pipeline.backbone.roles import Backbone
 from pipeline.dpo import DPO
-from pipeline.reward import RewardModel
 from pipeline.rl.sample_table import SampleTable
 from pipeline.runs import outputs
 from pipeline.runs.outputs import finish_stage
 from pipeline.runs.ownership import is_table_of_samples
+from pipeline.runs.reward_training import RewardModel
 from pipeline.sft import SFT
 from reward_models.normalization import Normalization, read_normalization
 from tests.cuts import Cut, contents
