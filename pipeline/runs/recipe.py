@@ -40,7 +40,7 @@ FROM_1 = """
 """
 SHARE = """
     gamma lam value_lam min_reward_accuracy min_p lora_dropout dropout label_smoothing label_smoothing_factor ld_alpha
-    ref_model_mixup_alpha top_entropy_quantile min_kept
+    ref_model_mixup_alpha top_entropy_quantile min_kept warmup_ratio
 """
 # Ranges of the options that are numbers; unset (None) is always allowed.
 RANGES = (

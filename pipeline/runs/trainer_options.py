@@ -147,7 +147,8 @@ def check_attention(name: str | None, *, installed: bool) -> None:
 
 def _check_workers(args: TrainingArguments) -> None:
     for name in ("dataloader_persistent_workers", "dataloader_multiprocessing_context"):
-        if getattr(args, name) and not args.dataloader_num_workers:
+        # The oldest transformers that is allowed has not all of these.
+        if getattr(args, name, None) and not args.dataloader_num_workers:
             raise ValueError(
                 f"{name}={getattr(args, name)!r} is about worker processes, and dataloader_num_workers is 0. Set it, or leave "
                 f"{name} unset."
