@@ -24,6 +24,26 @@ PATIENCE = timedelta(seconds=5)  # for an answer of the store
 
 
 # --------------------------------------------------------------------------------------- who is missing
+def check_rendezvous() -> None:
+    """Check that the environment tells a process of several where the others are.
+
+    A shell or a container may have a WORLD_SIZE that no launcher has set.
+
+    Raises:
+        ValueError: it does not.
+    """
+    given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_PORT")}
+    for name, value in given.items():
+        if value and not value.isdecimal():
+            raise ValueError(f"the environment has {name}={value!r}, which is no whole number. Unset {name}.")
+    world = int(given["WORLD_SIZE"] or 1)
+    if world > 1 and not os.environ.get("MASTER_ADDR"):
+        raise ValueError(
+            f"the environment has WORLD_SIZE={world}, and no MASTER_ADDR that says where the other processes are. Unset "
+            f"WORLD_SIZE to run one process. To run several, launch with accelerate_configs/ddp.yaml or cpu_ddp.yaml."
+        )
+
+
 class Roll:
     """The processes that have come to a launch, as the store of torch's rendezvous knows them.
 

@@ -15,7 +15,7 @@ from transformers.integrations import get_reporting_integration_callbacks
 from trl import ModelConfig, TrlParser
 
 from data.cells import shorten
-from pipeline.runs.agreement import awaiting_processes, check_same_options
+from pipeline.runs.agreement import awaiting_processes, check_rendezvous, check_same_options
 from pipeline.runs.errors import EXPECTED, report_errors
 from pipeline.runs.recipe import check_ranges, check_types
 from pipeline.runs.recipe_file import find_recipe, read_recipe
@@ -77,6 +77,7 @@ def parse(*dataclass_types, args: list[str] | None = None) -> tuple:
     options = vars(parsed)
     options |= check_types({key: options[key] for key in words}, dataclass_types, None)
     check_ranges(options)
+    check_rendezvous()
     with awaiting_processes():
         parts = tuple(_made(kind, options, {*words, *recipe}) for kind in dataclass_types)
     check_same_options(*parts)

@@ -51,7 +51,7 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
     """
     for bar in list(tqdm._instances):
         bar.close()
-    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
     if issubclass(kind, KeyboardInterrupt):
         if not several or _tell_launcher(INTERRUPTED):
             sys.stderr.write(INTERRUPTED)
@@ -64,7 +64,8 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
     if several and not _tell_launcher(str(error) if expected else f"{kind.__name__}: {error}"):
         return
     sys.stderr.write(f"[rank {os.environ.get('RANK', 0)}] {text}" if several else text)
-    launcher = None if several else launch_command()
+    # torch's launcher, which starts several processes, has its table. accelerate's own, which starts one, has a traceback.
+    launcher = None if "TORCHELASTIC_ERROR_FILE" in os.environ else launch_command()
     if launcher is not None and not launcher.quiet:
         sys.stderr.write(
             "(accelerate adds its own traceback. It says nothing more, and `accelerate launch --quiet` leaves it out.)\n"

@@ -5,11 +5,14 @@ import os
 import re
 import subprocess
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
+from pipeline.runs import errors
+from pipeline.runs.agreement import check_rendezvous
 from pipeline.runs.arguments import DataArguments
 from pipeline.runs.command_line import parse
 from pipeline.runs.errors import report
@@ -168,6 +171,20 @@ def test_without_a_launcher_every_process_tells_its_error(capsys, monkeypatch):
         monkeypatch.setenv("RANK", rank)
         report(*caught(foreign))
     assert capsys.readouterr().err.count("Traceback") == 2
+
+
+@pytest.mark.parametrize("world", ["1", "2", "two"])  # of a shell, which the launcher of one process passes on
+def test_the_launcher_of_one_process_is_said_to_add_its_traceback(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(errors, "launch_command", lambda: Namespace(quiet=False))
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    report(*caught(check_rendezvous if world == "two" else options("--min_kept", "2")))
+    first, second = capsys.readouterr().err.splitlines()
+    assert "WORLD_SIZE='two'" in first if world == "two" else "min_kept=2.0 must be from 0 to 1." in first
+    assert second.startswith("(accelerate adds its own traceback.")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "0" / "error.json"))
+    report(*caught(options("--min_kept", "2")))
+    assert "accelerate adds" not in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------ real commands, which end early

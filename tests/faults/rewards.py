@@ -148,7 +148,7 @@ def rewards(case: Case) -> Verdict:
     acted = (case.folder / "acted").exists()  # it may be called fewer times
 
     def wrong() -> str | None:
-        if fault.fine is False and acted:
+        if fault.fine is False and acted and not (learned and name == "all None"):  # as for rows of another task
             return f"a reward that gives {name} was taken"
         return unsound(stage, case.folder / "out")
 

@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 
 from data import waiting
 from pipeline.runs import agreement
-from pipeline.runs.agreement import awaiting_processes, check_same_options, check_same_rows
+from pipeline.runs.agreement import awaiting_processes, check_rendezvous, check_same_options, check_same_rows
 from pipeline.runs.resumed_options import rows_digest
 
 
@@ -136,6 +136,30 @@ def test_who_has_not_come_is_named(launch, capsys, monkeypatch):
 
 def test_a_main_process_that_is_missing_is_said(launch, capsys):
     assert f"the other processes (WORLD_SIZE=3); nothing answers at 127.0.0.1:{launch}" in said(capsys)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"WORLD_SIZE": "2"}, "the environment has WORLD_SIZE=2, and no MASTER_ADDR .* Unset WORLD_SIZE to run one"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "", "RANK": "1"}, "WORLD_SIZE=2, and no MASTER_ADDR"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two', which is no whole number. Unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "node1", "RANK": "-1"}, "RANK='-1', which is no whole number"),
+        ({"MASTER_PORT": "auto"}, "MASTER_PORT='auto', which is no whole number"),
+    ],
+)
+def test_variables_that_no_launcher_has_set_are_named(given, message, monkeypatch):
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    check_rendezvous()
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        check_rendezvous()
+
+
+def test_a_launch_is_connected(launch):
+    check_rendezvous()
 
 
 @pytest.mark.parametrize("variable", ["WORLD_SIZE", "MASTER_ADDR"])
