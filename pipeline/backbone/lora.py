@@ -35,7 +35,8 @@ def lora_config(
     A reward adapter (SEQ_CLS) trains and saves its head too.
 
     Raises:
-        ValueError: `lora_top_layers` exceeds the layers of the model; or an option of ModelConfig has no effect here.
+        ValueError: `lora_top_layers` exceeds the layers of the model; a name in `lora_target_modules` is of no layer that
+            LoRA adapts; or an option of ModelConfig has no effect here.
     """
     for option in ("use_dora", "lora_modules_to_save", "lora_target_parameters"):
         if getattr(model, option):
@@ -43,13 +44,13 @@ def lora_config(
     modules, layers = model.lora_target_modules, {}
     if isinstance(modules, str) and modules != "all-linear":
         modules = [modules]  # ModelConfig unwraps a list of one, and peft would read a bare name as a pattern
+    if base is not None and isinstance(modules, list):
+        _check_targets(modules, base)
     if lora and (lora.lora_embeddings or lora.lora_top_layers):
         assert base is not None  # these options are about its layers
         named = dict(base.named_modules())
         if modules in (None, "all-linear"):  # peft accepts "all-linear" only alone: not in a list, not for some layers
-            linear = {name.split(".")[-1] for name, layer in named.items() if isinstance(layer, (nn.Linear, Conv1D))}
-            heads = (base.get_output_embeddings(), getattr(base, "score", None))
-            modules = sorted(linear - {name.split(".")[-1] for name, layer in named.items() if layer in heads})
+            modules = _linear_layers(base)
         if lora.lora_embeddings:
             # The full name: with a bare `embed_tokens`, peft would save the frozen embeddings with the adapter.
             modules = [*modules, next(n for n, layer in named.items() if layer is base.get_input_embeddings())]
@@ -73,6 +74,31 @@ def lora_config(
         use_rslora=model.use_rslora,
         **layers,
     )
+
+
+def _linear_layers(base: PreTrainedModel) -> list[str]:
+    """Return the last parts of the names of the linear layers, but for those of the head."""
+    heads = (base.get_output_embeddings(), *(getattr(base, name, None) for name in ("score", "classifier")))
+    named = [(name.rpartition(".")[2], layer) for name, layer in base.named_modules()]
+    linear = {name for name, layer in named if isinstance(layer, (nn.Linear, Conv1D))}
+    return sorted(linear - {name for name, layer in named if layer in heads})
+
+
+def _check_targets(modules: list[str], base: PreTrainedModel) -> None:
+    """Check that each name is of a layer that LoRA adapts: peft leaves out those that are not, unless none is.
+
+    Raises:
+        ValueError: a name is of no such layer.
+    """
+    adaptable = [
+        f".{name}" for name, layer in base.named_modules() if isinstance(layer, (nn.Linear, Conv1D, nn.Embedding))
+    ]
+    for module in modules:
+        if not any(name.endswith(f".{module}") for name in adaptable):
+            raise ValueError(
+                f"lora_target_modules: {module!r} is no layer of {type(base).__name__} that LoRA adapts. Name some of "
+                f"{', '.join(_linear_layers(base))}, or set all-linear."
+            )
 
 
 def _is_transposed(modules: list[str] | str | None, base: PreTrainedModel | None) -> bool:

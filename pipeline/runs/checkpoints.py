@@ -156,7 +156,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
             "counters": {name: getattr(self, name) for name in names if hasattr(self, name)},
             "metrics": self._metrics,
             "loop": {name: getattr(self, name) for name in LOOP},
-            "trained_for": self._trained_before + time.time() - self._began,
+            "trained_for": self._trained_before + time.monotonic() - self._began,
             "epoch_start": self._epoch_start,
             "now": self._order_state(),
             "rows": self._rows(),
@@ -197,7 +197,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
                 config.target_modules = sorted(config.target_modules)
         self.diverged, self._loss, self._left_out = None, 0.0, False
         self._within_step, self._written = False, 0
-        self._resumed, self._trained_before, self._began = None, 0.0, time.time()
+        self._resumed, self._trained_before, self._began = None, 0.0, time.monotonic()
         write_lines(self)
         with self.listening():
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)

@@ -27,8 +27,8 @@ FIGURES = ("rows", "kept", "cut", "dropped", "longest")  # the reported fields o
 
 
 def seconds_running() -> float:
-    """Return the seconds since this process was started, imports included."""
-    return time.time() - psutil.Process().create_time()
+    """Return the seconds since this process was started, imports included; 0 if the clock was set back beyond that."""
+    return max(time.time() - psutil.Process().create_time(), 0.0)
 
 
 def completions_sampled(trainer: Trainer) -> int:

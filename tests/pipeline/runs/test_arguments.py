@@ -358,6 +358,22 @@ def test_how_far_an_adapter_reaches(name, tmp_path):
     assert all("lora_" in key or key.endswith("score.weight") for key in kept)  # no frozen embeddings among them
 
 
+@pytest.mark.parametrize("modules", ["off", ["c_attn", "c_fcc"], ["ttn"], ["score.weight"]])
+def test_a_name_of_no_layer_is_refused(modules):
+    """peft refuses names only if it finds none of them, and then with a message that names none."""
+    base = GPT2ForSequenceClassification(GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9))
+    wrong = modules if isinstance(modules, str) else modules[-1]
+    message = (
+        f"^lora_target_modules: '{wrong}' is no layer of GPT2ForSequenceClassification that LoRA adapts. "
+        f"Name some of c_attn, c_fc, c_proj, or set all-linear.$"
+    )
+    for lora in (LoraArguments(), LoraArguments(lora_top_layers=1)):
+        with pytest.raises(ValueError, match=message):
+            lora_config(ModelConfig(lora_target_modules=modules), task_type="SEQ_CLS", lora=lora, base=base)
+    for known in ("c_fc", ["attn.c_proj", "wte"]):
+        lora_config(ModelConfig(lora_target_modules=known), task_type="SEQ_CLS", base=base)
+
+
 def test_an_adapter_cannot_reach_further_than_the_model():
     base = GPT2ForSequenceClassification(GPT2Config(n_layer=3, n_embd=8, n_head=2, vocab_size=9))
     with pytest.raises(

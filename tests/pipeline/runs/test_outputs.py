@@ -5,6 +5,7 @@ import json
 import math
 import os
 import stat
+import time
 from pathlib import Path
 
 import datasets
@@ -17,7 +18,7 @@ from data.files import load_rows
 from data.json_files import write_json
 from data.pip_files import Release, fetch
 from data.saving import open_to_umask
-from pipeline.runs.outputs import complete_card
+from pipeline.runs.outputs import complete_card, seconds_running
 from pipeline.runs.state_files import load_state, save_state
 
 
@@ -95,3 +96,9 @@ def test_a_cache_that_cannot_be_written(cache, tmp_path, monkeypatch):
     monkeypatch.setenv("SPINE_CACHE", cache)
     with pytest.raises(OSError, match=r"this cache cannot be written .*Set SPINE_CACHE"):
         fetch(Release("a==1", "a-1-py3-none-any.whl", "0" * 64))
+
+
+def test_seconds_are_none_below_0_if_the_clock_is_set_back(monkeypatch):
+    assert 0 < seconds_running() < 24 * 3600
+    monkeypatch.setattr("time.time", lambda now=time.time: now() - 48 * 3600)
+    assert seconds_running() == 0
