@@ -242,6 +242,15 @@ def test_a_module_of_the_users_that_hides_one_of_ours_is_named(name, tmp_path):
     assert "Rename it, or start from another folder" in line
 
 
+@pytest.mark.parametrize("command", ["ppo", "plan"])
+def test_python_without_docstrings_is_one_error(command, tmp_path):
+    """Transformers cannot be imported so, and would end in a traceback."""
+    done = run(tmp_path, "-OO", "-m", f"pipeline.{command}")
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.endswith("Unset PYTHONOPTIMIZE, or leave out -OO.)")
+
+
 EDITABLE = """
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
