@@ -15,6 +15,7 @@ from datasets.exceptions import DatasetsError
 
 from data.boundaries import check_card, check_link, check_saved, warn_of_card, without_file_columns
 from data.caches import check_cache
+from data.embedded import find_file
 from data.json_files import read_json
 from data.listing import LISTING
 from data.quoting import escaped
@@ -61,7 +62,7 @@ def load_rows(name: str, split: str, *, data_dir: str | None = None) -> Rows:
         FileNotFoundError: there is no such file or folder, and no such dataset on the hub.
         ValueError: the data cannot be read, has no such split, or has no rows.
     """
-    path = Path(name).expanduser()
+    path = Path(find_file(name)).expanduser()
     complete(path if path.is_dir() else path.parent)  # data of a conversion that was cut short
     if path.is_dir():
         rows = _load_folder(name, path, split)

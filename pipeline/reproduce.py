@@ -36,6 +36,7 @@ from pipeline.reports.reproduction import (
 )
 from pipeline.runs.errors import report_errors
 from pipeline.runs.folders import check_ours, check_output_dir
+from pipeline.runs.launcher import find_accelerate_config
 from pipeline.runs.ownership import FILES
 from pipeline.runs.recipe_file import find_recipe
 
@@ -78,7 +79,7 @@ def check_stages(stages: dict[str, str], launch: str) -> None:
 
     Raises:
         ValueError: one does not.
-        FileNotFoundError: there is no such config of accelerate here.
+        FileNotFoundError: there is no such accelerate config.
     """
     known = {"seed"}
     for stage, command in stages.items():
@@ -93,8 +94,7 @@ def check_stages(stages: dict[str, str], launch: str) -> None:
         if "{seed}" not in command and any("{seed}" in stages[name] for name in names):
             raise ValueError(f"stages: {stage} reads a stage of each seed, so it needs --seed {{seed}} itself.")
         known.add(stage)
-    if not Path(launch).is_file():
-        raise FileNotFoundError(f"launch: {launch}: no such file. Run the command in the folder of the repository.")
+    find_accelerate_config(launch, "launch: ")
 
 
 def run(stages: dict[str, str], launch: str, root: Path, seed: int) -> None:
@@ -107,6 +107,7 @@ def run(stages: dict[str, str], launch: str, root: Path, seed: int) -> None:
     """
     places = places_of(stages, root, seed)
     digests: dict[str, str] = {}
+    config = find_accelerate_config(launch)
     for stage, command in stages.items():
         module, *words = shlex.split(command.format(seed=seed, **places))
         recipe = Path(find_recipe(words[words.index("--config") + 1])).read_text(encoding="utf-8")
@@ -121,7 +122,7 @@ def run(stages: dict[str, str], launch: str, root: Path, seed: int) -> None:
         whole += ["--resume_from_checkpoint", "auto"] if module in TRAIN else []
         print(f"{at}: {shlex.join(whole)}", flush=True)
         began = time.monotonic()
-        ended = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--config_file", launch, *whole])
+        ended = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *whole])
         if ended.returncode:
             raise ChildProcessError(
                 f"{at} ended with exit code {ended.returncode}; its message stands above. The same command goes on from here."

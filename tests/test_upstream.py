@@ -485,6 +485,9 @@ ACCELERATE = [
            "check the number of processes alone, from the environment.",
            holds=lambda x: {"config_file", "cpu", "num_processes", "quiet", "module", "training_script"}
            <= {action.dest for action in x()._actions}),
+    Relied("accelerate.commands.launch._validate_launch_command",
+           "pipeline/runs/launcher.py", "an option of the launcher goes before one of its config.",
+           "write the accelerate config anew, with the path.", says=("key not in args.nondefault",)),
     Relied("accelerate.commands.config.default_config_file", LAUNCH, "the config of a launch that names none.",
            "`~/.cache/huggingface/accelerate/default_config.yaml`."),
     Relied("accelerate.commands.config.load_config_from_file", LAUNCH, "what that config asks for.", "yaml.safe_load.",

@@ -4,6 +4,7 @@ YAML 1.1 has surprises: `1:30` is 90, `010` is 8, `2024-01-01` is a date. Here t
 says what they are (`pipeline.runs.recipe`).
 """
 
+import difflib
 import os
 import re
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import Any
 import yaml
 
 
+RECIPES = Path(__file__).parents[1] / "recipes"
+PROTOCOLS = ("mini.yaml", "full.yaml")  # of papers: `pipeline.reproduce` reads them
 LONGEST = 100_000  # bytes of a recipe; the longest of ours has 3,000
 MOST_VALUES = 10_000  # values of a recipe, with its aliases written out
 
@@ -46,11 +49,25 @@ _Loader.add_implicit_resolver(
 )
 
 
+def recipe_names() -> dict[str, Path]:
+    """Return the recipes that come with this project, by name (`demo/ppo`)."""
+    paths = sorted(RECIPES.rglob("*.yaml"))
+    return {path.relative_to(RECIPES).with_suffix("").as_posix(): path for path in paths if path.name not in PROTOCOLS}
+
+
 def find_recipe(path: str) -> str:
-    """Return the path of a recipe. Recipes of `pipeline/recipes` are found from any folder."""
-    ours = Path(__file__).parents[1] / "recipes" / path.removeprefix("pipeline/recipes/")
-    named = path.startswith("pipeline/recipes/") and not os.path.exists(path)
-    return str(ours) if named and os.path.isfile(ours) else path
+    """Return the path of a recipe: a file, or a recipe of this project from any folder.
+
+    `demo/ppo` and `pipeline/recipes/demo/ppo.yaml` name the same one. A file of the user's own comes first.
+    """
+    if os.path.exists(path) and not os.path.isdir(path):
+        return path
+    return str(recipe_names().get(_name(path), path))
+
+
+def _name(path: str) -> str:
+    """Return the name that a path would have as a recipe of this project."""
+    return path.removeprefix("pipeline/recipes/").removesuffix(".yaml")
 
 
 def read_recipe(path: str, option: str = "--config ") -> dict[str, Any]:
@@ -66,7 +83,11 @@ def read_recipe(path: str, option: str = "--config ") -> dict[str, Any]:
     """
     source = Path(path)
     if not os.path.exists(path) or source.is_dir():  # pathlib raises an error for a name of 300 characters
-        raise FileNotFoundError(f"{option}{path}: no such file. Name a recipe, such as those in pipeline/recipes.")
+        near = difflib.get_close_matches(_name(path), recipe_names(), n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise FileNotFoundError(
+            f"{option}{path}: no such file. Name a recipe, such as those that `spine recipes` lists.{hint}"
+        )
     if not source.is_file():
         raise OSError(
             f"{option}{path}: not a regular file, such as a pipe. Each process of a run reads the recipe. Save it to a file."

@@ -301,7 +301,7 @@ def test_a_changed_file_is_refused(tmp_path, monkeypatch):
             {"stages": {**STAGES, "third": "ppo --config recipe.yaml --a {second}"}},
             r"stages: third reads a stage of each seed, so it needs --seed \{seed\}",
         ),
-        ({"launch": "other.yaml"}, r"launch: other\.yaml: no such file\. Run the command in the folder"),
+        ({"launch": "other.yaml"}, r"launch: other\.yaml: no such file, and none of cpu, "),
     ],
 )
 def test_wrong_protocols(launches, changes, message):
