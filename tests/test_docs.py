@@ -11,13 +11,17 @@ from typing import get_type_hints
 import pytest
 import yaml
 
+from pipeline import cli
 from pipeline.migrate import migrate, read_command_line
+from pipeline.runs.launcher import OPTIONS as LAUNCHER_OPTIONS
+from pipeline.runs.launcher import launch
+from pipeline.runs.recipe_file import recipe_names
 
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
-    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")))
+    for path in (*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")))
 }
 USER_PAGES = [name for name in PAGES if name != "CONTRIBUTING.md"]
 # Commands whose `main` takes arguments that are parsed from a recipe and a command line.
@@ -27,6 +31,7 @@ OTHER_OPTIONS = {"config_file", "config", "data_dir", "max_tokens", "pairs", "ti
 # Of accelerate, pipeline.merge, rewardbench and llama.cpp.
 OTHER_OPTIONS |= {"quiet", "debug", "license", "private", "model", "outfile", "outtype"}
 OTHER_OPTIONS |= {"scale", "seeds", "report_only"}  # of pipeline.reproduce
+OTHER_OPTIONS |= {*LAUNCHER_OPTIONS, "version", "help"}  # of `spine`
 
 
 def without_fences(text: str) -> str:
@@ -125,3 +130,19 @@ def test_commands_of_data():
     assert {command for command, _ in found} == {"convert", "inspect"}
     for command, options in found:  # argparse would exit
         assert import_module(f"data.{command}").arguments(shlex.split(options, comments=True)).source
+
+
+def test_commands_of_spine():
+    """Each has a command, a recipe and an accelerate config that are there."""
+    text = "\n".join(PAGES.values())
+    found = re.findall(r"^spine ([^\n>|#]+)", "\n".join(map(fences, PAGES.values())), re.MULTILINE)
+    found += re.findall(r"`spine ([^`<]+)`", text.replace("\n", " "))
+    assert len(found) > 5
+    for line in found:
+        name, *words = shlex.split(line)
+        assert name in {*cli.modules(), *cli.HERE, "--help", "--version"}, line
+        launch(name, words)  # an accelerate config that is not there is an error
+        named = words[words.index("--config") + 1] if "--config" in words else None
+        assert named is None or named in recipe_names() or named == "mine.yaml", line
+        if name == "recipes":
+            assert cli.recipes(words)
