@@ -25,6 +25,7 @@ from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
+from types import FrameType
 
 from data.commands import run
 from pipeline import ROOT, check_current_folder
@@ -102,8 +103,8 @@ def recipes(words: list[str]) -> str:
     names = recipe_names()
     if len(words) > 1:
         raise ValueError(f"spine recipes: {shlex.join(words)}: name one recipe or folder.")
-    if words and (path := find_recipe(words[0])) in map(str, names.values()):
-        return Path(path).read_text(encoding="utf-8").rstrip("\n")
+    if words and (found := find_recipe(words[0])) in map(str, names.values()):
+        return Path(found).read_text(encoding="utf-8").rstrip("\n")
     within = f"{words[0].rstrip('/')}/" if words else ""
     chosen = {name: path for name, path in names.items() if name.startswith(within)}
     if not chosen:
@@ -152,13 +153,21 @@ def demo(name: str, words: list[str]) -> None:
     for stage, options in demo_stages(name, str(given.seed), given.output_dir):
         command = launch(f"pipeline.{stage}", ["--accelerate_config", "cpu", *options])
         _show(command)
-        child = subprocess.Popen(command, env={**ON_CPUS, **os.environ})
-        for number in (signal.SIGINT, signal.SIGTERM):  # the stage ends as under `accelerate launch`
-            signal.signal(number, lambda number, frame, child=child: child.send_signal(number))
-        code = child.wait()
+        code = _wait(subprocess.Popen(command, env={**ON_CPUS, **os.environ}))
         if code:
             sys.stderr.write(f"spine {name}: {stage} ended with exit code {code}. Its message stands above.\n")
             raise SystemExit(code if code > 0 else 128 - code)
+
+
+def _wait(child: subprocess.Popen) -> int:
+    """Wait for a stage and return its exit code. A signal is passed on, so that it ends as under `accelerate launch`."""
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        child.send_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    return child.wait()
 
 
 def _show(command: list[str]) -> None:
