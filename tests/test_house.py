@@ -10,7 +10,15 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 # Each imports from those before it and from itself; `pipeline`'s own modules, the commands, import from all of them.
-ORDER = ("data", "reward_models", "pipeline.backbone", "pipeline.runs", "pipeline.rl", "pipeline.reports")
+ORDER = (
+    "data",
+    "reward_models",
+    "pipeline.backbone",
+    "pipeline.runs",
+    "pipeline.rl",
+    "pipeline.migration",
+    "pipeline.reports",
+)
 LONGEST = 350  # lines of a module, unless its docstring says why it is longer
 
 

@@ -10,7 +10,9 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from pipeline.migrate import main, migrate, read_command_line
+from pipeline.migrate import main
+from pipeline.migration.reading import read_command_line
+from pipeline.migration.trl import migrate
 from pipeline.runs.command_line import parse
 
 
