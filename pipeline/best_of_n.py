@@ -12,7 +12,6 @@ the first n of each pool.
 Saves best_of_n.json, best_of_n.md and best_of_n.png in `output_dir`.
 """
 
-import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ from pipeline.runs.launch import check_launch
 from pipeline.runs.output_lock import lock_output
 from pipeline.runs.outputs import rows_table, seconds_running
 from pipeline.runs.ownership import FILES, former_files
-from reward_models.composite import Composite, call_rewards, load_judge
+from reward_models.composite import Composite, async_runner, call_rewards, load_judge
 from reward_models.functions import RewardArguments, load_functions
 from reward_models.rules import distinct_n
 
@@ -98,7 +97,7 @@ def main(args: BestOfNArguments, start: PolicyArguments, rewards: RewardArgument
     draws = max(args.n) + 1
     total = draws * -(-len(prompts) // (args.batch_size * state.num_processes))
     progress = tqdm(total=total, desc="completions", unit="batch", disable=not state.is_main_process)
-    with asyncio.Runner() as runner, progress:
+    with async_runner() as runner, progress:
         for draw in range(draws):
             batches = sample(
                 backbone,

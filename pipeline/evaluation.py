@@ -8,7 +8,6 @@ judge the report shows score, KL, diversity, length and samples. Saves report.js
 policy adapter can be evaluated in the place of PPO's, such as that of a baseline.
 """
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -45,7 +44,7 @@ from pipeline.runs.launch import check_launch
 from pipeline.runs.output_lock import lock_output
 from pipeline.runs.outputs import seconds_running
 from pipeline.runs.ownership import FILES, former_files
-from reward_models.composite import Composite, call_rewards, load_judge
+from reward_models.composite import Composite, Runner, async_runner, call_rewards, load_judge
 from reward_models.ensembles import disagreement_in
 from reward_models.functions import RewardArguments, extra_columns, load_function, load_functions
 from reward_models.judges import prefer
@@ -128,7 +127,7 @@ def complete(
     tokenizer: PreTrainedTokenizerBase,
     composite: Composite,
     judge: Composite | None,
-    runner: asyncio.Runner,
+    runner: Runner,
     args: EvaluationArguments,
 ) -> Completions:
     """Sample one completion of each prompt as `role`, and measure it.
@@ -270,7 +269,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
     backbone.to(state.device).eval()
     backbone.share_trunk()
 
-    with asyncio.Runner() as runner:
+    with async_runner() as runner:
         results = {
             name: complete(role, backbone, prompts, tokenizer, composite, judge, runner, args)
             for name, role in (("sft", "reference"), ("policy", "policy"))

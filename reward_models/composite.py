@@ -3,6 +3,7 @@
 TRL's trainers call the functions, sync or async, and log each one separately.
 """
 
+import asyncio
 import copy
 import inspect
 import math
@@ -10,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Set
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import islice
@@ -269,10 +271,48 @@ def _samples(prompts: list, completions: list) -> str:
 
 
 class Runner(Protocol):
-    """Runs the coroutines of async rewards: an `asyncio.Runner`, or the event loop of a trainer."""
+    """Runs the coroutines of async rewards: that of `async_runner`, or the event loop of a trainer."""
 
     def run(self, coroutine: Coroutine, /) -> Any:
         """Return what the coroutine returns."""
+
+
+class _InThread:
+    """Run the coroutines of a runner in a thread of its own."""
+
+    def __init__(self, thread: ThreadPoolExecutor, runner: asyncio.Runner):
+        self.thread, self.runner = thread, runner
+
+    def run(self, coroutine: Coroutine, /) -> Any:
+        """Return what the coroutine returns."""
+        return self.thread.submit(self.runner.run, coroutine).result()
+
+
+@contextmanager
+def async_runner() -> Iterator[Runner]:
+    """Yield a runner of coroutines, with one event loop for all of them.
+
+    A thread can have one running event loop only, and a notebook has its own. There the coroutines run in another thread.
+    """
+    if not _loop_runs():
+        with asyncio.Runner() as runner:
+            yield runner
+        return
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        runner = asyncio.Runner()
+        try:
+            yield _InThread(thread, runner)
+        finally:
+            thread.submit(runner.close).result()
+
+
+def _loop_runs() -> bool:
+    """Tell whether an event loop runs in this thread."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def call_rewards(

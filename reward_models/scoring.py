@@ -1,6 +1,5 @@
 """Score the two sides of preference pairs with any rewards, each distinct text once."""
 
-import asyncio
 import inspect
 import json
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from data.prompts import tokenize_prompts
 from data.reading import dataset_of
-from reward_models.composite import Composite, call_rewards
+from reward_models.composite import Composite, async_runner, call_rewards
 from reward_models.ranking import up_to_the_end
 
 
@@ -97,7 +96,7 @@ def score_texts(
     order = sorted(range(len(texts)), key=lambda i: -sizes[i])  # the longest first: if memory lacks, it lacks at once
     mine = order[state.process_index :: state.num_processes]
     parts: list[tuple[int, list[float]]] = []
-    with asyncio.Runner() as runner:
+    with async_runner() as runner:
         batches = range(0, len(mine), batch_size)
         for start in tqdm(batches, desc="scoring", unit="batch", disable=not state.is_main_process):
             chunk = mine[start : start + batch_size]

@@ -262,6 +262,8 @@ def _rewards(recipe: Recipe) -> None:
             "lists, and returns one number for each. See docs/rewards.md.",
             *("custom_reward_function.path", "custom_reward_function.name"),
         )
+    else:
+        recipe.note("it was used only with a path. Nothing to do.", "custom_reward_function.name")
 
 
 def _sampler(recipe: Recipe) -> None:

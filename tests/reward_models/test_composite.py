@@ -28,7 +28,7 @@ from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import Backbone
 from pipeline.runs.command_line import parse
-from reward_models.composite import Composite, RewardError, call_rewards
+from reward_models.composite import Composite, RewardError, async_runner, call_rewards
 from reward_models.functions import PROTOCOL, RewardArguments, load_function, load_functions
 from reward_models.rules import contains
 
@@ -267,6 +267,26 @@ def test_a_weighted_sum_of_sync_and_async_functions():
     assert scores_of(functions, ["p", "q"], ["a b", "an idea"]) == [2 + 2 + 1 + 1, 2 + 2 + 4]
     weights = [1.0, -0.5, 0.25, 10.0]
     assert scores_of(functions, ["p", "q"], ["a b", "an idea"], weights) == [2 - 1 + 0.25 + 10, 2 - 1 + 1]
+
+
+def test_async_functions_run_where_an_event_loop_runs_already():
+    """As in a notebook. All calls of a run share one loop, since async clients are bound to theirs."""
+    loops = []
+
+    async def remembers(completions, **kwargs):
+        loops.append(asyncio.get_running_loop())
+        return [0.5] * len(completions)
+
+    def evaluate() -> list:
+        composite, rows = Composite([remembers, words]), Dataset.from_dict({"prompt": ["p"]})
+        with async_runner() as runner:
+            return [call_rewards(composite.functions, rows, ["a b"], [[1]], runner).tolist() for _ in range(2)]
+
+    async def notebook() -> list:
+        return evaluate()
+
+    assert asyncio.run(notebook()) == evaluate() == [[[0.5, 2.0]]] * 2
+    assert loops[0] is loops[1] and all(loop.is_closed() for loop in loops)
 
 
 def test_functions_of_trl_work_unchanged():
