@@ -42,6 +42,8 @@ export DS_ACCELERATOR = cpu
 	bench-scaling gpu soak faults lint types test test-fast test-oldest test-python test-vllm translation task papers \
 	sentiment-bert reward-full release-check
 
+	sentiment-bert reward-full docs
+
 # Run SFT, reward model, PPO and evaluation; write $(OUT)/report.md and report.json. `demo` uses the embedded model and data,
 # and takes four minutes. `smollm2` uses a pretrained model of 135M parameters, and takes less than half an hour after its
 # download of 93 MB.
@@ -256,6 +258,11 @@ lint: .venv/lint
 types: .venv/lint
 	.venv/bin/mypy
 
+# Build the pages of docs/ as a site in site/, which a browser can read from there. A link or a reference that leads nowhere
+# fails. The pages that are made from code are written anew by `python -m docs.pages`.
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --clean --strict --quiet
+
 # Run PPO with the real vLLM on a CPU, for the embedded backbone and SmolLM2, in about five minutes after installation.
 test-vllm: .venv-vllm/installed
 	OMP_NUM_THREADS=1 .venv-vllm/bin/python -m pytest tests/with_vllm
@@ -287,6 +294,10 @@ test-vllm: .venv-vllm/installed
 
 .venv/lint: .venv/installed
 	.venv/bin/python -m pip install --quiet --editable '.[lint]'
+	touch $@
+
+.venv/docs: .venv/installed
+	.venv/bin/python -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 # Install TRL 1.12.0 with the releases of the other libraries that Spine is tested with.

@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 def soft_labels(agreement: Float[Tensor, " B"], *, label_smoothing: float = 0.0) -> Float[Tensor, " B"]:
     """Return the label of each pair.
 
-    p = (1 - eps) a + eps (1 - a)
+        p = (1 - eps) a + eps (1 - a)
 
     With a = 1 it is the conservative label 1 - eps. It holds if each rater's word is turned round with probability eps. This
     is the `label_smoothing` of TRL's DPO; Szegedy et al. 2016 (arXiv 1512.00567), section 7, would call it 2 eps. For reward
@@ -37,7 +37,7 @@ def preference_loss(
 ) -> Float[Tensor, ""]:
     """Return the cross-entropy of the preferences against their labels, in nats, the mean over the pairs.
 
-    L = mean_i -p_i log sigmoid(d_i) - (1 - p_i) log sigmoid(-d_i),  d_i = chosen_i - rejected_i - margin_i
+        L = mean_i -p_i log sigmoid(d_i) - (1 - p_i) log sigmoid(-d_i),  d_i = chosen_i - rejected_i - margin_i
 
     Christiano et al. 2017 (arXiv 1706.03741), section 2.2.3, where a tie is a label of 0.5. Without labels each p_i is 1,
     and L is eq. 1 of Ouyang et al. 2022 (arXiv 2203.02155). The margin is that of Llama 2 (Touvron et al. 2023, arXiv
@@ -53,7 +53,7 @@ def preference_loss(
 def centering_loss(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -> Float[Tensor, ""]:
     """Return the mean square of the two scores' sum, which keeps scores near 0.
 
-    L = mean_i (chosen_i + rejected_i)^2
+        L = mean_i (chosen_i + rejected_i)^2
 
     Eisenstein et al. 2023 (arXiv 2312.09244), eq. 2; TRL weighs it with `center_rewards_coefficient`. A preference does not
     depend on it.
@@ -64,7 +64,7 @@ def centering_loss(chosen: Float[Tensor, " B"], rejected: Float[Tensor, " B"]) -
 def plackett_luce_loss(scores: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) -> Float[Tensor, ""]:
     """Return the negative log-likelihood of rankings, in nats, the mean over the rankings.
 
-    L = mean_i -sum_k log(exp(s_ik) / sum_(j >= k) exp(s_ij))
+        L = mean_i -sum_k log(exp(s_ik) / sum_(j >= k) exp(s_ij))
 
     The best completion wins among all, the second among the others, and so on (Luce 1959; Plackett 1975). It is the K-wise
     maximum likelihood of Zhu et al. 2023 (arXiv 2301.11270), section 4. A ranking of two is a pair, and L its
@@ -83,7 +83,7 @@ def plackett_luce_loss(scores: Float[Tensor, "B K"], mask: Bool[Tensor, "B K"]) 
 def regression_loss(scores: Float[Tensor, " B"], ratings: Float[Tensor, " B"]) -> Float[Tensor, ""]:
     """Return the mean square of the differences between scores and ratings.
 
-    L = mean_i (s_i - r_i)^2
+        L = mean_i (s_i - r_i)^2
 
     Ratings are those of people, of mean 0 and deviation 1. L is then the share of their variance that is not explained.
     """

@@ -22,7 +22,7 @@ def token_rewards(
 ) -> Float[Tensor, "B T"]:
     """Return the reward of each token: the KL penalty, plus the score at the last real token.
 
-    r_t = -kl_coef * kl_t + [t is the last real token] * score,  kl_t as in `pipeline.rl.kl.kl_per_token`
+        r_t = -kl_coef * kl_t + [t is the last real token] * score,  kl_t as in `pipeline.rl.kl.kl_per_token`
 
     Ziegler et al. 2019 (arXiv 1909.08593), eq. 2, with the penalty spread over tokens as in Stiennon et al. 2020.
 
@@ -50,9 +50,9 @@ def gae(
 ) -> tuple[Float[Tensor, "B T"], Float[Tensor, "B T"]]:
     """Return advantages and returns by generalised advantage estimation.
 
-    delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)
-    A_t     = delta_t + gamma * lam * A_{t+1}
-    return_t = A_t + V(s_t)
+        delta_t = r_t + gamma * V(s_{t+1}) - V(s_t)
+        A_t     = delta_t + gamma * lam * A_{t+1}
+        return_t = A_t + V(s_t)
 
     Schulman et al. 2016 (arXiv 1506.02438), eqs. 11 and 16. The state after the last real token is terminal: its value
     and its advantage are 0.

@@ -24,7 +24,7 @@ def kl_per_token(
 def adapted_kl_coef(kl_coef: float, kl: float, *, target: float, horizon: float, batch_size: int) -> float:
     """Return the KL coefficient after an update whose mean KL was `kl` nats a sequence.
 
-    e = clip(kl / target - 1, -0.2, 0.2);  coefficient *= 1 + e * batch_size / horizon
+        e = clip(kl / target - 1, -0.2, 0.2);  coefficient *= 1 + e * batch_size / horizon
 
     This is a proportional controller in log space: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2. `horizon` and
     `batch_size` count sequences.

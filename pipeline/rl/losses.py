@@ -23,7 +23,7 @@ def policy_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Return the clipped surrogate loss, and the share of tokens on which a clipped branch is taken.
 
-    L = mean_t w_t max(-A_t * rho_t, -A_t * clamp(rho_t, 1 - clip, 1 + clip)),  rho_t = exp(logprobs - old_logprobs)
+        L = mean_t w_t max(-A_t * rho_t, -A_t * clamp(rho_t, 1 - clip, 1 + clip)),  rho_t = exp(logprobs - old_logprobs)
 
     Schulman et al. 2017 (arXiv 1707.06347), eq. 7, negated to be minimised. Where another program sampled
     the completions, `weights` w come from `pipeline.rl.importance.importance_weights`. Without `weights` each w_t is 1.
@@ -58,7 +58,7 @@ def value_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Return the clipped value loss, and the share of tokens on which the clipped branch was the larger.
 
-    L = 1/2 mean_t max((V_t - R_t)^2, (clamp(V_t, V_old - clip, V_old + clip) - R_t)^2)
+        L = 1/2 mean_t max((V_t - R_t)^2, (clamp(V_t, V_old - clip, V_old + clip) - R_t)^2)
 
     From openai/baselines ppo2, also in openai/lm-human-preferences.
     """
