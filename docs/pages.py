@@ -1,6 +1,6 @@
 """Write the pages of docs/ that are made from code: the options of all commands, and the figures of the logs.
 
-    python -m docs.pages
+python -m docs.pages
 """
 
 import inspect
@@ -33,7 +33,8 @@ OPTIONS_INTRO = """# Options
 
 Which options does a command take, what is each one's default, and where does it come from?
 
-An option is a key of a recipe, or `--name value` on the command line, which goes before the recipe. `python -m docs.pages`
+An option is a key of a recipe, such as `learning_rate: 1e-4`. On the command line it is `--learning_rate 1e-4`, and goes before
+the recipe. `python -m docs.pages`
 writes this page from the dataclasses that the commands parse.
 
 - *Values*: a value outside of them is an error. Any option whose default is unset may be `null`.
@@ -60,7 +61,7 @@ mean since the entry before, over all processes. On held-out rows its name begin
 Four figures tell most of a run of PPO: `score` should rise and level off, `kl` should come to its target and stay,
 `explained_variance` should rise above 0, and `completions/mean_length` should stay near where it began.
 
-![Mean score, KL to the reference and value loss during PPO: the score rises from 0 to 2.4 deviations, the KL to 10 nats](ppo_curves.png)
+![Mean score, KL and value loss during PPO: the score rises from 0 to 2.4 deviations, the KL to 10 nats](ppo_curves.png)
 
 *A healthy run: 24 updates of `make smollm2`.*
 
@@ -166,7 +167,9 @@ def options_page() -> tuple[str, str]:
     rows = []
     for command, kinds in found.items():
         names = dict.fromkeys(each for kind in kinds for each in with_parents(kind))
-        rows.append([f"`pipeline.{command}`", ", ".join(f"[{each.__name__}](#{each.__name__.lower()})" for each in names)])
+        rows.append(
+            [f"`pipeline.{command}`", ", ".join(f"[{each.__name__}](#{each.__name__.lower()})" for each in names)]
+        )
     trains: dict[type, bool] = {}
     for command, kinds in found.items():
         for each in (each for kind in kinds for each in with_parents(kind)):

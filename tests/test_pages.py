@@ -110,7 +110,9 @@ SHORT = {"max_completion_length": 6}
 SIZES = {
     "sft": FEW,
     "reward": FEW | SHORT | {"sft_completions": 16, "per_device_train_batch_size": 8},
-    "ppo": FEW | SHORT | {"per_device_train_batch_size": 4, "min_reward_accuracy": 0, "sample_updates": 1, "judge": ""},
+    "ppo": FEW
+    | SHORT
+    | {"per_device_train_batch_size": 4, "min_reward_accuracy": 0, "sample_updates": 1, "judge": ""},
     "evaluation": SHORT | {"max_prompts": 16},
 }
 
@@ -133,7 +135,7 @@ def test_the_tutorial(tmp_path, monkeypatch, capsys):
     lines = "".join(fences(text, "bash")).splitlines()
     shell = [line for line in lines if line.split()[0] in ("mkdir", "cp", "sed")]
     subprocess.run(["bash", "-ec", "\n".join(shell)], check=True)
-    programs = {"make_pairs": make_pairs.replace("NUMBER, BATCH = 4096", "NUMBER, BATCH = 384"), "write": write}
+    programs = {"make_pairs": make_pairs.replace("NUMBER, BATCH = 2048", "NUMBER, BATCH = 384"), "write": write}
     assert programs["make_pairs"] != make_pairs
     done = []
     for line in (line for line in lines if line not in shell):
@@ -168,7 +170,7 @@ def test_the_tutorial(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_extending(tmp_path, monkeypatch, tiny):
-    """The code of the page, block after block; then its rewards by their names, and its loss of the reward model in the stage."""
+    """The code of the page, block after block; then its rewards by name, and its loss of the reward model in the stage."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     text = page("extending.md")
