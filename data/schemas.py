@@ -283,6 +283,21 @@ TRAINER_STATE = record(
 )
 # A line of samples.jsonl, of which a resumed run keeps those up to its step.
 SAMPLE = record({"step": whole()})
+# The same line for those who show it. A prompt is a text or a conversation.
+SAMPLE_ROW = record(
+    {"step": whole(), "prompt": either(TEXT, list_of(OBJECT)), "completion": TEXT},
+    dict.fromkeys(("score", "kl", "judge", "disagreement"), FIGURE),
+)
+# A line of training_log.jsonl: `pipeline.runs.training_log`.
+LOG_LINE = record(
+    {"step": whole()},
+    {
+        "time": number(0, 1e11, "seconds since 1970"),
+        "started": record({"stage": TEXT, "max_steps": whole(), "options": OBJECT}, {"preflight": CHECKS}),
+        "warning": TEXT,
+        "ended": TEXT,
+    },
+)
 
 # ------------------------------------------------------------------------------------ models and data
 # config.json of a model: transformers checks the rest as it loads the model.

@@ -132,8 +132,9 @@ def main(
         trainer.add_callback(SampleTable(trainer, fixed, judge))
     set_seed(args.seed, device_specific=True)  # processes draw different completions
     check_wrapper(trainer)
-    trainer.train(resume_from_checkpoint=checkpoint, options=options)
-    summary = {"preflight": [asdict(check) for check in checks], **trainer.summary(), "rows": report}
+    told = [asdict(check) for check in checks]
+    trainer.train(resume_from_checkpoint=checkpoint, options=options, preflight=told)
+    summary = {"preflight": told, **trainer.summary(), "rows": report}
     finish_stage(trainer, backbone.fingerprint, summary)
     trainer.end()
 

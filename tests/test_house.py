@@ -18,6 +18,7 @@ ORDER = (
     "pipeline.rl",
     "pipeline.migration",
     "pipeline.reports",
+    "pipeline.pages",
 )
 LONGEST = 350  # lines of a module, unless its docstring says why it is longer
 

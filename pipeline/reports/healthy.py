@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
+from data.schemas import LARGEST
 from pipeline.reports.metric_table import METRICS, Bound, Metric, Times
 
 
@@ -51,7 +52,7 @@ def _bound(
             known = values_of(history, name)[:1]
         else:
             option = options.get(bound.of)
-            known = [option] if _is_number(option) else values_of(history, bound.of)[-1:]
+            known = [option] if is_figure(option) else values_of(history, bound.of)[-1:]
         if known and known[0]:
             return bound.factor * known[0]
     return None
@@ -59,11 +60,12 @@ def _bound(
 
 def values_of(history: Iterable[Mapping[str, Any]], name: str) -> list[float]:
     """Return the values of a figure, in the order of the log."""
-    return [row[name] for row in history if _is_number(row.get(name))]
+    return [row[name] for row in history if is_figure(row.get(name))]
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_figure(value: object) -> bool:
+    """Tell whether a value of the log is a finite number."""
+    return type(value) in (int, float) and -LARGEST <= value <= LARGEST  # type: ignore[operator]  # False for NaN
 
 
 def is_outside(metric: Metric, values: list[float], low: float | None, high: float | None) -> bool:

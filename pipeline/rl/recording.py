@@ -121,3 +121,5 @@ class Recording:
     def _warn(self, **measured) -> None:
         for message in self.health.observe(**measured):
             logger.warning(message, main_process_only=True)
+            if self.training_log:
+                self.training_log.warn(self.state.global_step + 1, message)

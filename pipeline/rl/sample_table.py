@@ -18,8 +18,8 @@ from data.prompts import tokenize_prompts
 from data.schemas import SAMPLE
 from pipeline.backbone.sampling import as_answers, sample
 from pipeline.rl.kl import kl_per_token
-from pipeline.runs.manifest import STAGING
-from pipeline.runs.ownership import SAMPLES
+from pipeline.runs.live_files import SAMPLES, whole_lines
+from pipeline.runs.training_log import write_anew
 from reward_models.composite import Composite, call_rewards
 from reward_models.ensembles import disagreement_in
 
@@ -60,17 +60,11 @@ class SampleTable(TrainerCallback):
 
     def _keep_rows_of(self, step: int) -> None:
         """Keep only the rows up to `step`, from which the run resumes: rows of later steps are written again."""
-        # The last line may be cut off.
-        lines = self.path.read_bytes().split(b"\n")[:-1] if step and self.path.is_file() else []
         kept = []
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(whole_lines(self.path) if step else [], 1):
             if parse_json(line, f"{self.path} line {number}", SAMPLE, remedy="Delete the line.")["step"] <= step:
-                kept.append(line + b"\n")
-        fresh = self.path.parent / STAGING / SAMPLES
-        fresh.parent.mkdir(exist_ok=True)
-        fresh.write_bytes(b"".join(kept))
-        fresh.replace(self.path)
-        fresh.parent.rmdir()
+                kept.append(line)
+        write_anew(self.path, kept)
 
     def _add(self, step: int) -> None:
         with self.trainer.gathered_weights():  # on all processes, since they may share the model

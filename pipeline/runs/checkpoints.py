@@ -7,7 +7,6 @@ executes nothing. Where FSDP or DeepSpeed shard the optimizer, each process writ
 their pickles.
 """
 
-import math
 import os
 import shutil
 import time
@@ -50,12 +49,15 @@ from pipeline.runs.rotation import Rotates
 from pipeline.runs.state_files import save_state
 from pipeline.runs.stopping import StopsOnSignals
 from pipeline.runs.terminal import write_lines
+from pipeline.runs.training_log import KeepsLog
 from pipeline.runs.whole_models import load_weights
 from pipeline.runs.worlds import state_of
 from reward_models.composite import RewardError
 
 
-class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDivergence, StopsOnSignals, Rotates):
+class Checkpointed(
+    OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDivergence, StopsOnSignals, Rotates, KeepsLog
+):
     """Mixin for one of TRL's trainers, as in `class SFT(Checkpointed, SFTTrainer)`: give it what this module describes.
 
     Trainer saves weights, optimizer, scheduler, its own state and random states, and finds its position among the batches
@@ -172,13 +174,18 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
         return state
 
     # -------------------------------------------------------------------------------------- resuming
-    def train(self, resume_from_checkpoint: str | None = None, options: dict[str, Any] | None = None, **kwargs):
-        """Override `train`: check the checkpoint first, and stop on a signal.
+    def train(
+        self,
+        resume_from_checkpoint: str | None = None,
+        options: dict[str, Any] | None = None,
+        preflight: list[dict[str, Any]] | None = None,
+        **kwargs,
+    ):
+        """Override `train`: check the checkpoint first, stop on a signal, and keep the log in a file.
 
         On SIGTERM, SIGINT and SIGUSR1 the run finishes the current update, writes a checkpoint and exits with 128 + signal.
-        The second of these ends it at once.
-
-        `options` are all options of the stage (`options_of`), to be compared with the checkpoint's.
+        The second of these ends it at once. `options` are all options of the stage (`options_of`), to be compared with the
+        checkpoint's. `preflight` are the checks before training, for the log.
         """
         if resume_from_checkpoint:
             check_checkpoint(resume_from_checkpoint, self.args)
@@ -199,7 +206,7 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
         self._within_step, self._written = False, 0
         self._resumed, self._trained_before, self._began = None, 0.0, time.monotonic()
         write_lines(self)
-        with self.listening():
+        with self.listening(), self.keeping_log(preflight):
             return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **kwargs)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -312,13 +319,6 @@ class Checkpointed(OptimizerShards, ResumesEpochs, ResumesOptions, EndsAtDiverge
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             complete_card(self.args.output_dir, self.model.config._name_or_path, kwargs["model_name"])
-
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        """Override `log`: leave values that are not finite, such as a mean over no completions, out of the history (JSON)."""
-        super().log(logs, *args, **kwargs)
-        row = self.state.log_history[-1]
-        for name in [name for name, value in row.items() if isinstance(value, float) and not math.isfinite(value)]:
-            del row[name]
 
     def _maybe_log_save_evaluate(self, *args, **kwargs):
         """Override `_maybe_log_save_evaluate`, called after every step: also end training if a process was asked to stop."""

@@ -23,6 +23,7 @@ from pipeline.backbone.adapters import read_metrics
 from pipeline.backbone.members import MEMBER, write_members
 from pipeline.runs.folders import check_folders
 from pipeline.runs.launch import check_launch
+from pipeline.runs.live_files import LOG
 from pipeline.runs.output_lock import lock_for_training
 from pipeline.runs.ownership import FILES
 from reward_models.ensembles import ensemble_report
@@ -76,7 +77,7 @@ def open_ensemble(
     shared: dict[str, Any] = {"policies": policies, "data": data}
     check_folders(args.output_dir, model.model_name_or_path, **shared, writes=FILES["ensemble"])
     for of_member in member_arguments(args, number):
-        writes = (*FILES["adapter"], SCALE)
+        writes = (*FILES["adapter"], SCALE, LOG)
         check_folders(of_member.output_dir, model.model_name_or_path, **shared, leaves_reward=True, writes=writes)
     lock_for_training(args)
 

@@ -9,9 +9,10 @@ from pipeline.backbone.members import check_rewards
 from pipeline.runs.changed_options import changed_options
 from pipeline.runs.folders import check_checkpoints, check_folders
 from pipeline.runs.launch import check_launch
+from pipeline.runs.live_files import LOG, SAMPLES
 from pipeline.runs.manifest import find_checkpoint
 from pipeline.runs.output_lock import lock_for_training
-from pipeline.runs.ownership import FILES, SAMPLES, VALUE
+from pipeline.runs.ownership import FILES, VALUE
 from reward_models.functions import RewardArguments
 from reward_models.normalization import FILE as SCALE
 
@@ -44,7 +45,7 @@ def open_run(
     """
     check_launch(args, shards=shards)
     adapters = rewards.reward_adapter if rewards else ()
-    writes = FILES["model"] if whole else (*FILES["adapter"], *((SCALE,) if leaves_reward else ()))
+    writes = (LOG, *(FILES["model"] if whole else (*FILES["adapter"], *((SCALE,) if leaves_reward else ()))))
     if hasattr(args, "sample_updates"):  # PPO
         writes += (*VALUE, *((SAMPLES,) if args.sample_updates else ()))
     check_folders(

@@ -22,9 +22,9 @@ from transformers import TrainingArguments
 
 from data.boundaries import real_path
 from data.waiting import waiting_for
+from pipeline.runs.live_files import LOCK
 
 
-LOCK = "_run.lock"
 # A file system or mount without locks answers with one of these.
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 PATIENCE = 30.0  # seconds until other machines see a new file: network file systems keep lists of files that long

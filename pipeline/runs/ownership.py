@@ -18,11 +18,11 @@ from data.saving import SAVED, SAVING, is_ours, put_aside
 from pipeline.backbone.adapters import ADAPTER_CONFIG, WEIGHTS
 from pipeline.backbone.identity import IDENTITY
 from pipeline.backbone.members import MANIFEST as ENSEMBLE
+from pipeline.runs.live_files import LOG, SAMPLES
 from pipeline.runs.manifest import MANIFEST, NAME, STAGING, checkpoints_in, files_in, name_in, read_manifest
 from reward_models.normalization import FILE as SCALE
 
 
-SAMPLES = "samples.jsonl"
 VALUE = tuple(f"value/{name}" for name in (ADAPTER_CONFIG, WEIGHTS, IDENTITY))
 TOKENIZER = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
@@ -60,7 +60,9 @@ FORMER = {
 }
 ROW = {"step", "prompt", "completion", "score", "kl"}  # keys of a row of the table of samples
 UNFINISHED = "unfinished"  # an adapter of which something is still to be measured
-IN_STAGING = re.compile(NAME.pattern + f"|replaced|removed-.*|{UNFINISHED}|" + re.escape(SAMPLES))
+IN_STAGING = re.compile(
+    NAME.pattern + f"|replaced|removed-.*|{UNFINISHED}|" + f"{re.escape(SAMPLES)}|{re.escape(LOG)}"
+)
 
 
 def former_files(folder: str | Path, kind: str) -> list[str]:
@@ -99,15 +101,30 @@ def _json(path: Path):
 
 def is_table_of_samples(path: Path) -> bool:
     """Tell whether PPO wrote this table of samples: the first row has its keys, or was cut off in writing."""
+    row = _first_row(path)
+    return row is not None and (not row or row.keys() - {"judge", "disagreement"} == ROW)
+
+
+def is_training_log(path: Path) -> bool:
+    """Tell whether a run wrote this log: the first row has its keys, or was cut off in writing."""
+    row = _first_row(path)
+    return row is not None and (not row or row.keys() == {"step", "time", "started"})
+
+
+def _first_row(path: Path) -> dict | None:
+    """Return the first row of a file that a run writes line by line, empty if it was cut off; None if it is no such row."""
     try:
         with path.open(encoding="utf-8") as file:
             first = file.readline()
         if not first.endswith("\n"):
-            return first.startswith('{"step": ') or not first
+            return {} if first.startswith('{"step": ') or not first else None
         row = json.loads(first)
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(row, dict) and row.keys() - {"judge", "disagreement"} == ROW
+        return None
+    return row if isinstance(row, dict) and row else None
+
+
+LIVE = {SAMPLES: is_table_of_samples, LOG: is_training_log}  # written while a run trains, and never listed
 
 
 def not_ours(folder: Path, names: Iterable[str]) -> list[str]:
@@ -124,9 +141,10 @@ def not_ours(folder: Path, names: Iterable[str]) -> list[str]:
         inside = [folder / parent for parent in Path(name).parents if parent != Path(".")]
         if odd := [parent for parent in inside if os.path.lexists(parent) and not parent.is_dir()]:
             found.append(odd[0].relative_to(folder).as_posix())
-        elif name == SAMPLES and os.path.lexists(path) and not is_table_of_samples(path):
-            found.append(name)
-        elif name != SAMPLES and os.path.lexists(path) and (name not in listed or not path.is_file()):
+        elif name in LIVE:
+            if os.path.lexists(path) and not LIVE[name](path):
+                found.append(name)
+        elif os.path.lexists(path) and (name not in listed or not path.is_file()):
             found.append(name)
     found += [name for name in (SAVING, SAVED) if not is_ours(folder / name)]
     staging = folder / STAGING

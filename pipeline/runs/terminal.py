@@ -15,6 +15,8 @@ from tqdm.auto import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.utils import logging
 
+from pipeline.runs.live_files import duration
+
 
 # The figures of a line: name in the log, name in the line, format. Of each group the line has the first that is in the log.
 SHOWN = (
@@ -31,16 +33,6 @@ SHOWN = (
         ("rewards/margins", "margin", "+7.3f"),
     ),
 )
-
-
-def duration(seconds: float) -> str:
-    """Return a duration in words, to the second below an hour and to the minute above it."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
 
 
 def figures(logs: Mapping[str, Any], kl_target: float | None = None) -> list[str]:

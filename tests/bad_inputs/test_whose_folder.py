@@ -52,6 +52,7 @@ FOREIGN = {
     "a file named as a checkpoint": ("ppo", put("checkpoint-2"), "checkpoint-2"),
     "report": ("evaluation", put("report.json", '{"quarter": 3}'), "report.json"),
     "words": ("evaluation", put("report.md"), "report.md"),
+    "a log": ("sft", put("training_log.jsonl", '{"step": 1, "loss": 0.5}\n'), "training_log.jsonl"),
     "plot": ("best_of_n", put("best_of_n.png"), "best_of_n.png"),
 }  # fmt: skip
 
@@ -81,6 +82,7 @@ READ = {
     "in a checkpoint": ("sft", "dataset_name", "checkpoint-2/rows.jsonl", {}),
     "a report": ("best_of_n", "report", "best_of_n.json", {}),
     "its metrics": ("dpo", "dataset_name", "metrics.json", {}),
+    "its log": ("reward", "dataset_name", "training_log.jsonl", {}),
     "the table of completions": ("grpo", "dataset_name", "completions/rows.jsonl", {}),
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ import os
 import random
 import statistics
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +20,17 @@ from data.quoting import escaped, quoted
 from data.schemas import either, fault, list_of, nullable, number, one_of, record, text, whole
 from pipeline import tables
 from pipeline.backbone.adapters import read_metrics
+from pipeline.pages import dashboard_page
 from pipeline.reports.markdown import number as shown
 from pipeline.reports.report import _reward_model, best_of_n_table, markdown_report, read_report
+from pipeline.reports.run_files import read_run
 from pipeline.rl.checks import Check
 from pipeline.rl.health import Health
 from pipeline.rl.sample_table import SampleTable
+from pipeline.runs.live_files import LOG
 from pipeline.runs.manifest import MANIFEST, manifest_digest, read_manifest
 from pipeline.runs.state_files import load_trainer_state, save_state
+from pipeline.runs.training_log import TrainingLog
 from reward_models.calibration import reward_model_report
 from reward_models.normalization import FILE, Normalization, read_normalization
 from reward_models.temperature import FILE as TEMPERATURE
@@ -296,6 +300,23 @@ def use_samples(folder: Path) -> None:
     SampleTable(Trainer(folder), None)._keep_rows_of(3)
 
 
+def training_log() -> dict:
+    check = {"name": "first KL", "measured": 0.25, "bound": "at most 0.1", "result": "warning", "why": "It must be 0."}
+    about = {"stage": "ppo", "max_steps": 8, "options": {"kl_target": 9.0, "beta": 0.2}, "preflight": [check]}
+    return {"step": 2, "time": 1e9, "started": about, "warning": "a", "ended": "finished"}
+
+
+def use_training_log(folder: Path) -> None:
+    """Show it, with a row of figures of the same step and time, and go on from step 3."""
+    row = json.loads((folder / LOG).read_text())
+    with (folder / LOG).open("a") as file:
+        file.write(json.dumps({**{name: row[name] for name in ("step", "time") if name in row}, "kl": 0.5}) + "\n")
+    run = read_run(folder)
+    dashboard_page.content([("a", run), ("b", replace(run, history=run.history * 2, ended=None, holder={"pid": 1}))])
+    state = type("State", (), {"global_step": 3, "log_history": [{"step": 2, "kl": 0.5}]})
+    TrainingLog(folder, {})._kept(state)
+
+
 FILES = {
     "metrics.json": (metrics, use_metrics),
     "report.json": (report, use_report),
@@ -312,6 +333,7 @@ FILES = {
     "state_0.json": (state, use_state),
     "trainer_state.json": (lambda: json.loads(json.dumps(asdict(TrainerState()))), use_trainer_state),
     "samples.jsonl": (lambda: {"step": 2, "prompt": "a", "score": 1.0}, use_samples),
+    LOG: (training_log, use_training_log),
 }
 WRONG = [None, True, "text", -1, float("nan"), float("inf"), 10**400, [], {}, [[]], {"a": {}}, "\x1b[2J", 10**20]
 

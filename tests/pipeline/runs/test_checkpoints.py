@@ -44,6 +44,8 @@ def files(folder: Path) -> dict[str, bytes]:
     found = {name: data for name, data in found.items() if not name.startswith("checkpoint-")}
     metrics = json.loads((folder / "metrics.json").read_text())
     found["metrics"] = [without_clock(row) for row in metrics.pop("history")], without_clock(metrics)
+    log = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
+    found["log"] = [without_clock(row) for row in log if "started" not in row]
     found["samples"] = (folder / "samples.jsonl").read_text() if (folder / "samples.jsonl").exists() else None
     return found
 
