@@ -237,7 +237,7 @@ def test_how_it_ended_and_went_on(end, make_trainer, tmp_path):
     step, words = {
         "signal": (4, "stopped by SIGTERM after step 4"),
         "death": (5, "Killed: "),
-        "reward": (4, "RewardError: The reward function 'failing' raised RuntimeError: no answer"),
+        "reward": (4, "RewardError: reward function 'failing' raised RuntimeError: no answer"),
     }[end]
     last = rows_of(tmp_path)[-1]
     assert last["ended"].startswith(words), last
