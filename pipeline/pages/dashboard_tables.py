@@ -67,7 +67,7 @@ def _answer(row: dict[str, Any]) -> str:
         f"<span>{word} <b>{short(row[name])}</b></span>" for name, word in figures if is_figure(row.get(name))
     )
     return (
-        f'<div class="answer"><span class="at">step {row["step"]:,}</span><bdi class="said">{words(row["completion"])}</bdi>'
+        f'<div class="answer"><span class="at">step {row["step"]:,}</span><bdi class="said">{words(row["completion"].removeprefix(" "))}</bdi>'
         f'<span class="figures">{found}</span></div>'
     )
 
@@ -117,7 +117,7 @@ def facts(run: Run) -> str:
     if is_figure(run.metrics.get("seconds")):
         found.append(("whole command", duration(run.metrics["seconds"])))
     found += [
-        (name, short(value) if is_figure(value) else words(value))
+        (name, f"{value:,g}" if is_figure(value) else words(value))
         for name, value in run.options.items()
         if value is not None
     ]

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 # The options that a reader of curves needs, as far as a stage has them.
 OPTIONS = (
     "beta", "kl_target", "epsilon", "learning_rate", "num_iterations", "num_generations", "max_completion_length",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "seed",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
 )  # fmt: skip
 
 

@@ -174,8 +174,8 @@ def test_samples_of_the_first_the_last_and_two_updates_between(tmp_path):
     write(tmp_path / SAMPLES, *rows)
     html = content(read_runs(tmp_path))
     first = html[html.index("The film") : html.index("<details", html.index("The film"))]
-    assert re.findall(r" says (\d+)", first) == ["0", "12", "24", "36"] and "6 more updates" in html
-    assert html.count(" says 8<") == 2 and "score <b>1.5</b>" not in html and "score <b>1.50</b>" in html
+    assert re.findall(r">says (\d+)", first) == ["0", "12", "24", "36"] and "6 more updates" in html
+    assert html.count(">says 8<") == 2 and "score <b>1.5</b>" not in html and "score <b>1.50</b>" in html
 
 
 def test_without_samples_it_says_how(tmp_path):
