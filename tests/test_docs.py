@@ -34,6 +34,7 @@ OTHER_OPTIONS = {"config_file", "config", "data_dir", "max_tokens", "pairs", "ti
 OTHER_OPTIONS |= {"quiet", "debug", "license", "private", "model", "outfile", "outtype"}
 OTHER_OPTIONS |= {"scale", "seeds", "report_only"}  # of pipeline.reproduce
 OTHER_OPTIONS |= {*LAUNCHER_OPTIONS, "version", "help"}  # of `spine`
+OTHER_OPTIONS |= {"host", "port", "write"}  # of pipeline.dashboard
 
 
 def without_fences(text: str) -> str:

@@ -241,9 +241,9 @@ TRL = [
            says=("pad_token_id: int", "pad_to_multiple_of: int")),
     Relied("trl.RLOOTrainer._name", TRAINER, "the model card names the algorithm.", "write the card ourselves.",
            says=("trainer_name=self._name", 'self._paper.get("title")')),
-    *[Relied(f"trl.{trainer}._name", "pipeline/runs/training_log.py", "the log names the stage.", "name it in each of our classes.",
+    *[Relied(f"trl.{kind}._name", "pipeline/runs/training_log.py", "the log names the stage.", "name it in our classes.",
              holds=lambda x, name=name: x == name)
-      for trainer, name in (("SFTTrainer", "SFT"), ("RewardTrainer", "Reward"), ("GRPOTrainer", "GRPO"), ("DPOTrainer", "DPO"))],
+      for kind, name in (("SFTTrainer", "SFT"), ("RewardTrainer", "Reward"), ("GRPOTrainer", "GRPO"), ("DPOTrainer", "DPO"))],
     Relied("trl.RLOOTrainer._paper", TRAINER, "the model card cites the paper.", "write the card ourselves."),
     Relied("trl.RLOOTrainer._tag_names", TRAINER, "tags of the model card.", "write the card ourselves."),
     Relied("trl.RLOOTrainer.create_model_card", "pipeline/runs/outputs.py", "of a base in a folder TRL writes None.",

@@ -123,7 +123,7 @@ def make_server(folder: Path, host: str, port: int) -> ThreadingHTTPServer:
 
 def serve(server: ThreadingHTTPServer, tell: Callable[[str], None]) -> None:
     """Serve until Ctrl-C."""
-    host, port = server.server_address[:2]
+    host, port = str(server.server_address[0]), server.server_port
     tell(f"http://{host}:{port}/")
     try:
         server.serve_forever()

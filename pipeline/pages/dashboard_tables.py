@@ -66,8 +66,9 @@ def _answer(row: dict[str, Any]) -> str:
     found = "".join(
         f"<span>{word} <b>{short(row[name])}</b></span>" for name, word in figures if is_figure(row.get(name))
     )
+    said = words(row["completion"].removeprefix(" "))  # the one between prompt and completion
     return (
-        f'<div class="answer"><span class="at">step {row["step"]:,}</span><bdi class="said">{words(row["completion"].removeprefix(" "))}</bdi>'
+        f'<div class="answer"><span class="at">step {row["step"]:,}</span><bdi class="said">{said}</bdi>'
         f'<span class="figures">{found}</span></div>'
     )
 
@@ -98,7 +99,7 @@ def preflight(run: Run, key: str) -> str:
 
 
 def _measured(value: float | None) -> str:
-    return short(value) if value is not None and is_figure(value) else "unknown"
+    return short(value) if is_figure(value) else "unknown"
 
 
 def facts(run: Run) -> str:

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeGuard
 
 from data.schemas import LARGEST
 from pipeline.reports.metric_table import METRICS, Bound, Metric, Times
@@ -63,7 +63,7 @@ def values_of(history: Iterable[Mapping[str, Any]], name: str) -> list[float]:
     return [row[name] for row in history if is_figure(row.get(name))]
 
 
-def is_figure(value: object) -> bool:
+def is_figure(value: object) -> TypeGuard[float]:
     """Tell whether a value of the log is a finite number."""
     return type(value) in (int, float) and -LARGEST <= value <= LARGEST  # type: ignore[operator]  # False for NaN
 
