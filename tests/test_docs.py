@@ -120,7 +120,7 @@ def test_commands_that_python_starts():
     """Other tests run what accelerate launches. Recipes and accelerate configs of all commands exist."""
     text = "\n".join(map(fences, PAGES.values()))
     started = set(re.findall(r"^(?:\S*/)?python -m pipeline\.(\w+)", text, re.MULTILINE))
-    assert started == {"plan", "migrate", "convert_hh", "merge", "reproduce"}
+    assert started == {"plan", "migrate", "convert_hh", "merge", "reproduce", "dashboard"}
     recipes = re.findall(r"(?:pipeline/recipes|accelerate_configs)/\S+\.yaml", text)
     assert recipes and all((ROOT / path).exists() for path in recipes)
     (old,) = re.findall(r"^python -m pipeline\.migrate -- (.+) > new\.yaml$", text, re.MULTILINE)

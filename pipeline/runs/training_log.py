@@ -117,11 +117,15 @@ class TrainingLog(TrainerCallback):
         if not state.global_step:
             return []
         remedy = f"Delete the line, or the whole file: a resumed run writes the log of its checkpoint to {LOG} again."
-        found = [
-            parse_json(line, f"{self.path} line {number}", LOG_LINE, remedy=remedy)
-            for number, line in enumerate(whole_lines(self.path), 1)
-        ]
-        times = {_line(_without(row, "time")): row.get("time") for row in found}
+        found, times = [], {}
+        for number, line in enumerate(whole_lines(self.path), 1):
+            where = f"{self.path} line {number}"
+            row = parse_json(line, where, LOG_LINE, remedy=remedy)
+            try:
+                times[_line(_without(row, "time"))] = row.get("time")
+            except ValueError:
+                raise ValueError(f"{where}: a number is not finite. {remedy}") from None
+            found.append(row)
         rows = []
         for entry in map(finite, state.log_history):
             when = times.get(_line(entry))
