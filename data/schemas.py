@@ -170,6 +170,19 @@ CHECKS = list_of(record({"name": TEXT, "measured": FIGURE, "bound": TEXT, "resul
 LOGGED = record(
     None, dict.fromkeys(("step", "score", "kl", "loss/value", "approxkl", "completions/mean_length"), FIGURE)
 )
+# Options that the figures of a completion's tokens depend on, of PPO's metrics.json and of a checkpoint's manifest.
+OF_TOKENS = record(
+    None,
+    {
+        **dict.fromkeys(("beta", "gamma", "lam", "temperature"), number(0)),
+        "kl_estimator": one_of("k1", "k3"),
+        "missing_eos_penalty": nullable(NUMBER),
+        "reward_clip_range": nullable(list_of(NUMBER, 2, 2)),
+        "reward_weights": nullable(list_of(NUMBER)),
+        "max_completion_length": whole(1),
+        **dict.fromkeys(("whiten_rewards", "normalize_scores"), BOOLEAN),
+    },
+)
 # metrics.json. One from elsewhere may hold none of these.
 METRICS = record(
     None,
@@ -181,6 +194,7 @@ METRICS = record(
         "seconds": number(0),
         "completions": nullable(whole()),
         "preflight": CHECKS,
+        "options": OF_TOKENS,
     },
 )
 

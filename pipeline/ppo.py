@@ -20,7 +20,7 @@ from pipeline.backbone.loading import context_length
 from pipeline.backbone.lora import LoraArguments
 from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import load_backbone
-from pipeline.rl.config import OPTIONS, PPOConfig
+from pipeline.rl.config import OF_TOKENS, OPTIONS, PPOConfig
 from pipeline.rl.preflight import preflight
 from pipeline.rl.sample_table import SampleTable
 from pipeline.rl.trainer import PPOTrainer
@@ -134,7 +134,8 @@ def main(
     check_wrapper(trainer)
     told = [asdict(check) for check in checks]
     trainer.train(resume_from_checkpoint=checkpoint, options=options, preflight=told)
-    summary = {"preflight": told, **trainer.summary(), "rows": report}
+    seen = {name: getattr(args, name) for name in OF_TOKENS} | {"normalize_scores": rewards.normalize_scores}
+    summary = {"preflight": told, **trainer.summary(), "rows": report, "options": seen}
     finish_stage(trainer, backbone.fingerprint, summary)
     trainer.end()
 

@@ -32,6 +32,7 @@ PARSED = ("sft", "reward", "reward_eval", "ppo", "evaluation", "best_of_n", "rlo
 OTHER_OPTIONS = {"config_file", "config", "data_dir", "max_tokens", "pairs", "ties", "form", "between"}
 # Of accelerate, pipeline.merge, rewardbench and llama.cpp.
 OTHER_OPTIONS |= {"quiet", "debug", "license", "private", "model", "outfile", "outtype"}
+OTHER_OPTIONS |= {"host", "port"}  # of pipeline.compare
 OTHER_OPTIONS |= {"scale", "seeds", "report_only"}  # of pipeline.reproduce
 OTHER_OPTIONS |= {*LAUNCHER_OPTIONS, "version", "help"}  # of `spine`
 OTHER_OPTIONS |= {"host", "port", "write"}  # of pipeline.dashboard
@@ -121,6 +122,7 @@ def test_commands_that_python_starts():
     text = "\n".join(map(fences, PAGES.values()))
     started = set(re.findall(r"^(?:\S*/)?python -m pipeline\.(\w+)", text, re.MULTILINE))
     assert started == {"plan", "migrate", "convert_hh", "merge", "reproduce", "dashboard"}
+    assert started == {"plan", "migrate", "convert_hh", "merge", "reproduce", "compare"}
     recipes = re.findall(r"(?:pipeline/recipes|accelerate_configs)/\S+\.yaml", text)
     assert recipes and all((ROOT / path).exists() for path in recipes)
     (old,) = re.findall(r"^python -m pipeline\.migrate -- (.+) > new\.yaml$", text, re.MULTILINE)

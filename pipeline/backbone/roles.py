@@ -357,10 +357,11 @@ class Backbone(PeftModelForCausalLM):
         attention_mask: Mask,
         length: int,
         trunk: Float[Tensor, "B S D"] | None = None,
+        role: str = "value",
     ) -> Float[Tensor, "B {length}"]:
         """Return the value of the state before each of the last `length` tokens."""
-        hidden = self.hidden_states("value", input_ids, attention_mask, trunk)[:, -length - 1 : -1]
-        return self._read("value", hidden)
+        hidden = self.hidden_states(role, input_ids, attention_mask, trunk)[:, -length - 1 : -1]
+        return self._read(role, hidden)
 
     def scores(
         self,
@@ -374,6 +375,17 @@ class Backbone(PeftModelForCausalLM):
         A score is read at the last token that is not the pad token, as in the sequence classifiers of transformers.
         """
         return self._score(role, self.hidden_states(role, input_ids, attention_mask, trunk), input_ids)
+
+    def prefix_scores(
+        self, input_ids: Int[Tensor, "B S"], attention_mask: Mask, length: int, role: str = "reward"
+    ) -> Float[Tensor, "B {length}"]:
+        """Return what `scores` gives each beginning of a sequence that ends with one of the last `length` tokens.
+
+        One pass is enough, because the states of a causal model do not depend on later tokens.
+        """
+        hidden = self.hidden_states(role, input_ids, attention_mask)
+        last = self._last_real(input_ids)[:, -length:]
+        return self._read(role, hidden[torch.arange(len(last), device=last.device).unsqueeze(1), last])
 
     def member_scores(
         self,
@@ -416,10 +428,13 @@ class Backbone(PeftModelForCausalLM):
         return depth if depth and self._starts_at[depth] else 0
 
     def _score(self, role: str, hidden: Float[Tensor, "B S D"], input_ids: Int[Tensor, "B S"]) -> Float[Tensor, " B"]:
-        real = input_ids != self.get_base_model().config.get_text_config().pad_token_id
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        last = (positions * real).argmax(dim=-1)
+        last = self._last_real(input_ids)[:, -1]
         return self._read(role, hidden[torch.arange(len(last), device=last.device), last])
+
+    def _last_real(self, input_ids: Int[Tensor, "B S"]) -> Int[Tensor, "B S"]:
+        """Return the place of the last token up to each one that is not the pad token; 0 if there is none."""
+        real = input_ids != self.get_base_model().config.get_text_config().pad_token_id
+        return (torch.arange(input_ids.shape[1], device=input_ids.device) * real).cummax(dim=1).values
 
     def _read(self, role: str, hidden: Float[Tensor, "*N D"]) -> Float[Tensor, "*N"]:
         """Apply a role's head to hidden states, in the head's own precision, also under autocast."""

@@ -11,7 +11,13 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    TextStreamer,
+)
 from trl import RLOOConfig
 from trl.trainer.utils import pad
 
@@ -136,6 +142,7 @@ def sample(
     keep_logprobs: bool = False,
     share_seed: tuple[int, ...] | None = None,
     tell: Callable[[int], object] | None = None,
+    streamer: TextStreamer | None = None,
 ) -> Iterator[Sample]:
     """Sample one completion to each prompt, in batches, from the whole distribution at `temperature`.
 
@@ -144,7 +151,8 @@ def sample(
 
     `options` are fields of GenerationConfig that a user has set (`sampling_options`). With `share_seed`, processes take
     batches in turn, and each batch has a seed of its own. So the completions do not depend on the number of processes.
-    `gathered` joins their results. `tell` is called with 1 for each token that a batch draws.
+    `gathered` joins their results. `tell` is called with 1 for each token that a batch draws. `streamer` gets the prompt, and
+    then each token as it is drawn; transformers allows it for batches of one prompt.
 
     Raises:
         FloatingPointError: the model's logits are not finite.
@@ -180,6 +188,7 @@ def sample(
                 generation_config=generation,
                 logits_processor=LogitsProcessorList(processors),
                 synced_gpus=False,
+                streamer=streamer,
             )
         completion_ids = sequences[:, ids.shape[1] :]
         is_end = torch.isin(completion_ids, torch.tensor(ends, device=device))

@@ -1,1 +1,1 @@
-"""The pages that people look at in a browser."""
+"""Pages that people look at in a browser; gradio is imported only here."""

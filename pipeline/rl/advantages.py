@@ -11,6 +11,19 @@ from torch import Tensor
 from pipeline.rl.kl import kl_per_token
 
 
+def final_scores(
+    scores: Float[Tensor, " B"],
+    ended: Bool[Tensor, " B"],
+    *,
+    missing_eos_penalty: float | None,
+    clip_range: list[float] | None,
+) -> Float[Tensor, " B"]:
+    """Return the scores that PPO rewards, (B,): first penalised where a completion has not `ended`, then clipped."""
+    if missing_eos_penalty is not None:
+        scores = scores - missing_eos_penalty * ~ended
+    return scores.clamp(*clip_range) if clip_range else scores
+
+
 def token_rewards(
     scores: Float[Tensor, " B"],
     logprobs: Float[Tensor, "B T"],

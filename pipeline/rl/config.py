@@ -11,6 +11,12 @@ from pipeline.runs.recipe import check_ranges
 from reward_models.functions import RewardArguments
 
 
+# Options that the score, the rewards and the advantages of a completion depend on. PPO leaves them in metrics.json, so that
+# `pipeline.compare` can show later what PPO saw.
+OF_TOKENS = (
+    *("beta", "kl_estimator", "gamma", "lam", "missing_eos_penalty", "reward_clip_range", "reward_weights"),
+    *("whiten_rewards", "temperature", "max_completion_length"),
+)
 # Options of RLOOConfig and Trainer that PPO would have to ignore.
 UNSUPPORTED = (
     "fp16",  # its loss scaler expects gradients in every step, and infinite gradients in some

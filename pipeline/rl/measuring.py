@@ -31,11 +31,15 @@ def measure(
     temperature: float,
     batch_size: int,
     reward_roles: list[str],
+    policy: str = "policy",
+    reference: str = "reference",
+    value: str = "value",
 ) -> Measured:
     """Run policy, reference, value and `reward_roles` over prompts (B, P) and completions (B, T).
 
-    The `reward_roles` must start from the trunk. Rows of about the same length share a pass, `batch_size` at a time. Call
-    this in the precision of training (`accelerator.autocast`).
+    `policy`, `reference` and `value` name these roles on a backbone that has several. The `reward_roles` must start from the
+    trunk. Rows of about the same length share a pass, `batch_size` at a time. Call this in the precision of training
+    (`accelerator.autocast`).
     """
     order = row_lengths(prompt_mask, completion_mask).argsort(stable=True)
     batches = []
@@ -46,12 +50,12 @@ def measure(
         mask = torch.cat([prompt_mask[rows, begin:], completion_mask[rows, :end]], dim=1)
         trunk = backbone.trunk(ids, mask) if backbone.trunk_depth else None
         value_trunk = backbone.trunk(ids, mask, "value") if backbone.value_has_trunk else None
-        policy, reference = (
-            backbone.logprobs(role, ids, mask, completions, temperature, trunk) for role in ("policy", "reference")
+        logprobs, ref_logprobs = (
+            backbone.logprobs(role, ids, mask, completions, temperature, trunk) for role in (policy, reference)
         )
-        values = backbone.values(ids, mask, end, trunk if value_trunk is None else value_trunk)
+        values = backbone.values(ids, mask, end, trunk if value_trunk is None else value_trunk, role=value)
         scores = [*backbone.member_scores(ids, mask, reward_roles, trunk).T] if reward_roles else []
-        of_tokens = [F.pad(x, (0, after)) for x in (policy, reference, values)]
+        of_tokens = [F.pad(x, (0, after)) for x in (logprobs, ref_logprobs, values)]
         states = [x if x is None else F.pad(x, (0, 0, begin, after)) for x in (trunk, value_trunk)]
         batches.append((*of_tokens, *states, *scores))
     back = order.argsort()

@@ -21,7 +21,7 @@ from pipeline.backbone.architecture import without_dropout
 from pipeline.backbone.roles import ADAPTERS, Backbone
 from pipeline.backbone.sharding import fsdp_modules, gathered_weights, keep_shared_shards
 from pipeline.backbone.trunk import decoder_layers
-from pipeline.rl.advantages import gae, token_rewards
+from pipeline.rl.advantages import final_scores, gae, token_rewards
 from pipeline.rl.config import PPOConfig
 from pipeline.rl.health import Health
 from pipeline.rl.kl import adapted_kl_coef, kl_per_token
@@ -212,12 +212,9 @@ class PPOTrainer(Recording, Optimizing, SavesRoles, PolicySampler, RLOOTrainer):
         self._record_rewards(columns, len(prompts))
         start = self.accelerator.process_index * len(prompts)
         scores = self.composite.weigh(columns)[start : start + len(prompts)]
-        if self.args.missing_eos_penalty is not None:
-            ended = torch.tensor([row[-1] in self.eos_token_ids for row in completion_rows], device=scores.device)
-            scores = scores - self.args.missing_eos_penalty * ~ended
-        if self.reward_clip_range:
-            scores = scores.clamp(*self.reward_clip_range)
-        return scores
+        ended = torch.tensor([row[-1] in self.eos_token_ids for row in completion_rows], device=scores.device)
+        options = {"missing_eos_penalty": self.args.missing_eos_penalty, "clip_range": self.reward_clip_range}
+        return final_scores(scores, ended, **options)
 
     def _whiten(self, values: Tensor, mask: Tensor, **options) -> Tensor:
         return whiten(values, mask, self.accelerator.reduce(masked_sums(values, mask), reduction="sum"), **options)

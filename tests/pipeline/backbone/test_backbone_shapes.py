@@ -45,6 +45,7 @@ CASES = {
     "Backbone.logprobs_and_entropy": COMPLETED,
     "Backbone.values": TEXT | {"length": 4, "trunk": STATES},
     "Backbone.scores": TEXT | {"trunk": STATES},
+    "Backbone.prefix_scores": TEXT | {"length": 4},
     "Backbone.member_scores": TEXT | {"roles": ("reward", "value"), "trunk": STATES},
     "Backbone.forward": TEXT | {"completion_ids": COMPLETIONS, "trunk": STATES, "value_trunk": STATES},
 }

@@ -12,6 +12,7 @@ from pipeline.rl import advantages, importance, kl, losses, masking
 
 BATCH, TOKENS = 3, 5
 OPTIONS = {
+    "final_scores": {"missing_eos_penalty": 0.5, "clip_range": [-1.0, 1.0]},
     "token_rewards": {"kl_coef": 0.1},
     "gae": {"gamma": 1.0, "lam": 0.95, "value_lam": 1.0},
     "policy_loss": {"clip": 0.2, "clip_high": 0.28, "dual_clip": 3.0},
@@ -19,7 +20,7 @@ OPTIONS = {
     "importance_weights": {"mode": "sequence_truncate", "clip_min": None, "clip_max": 2.0},
 }
 # Shapes of arguments that are not (B, T).
-SHAPES = {"scores": (BATCH,), "sums": (3,), "return_sums": (3,), "error_sums": (3,)}
+SHAPES = {"scores": (BATCH,), "ended": (BATCH,), "sums": (3,), "return_sums": (3,), "error_sums": (3,)}
 MODULES = (advantages, importance, kl, losses, masking)
 FUNCTIONS = {
     name: function
@@ -38,8 +39,8 @@ def arguments(name: str) -> dict:
     options = OPTIONS.get(name, {})
     made = {}
     for argument, parameter in inspect.signature(FUNCTIONS[name]).parameters.items():
-        if argument == "mask":
-            made[argument] = torch.ones(BATCH, TOKENS, dtype=torch.bool)
+        if argument in ("mask", "ended"):
+            made[argument] = torch.ones(SHAPES.get(argument, (BATCH, TOKENS)), dtype=torch.bool)
         elif parameter.default in (inspect.Parameter.empty, None) and argument not in options:
             made[argument] = torch.ones(SHAPES.get(argument, (BATCH, TOKENS)))
     return made | options
@@ -52,7 +53,16 @@ TENSORS = [
 
 def test_every_function_of_the_maths_is_here():
     assert set(FUNCTIONS) == {
-        *("token_rewards", "gae", "log_ratios", "importance_weights", "disagreement", "kl_per_token", "policy_loss"),
+        *(
+            "final_scores",
+            "token_rewards",
+            "gae",
+            "log_ratios",
+            "importance_weights",
+            "disagreement",
+            "kl_per_token",
+            "policy_loss",
+        ),
         *("value_loss", "approx_kl", "text_loss", "masked_mean", "masked_sums", "whiten", "explained_variance"),
     }
     assert ("policy_loss", "weights") in TENSORS

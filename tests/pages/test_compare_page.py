@@ -1,0 +1,200 @@
+"""`pipeline.compare` in a browser: two policies on one prompt, a heat map under the words, a conversation, and errors."""
+
+import json
+import re
+import shutil
+import socket
+import threading
+import urllib.request
+
+import pytest
+from browser import chromium, find, find_all, overflow, set_width, wait_for_text, wait_until
+from compare_run import make_run
+from transformers import AutoTokenizer
+
+from pipeline import compare
+from pipeline.backbone.roles import Backbone
+from pipeline.pages.compare_models import KL
+
+
+__all__ = ["chromium"]  # the fixture `browser`
+gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install 'spine-rlhf[pages]'")
+ENTER = "\ue007"  # as selenium calls it
+CHAT = "{% for turn in messages %}{{ turn['role'] }}: {{ turn['content'] }}\n{% endfor %}assistant:"
+
+
+@pytest.fixture(scope="module")
+def chat_run(tmp_path_factory, tiny, sft_adapter, reward_adapter):
+    """A run whose tokenizer has a chat template, beside a copy of the model."""
+    folder = tmp_path_factory.mktemp("compare")
+    shutil.copytree(tiny, folder / "model")
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder / "model")
+    return make_run(folder / "demo", sft_adapter, reward_adapter), folder / "model"
+
+
+@pytest.fixture(scope="module")
+def address(chat_run):
+    """The page of the command, served until the tests of this file are done."""
+    from pipeline.pages import compare as page
+
+    run, model = chat_run
+    served, original = [], page.launch
+
+    def launch(blocks, **options):
+        served.append((blocks, original(blocks, **options, wait=False)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "launch", launch)
+        compare.main([str(run), "--model_name_or_path", str(model), "--port", str(free_port())])
+    ((blocks, found),) = served
+    yield found
+    blocks.close()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        return taken.getsockname()[1]
+
+
+def choose(browser, group: str, *labels: str) -> None:
+    """Click on the choices with these labels."""
+    for label in labels:
+        wait_until(
+            lambda label=label: next((x for x in find_all(browser, f"#{group} label") if x.text == label), None), label
+        ).click()
+
+
+def ask(browser, text: str) -> None:
+    field = find(browser, "#prompt textarea")
+    field.clear()
+    field.send_keys(text)
+    find(browser, "#sample").click()
+
+
+def scored(browser, count: int) -> list:
+    """Wait until this many cards are done, and return them."""
+    wait_until(
+        lambda: len(find_all(browser, "#cards .card .made")) == count and not find_all(browser, ".caret"), "cards"
+    )
+    return find_all(browser, "#cards .card")
+
+
+@pytest.mark.slow
+def test_two_policies_side_by_side(browser, address):
+    set_width(browser, 1280)
+    browser.get(address)
+    wait_for_text(browser, ".compare-head", "4 policies on one backbone, model.")
+    ask(browser, "The film")
+    left, right = scored(browser, 2)
+    assert [card.find_element("css selector", "h2").text for card in (left, right)] == ["sft", "ppo"]
+    assert abs(left.location["y"] - right.location["y"]) < 2 < right.location["x"] - left.location["x"]  # side by side
+    for card in (left, right):
+        assert "The film" in card.text and re.search(r"score\s*[+-]\d\.\d\d", card.text)
+        assert len(card.find_elements("css selector", ".figure")) == len(card.find_elements("css selector", ".token"))
+    assert "The reward model's score of the text up to and with the token" in find(browser, ".legend").text
+    choose(browser, "layer", KL)
+    wait_for_text(browser, ".legend", "How much likelier this policy finds the token")
+    figures = wait_until(lambda: find_all(browser, ".card:first-child .figure"), "figures")
+    assert {figure.text for figure in figures} <= {"+0.00", "-0.00"}  # SFT is its own reference
+    choose(browser, "layer", "words only")
+    wait_until(lambda: not find_all(browser, ".figure"), "no figures")
+    first = find(browser, ".card:last-child .text").text
+    find(browser, "#again").click()
+    wait_until(lambda: find(browser, ".card:last-child .text").text != first, "another text")
+    scored(browser, 2)
+    find(browser, "#sampling button").click()
+    wait_until(lambda: find(browser, "#seed input").get_attribute("value") == "1", "the next seed")
+    choose(browser, "policies", "ppo/checkpoint-4", "bare backbone")
+    find(browser, "#prompt textarea").send_keys(ENTER)
+    assert len(scored(browser, 4)) == 4
+    set_width(browser, 390)
+    cards = find_all(browser, "#cards .card")
+    wait_until(lambda: len({card.location["x"] for card in cards}) == 1, "one column")
+    assert overflow(browser) <= 0
+
+
+@pytest.mark.slow
+def test_a_conversation_goes_on_with_one_answer(browser, address):
+    set_width(browser, 1280)
+    browser.get(address)
+    choose(browser, "mode", "conversation")
+    ask(browser, "Is it good? <b id=bad>${7*7} {{value}}</b>")
+    scored(browser, 2)
+    choose(browser, "answer", "sft")
+    find(browser, "#take").click()
+    wait_until(lambda: len(find_all(browser, "#history .turn")) == 2, "two turns")
+    assert find(browser, "#history .turn").text.endswith("Is it good? <b id=bad>${7*7} {{value}}</b>")
+    assert not find_all(browser, "#bad") and not find_all(browser, "#cards .card")
+    ask(browser, "Why?")
+    scored(browser, 2)
+    find(browser, "#take").click()
+    wait_until(lambda: len(find_all(browser, "#history .turn")) == 4, "four turns")
+    find(browser, "#new").click()
+    wait_until(lambda: not find_all(browser, "#history .turn"), "no turns")
+
+
+@pytest.mark.slow
+def test_what_a_model_writes_is_shown_and_not_run(browser, address, monkeypatch):
+    attack = "<img src=x onerror=\"document.title='run'\">${document.title='run'}{{title}}"
+    monkeypatch.setattr("pipeline.pages.compare_models.pieces", lambda ids, tokenizer: [attack] * len(ids))
+    browser.get(address)
+    ask(browser, "The film")
+    left, _ = scored(browser, 2)
+    assert attack in left.find_element("css selector", ".token").text
+    assert not find_all(browser, "#cards img") and browser.title == "Spine: compare policies"
+
+
+@pytest.mark.slow
+def test_a_wrong_input_is_one_message_and_the_next_one_runs(browser, address):
+    browser.get(address)
+    ask(browser, "")
+    wait_for_text(browser, "#cards [role=alert]", "The prompt is empty. Write the beginning of a text, or a message.")
+    ask(browser, "A" * 300)
+    wait_for_text(browser, "#cards [role=alert]", "exceeds the model's context of 128 tokens. Shorten the prompt")
+    ask(browser, "The film")
+    scored(browser, 2)
+    choose(browser, "policies", "sft", "ppo")
+    find(browser, "#sample").click()
+    wait_for_text(browser, "#cards [role=alert]", "No policy is chosen. Choose one or more.")
+
+
+@pytest.mark.slow
+def test_a_text_streams_and_can_be_stopped(browser, address, monkeypatch):
+    """The model waits after each token until the test has seen the text so far."""
+    going, original = threading.Semaphore(2), Backbone.forward
+
+    def slow(self, *args, **kwargs):
+        assert going.acquire(timeout=30)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(Backbone, "forward", slow)
+    monkeypatch.setattr(
+        "pipeline.backbone.sampling.end_tokens", lambda *args: [1]
+    )  # the pad token: no text ends early
+    browser.get(address)
+    ask(browser, "The film")
+    texts = [wait_until(lambda: find(browser, ".card .plain").text, "a first token")]
+    for _ in range(2):
+        going.release()
+        texts.append(wait_until(lambda: (now := find(browser, ".card .plain").text) != texts[-1] and now, "more text"))
+    assert texts[2].startswith(texts[1]) and texts[1].startswith(texts[0])
+    find(browser, "#stop").click()
+    wait_until(lambda: not find_all(browser, ".caret"), "the end of the caret")
+    going.release(1000)
+    assert not find_all(browser, ".made")
+    monkeypatch.undo()
+    ask(browser, "The film")
+    scored(browser, 2)
+
+
+@pytest.mark.slow
+def test_the_page_is_only_here_and_sends_nothing_elsewhere(address):
+    """Its text names no other server: no fonts, no telemetry, no share link."""
+    assert address.startswith("http://127.0.0.1:")
+    with urllib.request.urlopen(address) as answer:
+        text = answer.read().decode()
+    config = json.loads(re.search(r"window\.gradio_config = (\{.*?\});</script>", text, re.DOTALL)[1])
+    assert config["analytics_enabled"] is False and not config.get("share_url")
+    assert not re.findall(r"https?://fonts\.[^\"' ]+", text)
