@@ -77,7 +77,7 @@ def build(comparison: Comparison, about: str, *, sampling: Sampling, chosen: lis
                         elem_id="mode", visible=chats,
                     )  # fmt: skip
                     message = gr.Textbox(
-                        label="Prompt", show_label=not chats, lines=2, max_lines=8, elem_id="prompt", autofocus=True,
+                        label="Prompt", show_label=not chats, lines=1, max_lines=8, elem_id="prompt", autofocus=True,
                         placeholder=HINTS[TEXT],
                     )  # fmt: skip
                 with gr.Row(elem_id="buttons"):

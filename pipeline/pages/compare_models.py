@@ -8,14 +8,13 @@ import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from queue import SimpleQueue
 from threading import Lock, Thread
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, TextStreamer
+from transformers import PreTrainedTokenizerBase
 from trl import ModelConfig
 
 from data.prompts import tokenize_prompts
@@ -27,6 +26,7 @@ from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import Backbone, load_backbone
 from pipeline.backbone.sampling import Sample, as_answers, end_tokens, sample
 from pipeline.pages.compare_runs import Policy, Run, normalizes
+from pipeline.pages.compare_tokens import PART_OF_CHARACTER, Tokens, pieces
 from pipeline.rl.advantages import final_scores, gae, token_rewards
 from pipeline.rl.kl import kl_per_token
 from pipeline.rl.measuring import measure
@@ -38,13 +38,12 @@ from reward_models.learned import LearnedReward
 
 
 BARE = "reference"  # a role without an adapter of its own here, which is the bare backbone (`Backbone.role`)
-PART_OF_CHARACTER = "\N{REPLACEMENT CHARACTER}"  # what a tokenizer decodes the first bytes of a character to
 KL, REWARD, VALUE, ADVANTAGE, PREFIX = "KL", "reward", "value", "advantage", "score by prefix"
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are sampled."""
+    """Settings of sampling."""
 
     temperature: float = 1.0
     max_completion_length: int = 64
@@ -77,34 +76,6 @@ class Completion:
     layers: dict[str, list[float]]
     rewards: dict[str, float | None]
     score: float | None
-
-
-class Stopped(Exception):
-    """Raised in the sampling thread once nobody waits for its tokens."""
-
-
-class Tokens(TextStreamer):
-    """Hand the tokens of `generate` to another thread as they are drawn.
-
-    transformers' TextIteratorStreamer would hand over text and cannot be stopped.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        super().__init__(tokenizer, skip_prompt=True)
-        self.queue: SimpleQueue[list[int] | Sample | BaseException] = SimpleQueue()
-        self.stopped = False
-        self._begun = False
-
-    def put(self, value: Tensor) -> None:
-        """Take the next tokens; the first call brings the prompt."""
-        if self.stopped:
-            raise Stopped
-        if self._begun:
-            self.queue.put(value.flatten().tolist())
-        self._begun = True
-
-    def end(self) -> None:
-        """Do nothing: `sample` says when it is done."""
 
 
 class Comparison:
@@ -328,21 +299,6 @@ class Comparison:
         if isinstance(reward, EnsembleReward):
             return combine(scores, reward.combination, std_coef=reward.std_coef)
         return scores[:, 0]
-
-
-def pieces(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return the text of each token. Together they are the whole text, with special tokens.
-
-    A token may be part of a character. The whole character then belongs to the last of its tokens.
-    """
-    found, done = [], 0
-    for end in range(1, len(ids) + 1):
-        text = tokenizer.decode(ids[:end], skip_special_tokens=False)
-        if end < len(ids):
-            text = text.rstrip(PART_OF_CHARACTER)
-        found.append(text[done:])
-        done = max(done, len(text))
-    return found
 
 
 def load(

@@ -14,7 +14,8 @@ from data.prompts import tokenize_prompts
 from pipeline.backbone.loading import load_pretrained
 from pipeline.backbone.roles import load_backbone
 from pipeline.backbone.sampling import sample
-from pipeline.pages.compare_models import ADVANTAGE, KL, PREFIX, REWARD, VALUE, Completion, Sampling, pieces
+from pipeline.pages.compare_models import ADVANTAGE, KL, PREFIX, REWARD, VALUE, Completion, Sampling
+from pipeline.pages.compare_tokens import pieces
 from reward_models.composite import Composite, RewardError
 
 
@@ -49,7 +50,9 @@ def test_figures_are_those_of_a_rollout(make_trainer, tiny, sft_adapter, reward_
     trainer._record_rollout = lambda *args: seen.append(args)
     rollout = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS])
     ((_, _, mask, scores, kl, rewards, advantages),) = seen
-    assert kl.abs().min() > 1e-3 and scores.abs().max() == 0.25 and not mask.all()  # clipped; some end before the limit
+    assert (
+        kl.abs().min() > 1e-3 and scores.abs().max() == 0.25 and not mask.all()
+    )  # clipped; some end before the limit
     run = tmp_path / "run"
     trainer.save_model(str(run / "ppo"))
     shutil.copytree(sft_adapter, run / "sft")

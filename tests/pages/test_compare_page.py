@@ -13,13 +13,15 @@ from compare_run import make_run
 from transformers import AutoTokenizer
 
 from pipeline import compare
-from pipeline.backbone.roles import Backbone
 from pipeline.pages.compare_models import KL
+from pipeline.pages.compare_tokens import Tokens
 
 
 __all__ = ["chromium"]  # the fixture `browser`
 gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install 'spine-rlhf[pages]'")
 ENTER = "\ue007"  # as selenium calls it
+# gradio counts its events with an option of pandas that pandas calls old.
+pytestmark = pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated")
 CHAT = "{% for turn in messages %}{{ turn['role'] }}: {{ turn['content'] }}\n{% endfor %}assistant:"
 
 
@@ -163,13 +165,13 @@ def test_a_wrong_input_is_one_message_and_the_next_one_runs(browser, address):
 @pytest.mark.slow
 def test_a_text_streams_and_can_be_stopped(browser, address, monkeypatch):
     """The model waits after each token until the test has seen the text so far."""
-    going, original = threading.Semaphore(2), Backbone.forward
+    going, original = threading.Semaphore(3), Tokens.put  # the prompt and two tokens
 
-    def slow(self, *args, **kwargs):
-        assert going.acquire(timeout=30)
-        return original(self, *args, **kwargs)
+    def slow(self, value):
+        assert going.acquire(timeout=60)
+        original(self, value)
 
-    monkeypatch.setattr(Backbone, "forward", slow)
+    monkeypatch.setattr(Tokens, "put", slow)
     monkeypatch.setattr(
         "pipeline.backbone.sampling.end_tokens", lambda *args: [1]
     )  # the pad token: no text ends early
