@@ -103,6 +103,11 @@ def recognise(rows: Dataset, name: str, given: dict[str, list[str]] | None = Non
     return found
 
 
+def responses(rows: Dataset) -> Layout | None:
+    """Return the columns of a prompt and of two responses to it, with or without a label; None if there are none."""
+    return _judgements(rows, {})
+
+
 def suggestion(rows: Dataset, name: str) -> str:
     """Return the sentence for an error that names the command which converts such rows, or nothing."""
     try:

@@ -337,3 +337,16 @@ DATASET_INFO = record(None, {"features": nullable(OBJECT), "splits": nullable(OB
 # ensemble.json: `pipeline.backbone.members.write_members`.
 MEMBER = record({"folder": FILE_NAME, "seed": whole(), "sha256": TEXT})
 ENSEMBLE = record({"members": list_of(MEMBER, 2)})
+
+# A line of answers.jsonl: `pipeline.pages.label_answers`.
+TURNS = list_of(record({"role": TEXT, "content": TEXT}), 1)
+ANSWER = record(
+    {
+        **dict.fromkeys(("pair", "annotator", "first_from", "second_from"), TEXT),
+        "label": one_of("1", "2", "tie", "skip", "undo"),
+        **dict.fromkeys(("prompt", "first", "second"), either(TEXT, TURNS)),
+        **dict.fromkeys(("swapped", "shared"), BOOLEAN),
+        "number": whole(1),
+        "disagreement": nullable(NUMBER),
+    }
+)

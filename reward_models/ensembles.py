@@ -52,6 +52,16 @@ def disagreement(scores: Float[Tensor, "B M"]) -> Float[Tensor, " B"]:
     return scores.std(dim=1, correction=0)
 
 
+def pair_disagreement(first: Float[Tensor, "B M"], second: Float[Tensor, "B M"]) -> Float[Tensor, " B"]:
+    """Return how far M members disagree about pairs, from their scores of both completions.
+
+    It is the deviation over the members of the probability that the first is better, sigmoid(s_1 - s_2), so from 0 to 0.5.
+    Members' zeros play no part. Pairs on which it is large are those to ask people about (Christiano et al. 2017, arXiv
+    1706.03741, section 2.2.4, which takes the variance).
+    """
+    return disagreement((first - second).sigmoid())
+
+
 def disagreement_in(extra: dict[str, list]) -> list[float] | None:
     """Return the disagreement of each row among the columns that reward functions logged; None without an ensemble.
 

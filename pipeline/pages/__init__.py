@@ -1,1 +1,1 @@
-"""Pages that people look at in a browser; gradio is imported only here."""
+"""Pages that people look at. gradio is imported in this room alone, and only by the modules that make a page."""

@@ -37,6 +37,7 @@ FILES = {
     ),
     "ensemble": (ENSEMBLE, "metrics.json"),
     "best_of_n": ("best_of_n.json", "best_of_n.md", "best_of_n.png"),
+    "labels": ("preferences.jsonl",),
     "reward_eval": (
         "reward_eval.json", "reward_eval.md", "reward_eval_reliability.png", "reward_eval_gap.png", "reward_eval_length.png",
         "reward_eval_domain.png",

@@ -28,12 +28,12 @@ FROM_0 = """
     critic_warmup_updates sample_updates warmup_steps top_k vllm_importance_sampling_clip_min dataloader_num_workers
     center_rewards_coefficient router_aux_loss_coef eval_delay neftune_noise_alpha num_completions_to_print
     entropy_coef_delta entropy_coef_min entropy_coef_max entropy_target off_policy_mask_threshold reward_std_coef
-    max_tool_calling_iterations vllm_server_timeout vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos
+    overlap max_tool_calling_iterations vllm_server_timeout vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos
 """
 FROM_1 = """
     per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps steps_per_generation
     generation_batch_size num_generations num_generations_eval num_iterations max_completion_length max_length
-    sft_completions sample_prompts eval_prompts max_prompts max_pairs batch_size lora_r lora_top_layers
+    sft_completions sample_prompts eval_prompts max_prompts max_pairs candidates batch_size lora_r lora_top_layers
     precompute_ref_batch_size eval_accumulation_steps dataloader_prefetch_factor dataset_num_proc ddp_bucket_cap_mb
     ddp_timeout torch_empty_cache_steps ref_model_sync_steps vllm_max_model_length vllm_tensor_parallel_size
     pad_to_multiple_of prompt_tokens processes num_members vocab_size n_positions n_layer n_embd n_head
@@ -52,7 +52,7 @@ RANGES = (
     (["top_p", "vllm_gpu_memory_utilization"], "above 0 and at most 1", lambda x: 0 < x <= 1),
     (["ptx_max_length"], "2 or more", lambda x: x >= 2),  # a text of one token has nothing to predict
     (["seed", "data_seed"], "from 0 to 4294967295", lambda x: 0 <= x < 2**32),
-    (["vllm_server_port", "vllm_group_port"], "from 1 to 65535", lambda x: 1 <= x <= 65535),
+    (["vllm_server_port", "vllm_group_port", "port"], "from 1 to 65535", lambda x: 1 <= x <= 65535),
     # Trainer would read 0 as unset, and train `num_train_epochs`.
     (["max_steps"], "1 or more, or -1 to train num_train_epochs", lambda x: x == -1 or x >= 1),
     (
@@ -85,7 +85,7 @@ NEVER_NULL = ("max_completion_length", "num_generations")
 # Options that name a folder or a file, some of them or a repository on the hub.
 PATHS = (
     *("model_name_or_path", "dataset_name", "eval_dataset_name", "ptx_dataset_name", "sft_adapter", "reward_adapter"),
-    *("policy_adapter", "resume_from_checkpoint", "report"),
+    *("policy_adapter", "resume_from_checkpoint", "report", "pairs", "guidelines", "password_file"),
 )
 LONGEST_PART = 255  # bytes of a path between two slashes, on the file systems in use
 # Options that are a mapping or the path of a JSON file; the other mappings may be given as JSON text.

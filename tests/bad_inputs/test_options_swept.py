@@ -11,7 +11,7 @@ from pipeline.runs.command_line import parse
 from pipeline.runs.recipe import MOST, RANGES, fields_of
 
 
-STAGES = ("sft", "reward", "ppo", "dpo", "rloo", "grpo", "evaluation", "best_of_n", "reward_eval")
+STAGES = ("sft", "reward", "ppo", "dpo", "rloo", "grpo", "evaluation", "best_of_n", "reward_eval", "label")
 VALUES = (
     *(
         "-1",
@@ -43,9 +43,9 @@ def fields_of_stage(stage: str) -> tuple:
 def needed(stage: str) -> dict[str, str]:
     """The options without which a stage's options cannot be made."""
     given = {"output_dir": "out"}
-    if stage not in ("evaluation", "best_of_n", "reward_eval"):
+    if stage not in ("evaluation", "best_of_n", "reward_eval", "label"):
         given |= {"use_cpu": "true", "bf16": "false"}
-    if stage not in ("sft", "reward", "dpo"):
+    if stage not in ("sft", "reward", "dpo", "label"):
         given["reward_funcs"] = "package.function"
     return given | ({"policy_adapter": "adapter"} if stage == "evaluation" else {})
 

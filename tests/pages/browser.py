@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-PATIENCE = 20.0  # seconds until a page shows what is waited for
+PATIENCE = 120.0  # seconds until a page shows what is waited for
 
 
 def missing() -> str | None:

@@ -10,7 +10,14 @@ from shapes import checked
 
 from reward_models import ensembles
 from reward_models.calibration import reward_model_report
-from reward_models.ensembles import EnsembleReward, combine, disagreement, disagreement_in, ensemble_report
+from reward_models.ensembles import (
+    EnsembleReward,
+    combine,
+    disagreement,
+    disagreement_in,
+    ensemble_report,
+    pair_disagreement,
+)
 from reward_models.functions import RewardArguments
 from reward_models.learned import LearnedReward
 
@@ -38,6 +45,16 @@ def test_disagreement():
     assert disagreement(SCORES).tolist() == pytest.approx(SPREAD)
     assert disagreement(torch.ones(2, 4)).tolist() == [0, 0]
     assert disagreement(SCORES + torch.tensor([[7.0], [-7.0]])).tolist() == pytest.approx(SPREAD)  # of a completion
+
+
+def test_disagreement_about_pairs_by_hand():
+    """Margins 0 and log 3 are probabilities 1/2 and 3/4, whose deviation is 1/8; equal margins agree, whatever the zero."""
+    log3 = torch.tensor(3.0).log().item()
+    first = torch.tensor([[1.0, 5.0], [log3, 7.0], [50.0, -50.0]])
+    second = torch.tensor([[0.0, 4.0], [0.0, 7.0], [-50.0, 50.0]])
+    assert pair_disagreement(first, second).tolist() == pytest.approx([0.0, 0.125, 0.5])
+    with pytest.raises(TypeCheckError):
+        checked(pair_disagreement)(first, second[:2])
 
 
 def test_an_unknown_combination_is_refused():
