@@ -2,7 +2,7 @@
 
 CSS = """
 .gradio-container { max-width: 1000px !important; margin: 0 auto; padding: 20px 16px 8px !important; }
-.gradio-container main { max-width: none !important; padding: 0 !important; }
+.gradio-container .app { max-width: none !important; padding: 0 !important; }
 .gradio-container .html-container { padding: 0 !important; }
 footer, #ticket { display: none !important; }
 .spine-title { display: flex; align-items: baseline; gap: 12px; flex-wrap: wrap; }
@@ -41,9 +41,14 @@ kbd, #first::before, #tie::before, #second::before, #skip::before, #undo::before
 #answers { position: sticky; bottom: 0; z-index: 5; padding: 10px 0; background: var(--body-background-fill); }
 #said { min-height: 1.5rem; font-size: .875rem; color: var(--body-text-color-subdued); }
 #who { max-width: 420px; margin: 8vh auto 0; }
+#rest .form { border: 0; background: none; box-shadow: none; }
 #sure { padding: 0; border: 0; background: none; }
+#sure [data-testid="block-info"] { padding: 0; background: none; font-size: .875rem; font-weight: 500;
+  color: var(--body-text-color-subdued); }
 #rest { align-items: flex-end; }
-@media (pointer: coarse), (max-width: 700px) { kbd, #first::before, #tie::before, #second::before, #skip::before, #undo::before { display: none; } }
+@media (pointer: coarse), (max-width: 700px) {
+  kbd, #first::before, #tie::before, #second::before, #skip::before, #undo::before { display: none; }
+}
 @media (max-width: 700px) {
   .spine-sides { grid-template-columns: 1fr; gap: 12px; margin-top: 12px; }
   .spine-side { min-height: 0; }
