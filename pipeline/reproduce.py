@@ -10,20 +10,16 @@ again from the measurements that the repository has.
 """
 
 import argparse
-import os
 import re
 import shlex
-import subprocess
 import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from data.json_files import read_json, write_json
-from data.listing import LISTING, json_digest
+from data.json_files import write_json
+from data.listing import json_digest
 from data.saving import save
-from data.schemas import NUMBER, TEXT, mapping, record
 from pipeline.reports.reproduction import (
     PAPERS,
     SCALES_OF_RUNS,
@@ -39,13 +35,11 @@ from pipeline.runs.folders import check_ours, check_output_dir
 from pipeline.runs.launcher import find_accelerate_config
 from pipeline.runs.ownership import FILES
 from pipeline.runs.recipe_file import find_recipe
+from pipeline.runs.stages import TRAIN, finished_in, run_stage
 
 
-TRAIN = ("sft", "reward", "ppo", "rloo", "grpo", "dpo")
 STAGES = (*TRAIN, "evaluation", "best_of_n")
 PLACE = re.compile(r"\{(\w+)\}")
-FINISHED = "finished.json"
-OF_FINISHED = mapping(record({"sha256": TEXT, "seconds": NUMBER}))
 
 
 def arguments(args: list[str]) -> argparse.Namespace:
@@ -100,36 +94,19 @@ def check_stages(stages: dict[str, str], launch: str) -> None:
 def run(stages: dict[str, str], launch: str, root: Path, seed: int) -> None:
     """Run the stages of one seed that have not finished.
 
-    `finished.json` keeps a digest of what each finished stage was: its command, its recipe and the stages that it read.
+    A stage is known by a digest of its command, its recipe and the stages that it read.
 
-    Raises:
-        ChildProcessError: a stage ended with an error.
+    Raises the errors of `run_stage`.
     """
     places = places_of(stages, root, seed)
     digests: dict[str, str] = {}
-    config = find_accelerate_config(launch)
     for stage, command in stages.items():
         module, *words = shlex.split(command.format(seed=seed, **places))
         recipe = Path(find_recipe(words[words.index("--config") + 1])).read_text(encoding="utf-8")
         read = [digests[name] for name in PLACE.findall(command) if name != "seed"]
-        at = folder_of(stage, command, seed)
         digests[stage] = json_digest([module, words, recipe, read, launch])
-        finished = read_json(root / FINISHED, OF_FINISHED) if (root / FINISHED).is_file() else {}
-        if finished.get(at, {}).get("sha256") == digests[stage] and Path(places[stage], LISTING).is_file():
-            print(f"{at}: finished before.")
-            continue
-        whole = ["-m", f"pipeline.{module}", *words, "--output_dir", places[stage]]
-        whole += ["--resume_from_checkpoint", "auto"] if module in TRAIN else []
-        print(f"{at}: {shlex.join(whole)}", flush=True)
-        began = time.monotonic()
-        ended = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, *whole])
-        if ended.returncode:
-            raise ChildProcessError(
-                f"{at} ended with exit code {ended.returncode}; its message stands above. The same command goes on from here."
-            )
-        entry = {"sha256": digests[stage], "seconds": round(time.monotonic() - began, 1)}
-        write_json(root / f"{FINISHED}.new", {**finished, at: entry})
-        os.replace(root / f"{FINISHED}.new", root / FINISHED)
+        at = folder_of(stage, command, seed)
+        run_stage(root, at, module, words, digest=digests[stage], launch=launch)
 
 
 def gathered(protocol: dict[str, Any], paper: str, scale: str, root: Path, seeds: int) -> dict[str, Any]:
@@ -141,7 +118,7 @@ def gathered(protocol: dict[str, Any], paper: str, scale: str, root: Path, seeds
         name: [measured(one, "", places_of(protocol["stages"], root, seed), seed) for seed in range(seeds)]
         for name, one in protocol["series"].items()
     }
-    finished = read_json(root / FINISHED, OF_FINISHED)
+    finished = finished_in(root)
     ran = dict.fromkeys(
         folder_of(stage, command, seed) for stage, command in protocol["stages"].items() for seed in range(seeds)
     )
