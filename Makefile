@@ -12,6 +12,11 @@ TRANSLATION ?= runs/translation
 SMOLLM2 ?= smollm2
 HH ?= Anthropic/hh-rlhf
 CHAT ?= runs/smollm2-chat
+LOOP_STUDY ?= runs/loop-study
+LOOP_SEEDS ?= 0 1 2 3 4
+# The reward model that stands in for people in `make loop-study`: that of `make smollm2`.
+GOLD ?= runs/smollm2/reward
+GOLD_REWARD = pipeline.backbone.rewards.get_reward_adapter(folder='$(GOLD)', pad_token='<|im_end|>', normalize_scores=True)
 PAPERS ?= huang2024 bai2022 ziegler2019_collapse ziegler2019 stiennon2020 bai2022_calibration
 ABLATIONS ?= value_init=auto value_init=policy critic=head lora_top_layers=4 normalize_advantages=false \
 	whiten_rewards=true reward_clip_range=-1,1 adam_epsilon=1e-8 value_learning_rate=1.5e-4 value_learning_rate=1.5e-2
@@ -43,6 +48,8 @@ export DS_ACCELERATOR = cpu
 	sentiment-bert reward-full release-check
 
 	sentiment-bert reward-full docs
+
+	sentiment-bert reward-full loop-study
 
 # Run SFT, reward model, PPO and evaluation; write $(OUT)/report.md and report.json. `demo` uses the embedded model and data,
 # and takes four minutes. `smollm2` uses a pretrained model of 135M parameters, and takes less than half an hour after its
@@ -185,6 +192,24 @@ translation: .venv/translation
 # as those behind the measurements of the repository had.
 papers: .venv/installed
 	for paper in $(PAPERS); do OMP_NUM_THREADS=1 .venv/bin/python -m pipeline.reproduce $$paper || exit 1; done
+
+# Does labelling in rounds pay? Three rounds of 300 labels beside one round of 900, with SmolLM2's reward model ($(GOLD)) in the
+# place of people, in about two hours and a half; write $(LOOP_STUDY)/table.md. What has finished is not run again. Each stage
+# has one thread.
+loop-study: export OMP_NUM_THREADS = 1
+loop-study: .venv/installed
+	@test -d $(GOLD) || { echo "$(GOLD): no such folder. Run \`make smollm2\` first, or name a reward adapter in GOLD." >&2; exit 1; }
+	for seed in $(LOOP_SEEDS); do \
+		test -f $(LOOP_STUDY)/sft/$$seed/saved_files.json || $(LAUNCH) pipeline.sft --config $(RECIPES)/demo/sft.yaml \
+			--seed $$seed --output_dir $(LOOP_STUDY)/sft/$$seed || exit 1; \
+		for arm in one/1/900 three/3/300; do \
+			set -- $$(echo $$arm | tr / ' '); \
+			.venv/bin/python -m pipeline.loop --config $(RECIPES)/loop/study.yaml --seed $$seed --rounds $$2 --labels $$3 \
+				--output_dir $(LOOP_STUDY)/$$1/$$seed --sft_adapter $(LOOP_STUDY)/sft/$$seed \
+				--labeller "$(GOLD_REWARD)" --evaluation "$(RECIPES)/demo/evaluation.yaml --judge \"$(GOLD_REWARD)\"" || exit 1; \
+		done; \
+	done
+	.venv/bin/python -m pipeline.tables loop-study $(LOOP_STUDY) one three
 
 # Train a reward model for longer, in about five minutes; write runs/reward-long/metrics.json.
 reward-long: .venv/installed

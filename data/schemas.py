@@ -247,6 +247,12 @@ BEST = record(
 )
 BEST_OF_N = record({"rows": list_of(BEST)})
 
+# report.json of pipeline.loop, with a judge: what `pipeline.tables` reads of it.
+ROUND = record(
+    {"labels": whole(), **JUDGED, "kl": NUMBER, "distinct_2": NUMBER}, {"earlier_reward_model": nullable(INTERVAL)}
+)
+LOOP_REPORT = record({"rounds": list_of(ROUND, 1)})
+
 # ------------------------------------------------------------------------------------ checkpoints
 # manifest.json. Older ones lack `kind`.
 MANIFEST = record(

@@ -5,9 +5,10 @@
     python -m pipeline.tables ablations runs/ablations value_init=auto value_init=policy
     python -m pipeline.tables reward-losses runs/reward-losses bradley_terry regression
     python -m pipeline.tables lambda-sweep runs/lambda-sweep 0 0.2 2
+    python -m pipeline.tables loop-study runs/loop-study one three
 
 The targets of the same names in the Makefile make the runs. All but the first write table.md and table.json to the folder, and
-the last one trade_off.png.
+lambda-sweep trade_off.png.
 """
 
 import statistics
@@ -18,12 +19,13 @@ from pathlib import Path
 
 from data.json_files import read_json, write_json
 from data.saving import check_saved, save
-from data.schemas import BEST_OF_N, JUDGED_REPORT, PPO_METRICS, REWARD_METRICS, SEED_REPORT, SWEEP_REPORT
+from data.schemas import BEST_OF_N, JUDGED_REPORT, LOOP_REPORT, PPO_METRICS, REWARD_METRICS, SEED_REPORT, SWEEP_REPORT
 from pipeline.reports.lambda_sweep import SWEEP_NOTE, sweep_row, sweep_table
 from pipeline.reports.loss_table import LOSSES_NOTE, loss_row, losses_table
 from pipeline.reports.markdown import markdown_table, number, with_interval
 from pipeline.reports.plots import draw_trade_off
 from pipeline.reports.report import read_report
+from pipeline.reports.rounds import STUDY_NOTE, study_rows, study_table
 from pipeline.runs.errors import report_errors
 from pipeline.runs.folders import check_ours, check_output_dir
 from pipeline.runs.ownership import FILES, former_files
@@ -307,6 +309,17 @@ def lambda_sweep(folder: Path, *coefficients: str) -> None:
     write(folder, rows, sweep_table(rows), SWEEP_NOTE, lambda path: draw_trade_off(rows, path))
 
 
+# ----------------------------------------------------------------------------------------------- rounds of labels
+def loop_study(folder: Path, *arms: str) -> None:
+    """Compare the loops in <folder>/<arm>/<seed>, with the arms in this order."""
+    found: dict[str, dict[int, dict]] = {}
+    for arm in arms:
+        paths = _found(folder / arm, "Run `make loop-study`.")
+        found[arm] = {int(path.parent.name): read_json(path, LOOP_REPORT) for path in paths}
+    rows = study_rows(found)
+    write(folder, rows, study_table(rows), STUDY_NOTE)
+
+
 # Each table, and how many words follow its name (None: two or more).
 TABLES: dict[str, tuple[Callable[..., None], int | None]] = {
     "seeds": (seeds, 1),
@@ -314,6 +327,7 @@ TABLES: dict[str, tuple[Callable[..., None], int | None]] = {
     "ablations": (ablations, None),
     "reward-losses": (reward_losses, None),
     "lambda-sweep": (lambda_sweep, None),
+    "loop-study": (loop_study, None),
 }
 
 

@@ -29,6 +29,7 @@ USER_PAGES = [name for name in PAGES if name != "CONTRIBUTING.md"]
 # Commands whose `main` takes arguments that are parsed from a recipe and a command line.
 PARSED = ("sft", "reward", "reward_eval", "ppo", "evaluation", "best_of_n", "rloo", "grpo", "dpo", "pretrain", "plan")
 PARSED += ("label",)
+PARSED += ("loop", "pairs")
 # Options of what has a parser of its own: accelerate, pipeline.convert_hh, and the commands of `data`.
 OTHER_OPTIONS = {"config_file", "config", "data_dir", "max_tokens", "pairs", "ties", "form", "between"}
 # Of accelerate, pipeline.merge, rewardbench and llama.cpp.
@@ -122,9 +123,7 @@ def test_commands_that_python_starts():
     """Other tests run what accelerate launches. Recipes and accelerate configs of all commands exist."""
     text = "\n".join(map(fences, PAGES.values()))
     started = set(re.findall(r"^(?:\S*/)?python -m pipeline\.(\w+)", text, re.MULTILINE))
-    assert started == {"plan", "migrate", "convert_hh", "merge", "reproduce", "dashboard"}
-    assert started == {"plan", "migrate", "convert_hh", "merge", "reproduce", "compare"}
-    assert started == {"plan", "migrate", "convert_hh", "merge", "reproduce"} | {"label"}
+    assert started == {"plan", "migrate", "convert_hh", "merge", "reproduce", "label", "compare", "dashboard", "loop"}
     recipes = re.findall(r"(?:pipeline/recipes|accelerate_configs)/\S+\.yaml", text)
     assert recipes and all((ROOT / path).exists() for path in recipes)
     (old,) = re.findall(r"^python -m pipeline\.migrate -- (.+) > new\.yaml$", text, re.MULTILINE)

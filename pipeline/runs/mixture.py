@@ -30,6 +30,20 @@ FORMATS = {
 }
 
 
+def listed(datasets: list[dict] | str | None) -> list[dict] | None:
+    """Return the option `datasets`, which is JSON text on a command line, as a list.
+
+    Raises:
+        ValueError: the text is no JSON.
+    """
+    if not isinstance(datasets, str):
+        return datasets
+    try:
+        return json.loads(datasets)
+    except ValueError as error:
+        raise ValueError(f"datasets={shorten(datasets)} must be a list of entries in JSON ({error}).") from None
+
+
 @dataclass
 class RewardDataArguments(DataArguments):
     """The datasets of the reward stage."""
@@ -43,13 +57,7 @@ class RewardDataArguments(DataArguments):
     )
 
     def __post_init__(self):
-        if isinstance(self.datasets, str):  # of a command line
-            try:
-                self.datasets = json.loads(self.datasets)
-            except ValueError as error:
-                raise ValueError(
-                    f"datasets={shorten(self.datasets)} must be a list of entries in JSON ({error})."
-                ) from None
+        self.datasets = listed(self.datasets)
         if self.datasets is None:
             return
         if self.dataset_name != "human_ratings":

@@ -42,6 +42,10 @@ FILES = {
         "reward_eval.json", "reward_eval.md", "reward_eval_reliability.png", "reward_eval_gap.png", "reward_eval_length.png",
         "reward_eval_domain.png",
     ),
+    "pairs": ("pairs.jsonl",),
+    "round_labels": ("preferences.jsonl", "votes.json"),
+    "loop": ("report.md", "report.json", "rounds.png"),
+    "loop_recipe": ("loop.json",),
     "table": ("table.json", "table.md", "trade_off.png"),
     "reproduction": ("report.md", "figure.png", "metrics.json"),
     "data": tuple(

@@ -24,6 +24,7 @@ ABOVE_0 = """
     vllm_importance_sampling_cap delta discopop_tau sapo_temperature_neg sapo_temperature_pos
 """
 FROM_0 = """
+    first_prompt
     learning_rate value_learning_rate weight_decay max_grad_norm beta vf_coef entropy_coef ptx_coef missing_eos_penalty
     critic_warmup_updates sample_updates warmup_steps top_k vllm_importance_sampling_clip_min dataloader_num_workers
     center_rewards_coefficient router_aux_loss_coef eval_delay neftune_noise_alpha num_completions_to_print
@@ -31,6 +32,7 @@ FROM_0 = """
     overlap max_tool_calling_iterations vllm_server_timeout vespo_k_neg vespo_k_pos vespo_lambda_neg vespo_lambda_pos
 """
 FROM_1 = """
+    rounds labels
     per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps steps_per_generation
     generation_batch_size num_generations num_generations_eval num_iterations max_completion_length max_length
     sft_completions sample_prompts eval_prompts max_prompts max_pairs candidates batch_size lora_r lora_top_layers
@@ -72,6 +74,7 @@ MOST = {
     **dict.fromkeys(("n_positions", "n_embd"), 2**13),
     **dict.fromkeys(("n_layer", "n_head"), 2**7),
     "num_members": 2**7,
+    **dict.fromkeys(("rounds", "labels"), 2**20),
     **dict.fromkeys(("dataloader_num_workers", "dataset_num_proc", "processes"), 2**12),
     **dict.fromkeys(("num_train_epochs", "max_steps", "ddp_timeout", "dataloader_prefetch_factor"), 2**30),
     "vllm_server_timeout": 2**30,
@@ -86,6 +89,7 @@ NEVER_NULL = ("max_completion_length", "num_generations")
 PATHS = (
     *("model_name_or_path", "dataset_name", "eval_dataset_name", "ptx_dataset_name", "sft_adapter", "reward_adapter"),
     *("policy_adapter", "resume_from_checkpoint", "report", "pairs", "guidelines", "password_file"),
+    "policies",
 )
 LONGEST_PART = 255  # bytes of a path between two slashes, on the file systems in use
 # Options that are a mapping or the path of a JSON file; the other mappings may be given as JSON text.

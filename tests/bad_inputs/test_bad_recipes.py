@@ -470,6 +470,7 @@ def test_every_range_is_that_of_an_option():
     mains = [
         import_module(f"pipeline.{stage}").main
         for stage in ("ppo", "reward", "dpo", "grpo", "evaluation", "best_of_n", "plan", "pretrain", "label")
+        + ("loop", "pairs")
     ]
     kinds = [kind for main in mains for name, kind in get_type_hints(main).items() if name != "return"]
     options = {option.name for kind in kinds for option in fields(kind)}

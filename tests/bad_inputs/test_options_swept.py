@@ -12,6 +12,7 @@ from pipeline.runs.recipe import MOST, RANGES, fields_of
 
 
 STAGES = ("sft", "reward", "ppo", "dpo", "rloo", "grpo", "evaluation", "best_of_n", "reward_eval", "label")
+STAGES += ("pairs",)
 VALUES = (
     *(
         "-1",
@@ -43,11 +44,12 @@ def fields_of_stage(stage: str) -> tuple:
 def needed(stage: str) -> dict[str, str]:
     """The options without which a stage's options cannot be made."""
     given = {"output_dir": "out"}
-    if stage not in ("evaluation", "best_of_n", "reward_eval", "label"):
+    if stage not in ("evaluation", "best_of_n", "reward_eval", "label", "pairs"):
         given |= {"use_cpu": "true", "bf16": "false"}
-    if stage not in ("sft", "reward", "dpo", "label"):
+    if stage not in ("sft", "reward", "dpo", "label", "pairs"):
         given["reward_funcs"] = "package.function"
-    return given | ({"policy_adapter": "adapter"} if stage == "evaluation" else {})
+    adapters = {"evaluation": {"policy_adapter": "adapter"}, "pairs": {"policies": "adapter"}}
+    return given | adapters.get(stage, {})
 
 
 def judge(stage: str, key: str, value: str, words: list[str], recipe) -> str | None:

@@ -27,10 +27,9 @@ from reward_models.functions import load_function
 
 
 ROOT = Path(__file__).parents[3]
-# The protocols of papers list stages; test_reproduce.py parses those.
-RECIPES = sorted(
-    path for path in (ROOT / "pipeline" / "recipes").rglob("*.yaml") if path.name not in ("mini.yaml", "full.yaml")
-)
+# The protocols of papers and the recipes of the loop list stages; test_reproduce.py and test_loop.py parse those.
+OF_STAGES = ("mini.yaml", "full.yaml", "loop.yaml", "study.yaml")
+RECIPES = sorted(path for path in (ROOT / "pipeline" / "recipes").rglob("*.yaml") if path.name not in OF_STAGES)
 COMMAND = re.compile(r"^# accelerate launch --config_file (\S+) -m pipeline\.(\w+) --config (\S+)$", re.MULTILINE)
 CPU = {"output_dir": "out", "use_cpu": True}
 
