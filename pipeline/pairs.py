@@ -11,6 +11,7 @@ policies that wrote them. `scores` are those of the reward adapter, and `judged`
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -161,7 +162,8 @@ def main(args: PairsArguments, model: ModelConfig) -> None:
     for name in filter(None, args.policies[1:]):
         adapter = read_adapter(name, needs_head=False, base=backbone.get_base_model(), tokenizer=tokenizer)
         backbone.add_role("reference", adapter)
-    scorer = Composite(learned_rewards(rewards, backbone, tokenizer)) if rewards else None
+    learned: list[Callable] = [*learned_rewards(rewards, backbone, tokenizer)] if rewards else []
+    scorer = Composite(learned) if learned else None
     backbone.to(state.device).eval()
 
     asked = prompts["prompt"][:]

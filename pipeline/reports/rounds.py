@@ -136,7 +136,7 @@ def rounds_report(found: Mapping[str, Any]) -> str:
 
 def draw_rounds(rows: Sequence[Mapping[str, Any]], path: str | PathLike) -> None:
     """Draw the judge's gain against the labels so far, and the accuracy of the earlier reward model by round, as a PNG."""
-    labels = np.cumsum([row["labels"] for row in rows])
+    labels = np.cumsum([row["labels"] for row in rows]).tolist()
     panels = (
         ("judge_gain", labels, "Judge's gain over SFT", "labels so far"),
         (
