@@ -393,13 +393,14 @@ PAIRS = [
     {"policies": [0, 0], "scores": [0.0, 1.0]},  # a tie
     {"policies": [0, 0], "scores": [0.0, 1.0]},  # skipped
     {"policies": [0, 0], "scores": [1.0, 1.0]},  # scored alike: right by half
+    {"policies": [0, 0], "scores": [0.0, 1.0]},  # the second is preferred: right
 ]
 
 
 def test_what_a_round_measured():
-    row = round_row(2, PAIRS, [[1, 1], [1], [1, 0.5], [0.5], [0.5], [], [0]], report(2))
-    assert (row["round"], row["pairs"], row["labels"], row["ties"]) == (2, 7, 6, 2)
-    assert row["earlier_reward_model"]["mean"] == pytest.approx(1.5 / 3)
+    row = round_row(2, PAIRS, [[1, 1], [1], [1, 0.5], [0.5], [0.5], [], [0], [0]], report(2))
+    assert (row["round"], row["pairs"], row["labels"], row["ties"]) == (2, 8, 7, 2)
+    assert row["earlier_reward_model"]["mean"] == pytest.approx(2.5 / 4)
     assert row["prefer_newest"]["mean"] == pytest.approx(1.5 / 2)
     # Of two pairs with two votes one is unanimous; votes are 1 (three times) and 0.5: chance is 9/16 + 1/16.
     assert row["annotators_agree"] == {
@@ -420,7 +421,7 @@ def test_what_a_round_measured():
 
 def rows_of(*gains: float, labels: int = 300) -> list[dict]:
     return [
-        round_row(number, PAIRS, [[1]] * 7, report(number)) | {"labels": labels, "judge_gain": interval(gain)}
+        round_row(number, PAIRS, [[1]] * len(PAIRS), report(number)) | {"labels": labels, "judge_gain": interval(gain)}
         for number, gain in enumerate(gains, 1)
     ]
 
