@@ -33,9 +33,8 @@ OPTIONS_INTRO = """# Options
 
 Which options does a command take, what is each one's default, and where does it come from?
 
-An option is a key of a recipe, such as `learning_rate: 1e-4`. On the command line it is `--learning_rate 1e-4`, and goes before
-the recipe. `python -m docs.pages`
-writes this page from the dataclasses that the commands parse.
+An option is a key of a recipe, such as `learning_rate: 1e-4`. On the command line it is `--learning_rate 1e-4`, which
+overrides the recipe. `python -m docs.pages` writes this page from the dataclasses that the commands parse.
 
 - *Values*: a value outside of them is an error. Any option whose default is unset may be `null`.
 - *On resume*: what a change does when a run goes on from a checkpoint. It is *taken up* and said, or *refused* by name.

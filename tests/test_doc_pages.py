@@ -125,8 +125,11 @@ def run(stage: str, *words: str) -> None:
 
 
 @pytest.mark.slow
-def test_the_tutorial(tmp_path, monkeypatch, capsys):
-    """All its commands in their order: those of the shell, its two programs, and the stages with fewer steps."""
+def test_the_tutorial(tiny, tmp_path, monkeypatch, capsys):
+    """All its commands in their order: those of the shell, its two programs, and the stages with a tiny model and few steps.
+
+    The texts of that model are random, so the program that makes pairs looks for a letter.
+    """
     text = page("tutorial.md")
     monkeypatch.chdir(tmp_path)
     for folder in ("pipeline", "data"):
@@ -135,15 +138,19 @@ def test_the_tutorial(tmp_path, monkeypatch, capsys):
     lines = "".join(fences(text, "bash")).splitlines()
     shell = [line for line in lines if line.split()[0] in ("mkdir", "cp", "sed")]
     subprocess.run(["bash", "-ec", "\n".join(shell)], check=True)
-    programs = {"make_pairs": make_pairs.replace("NUMBER, BATCH = 2048", "NUMBER, BATCH = 384"), "write": write}
-    assert programs["make_pairs"] != make_pairs
+    rule = re.search(r're\.compile\(r"(.+?)", re\.IGNORECASE\)', make_pairs)[1]
+    programs = {
+        "make_pairs": make_pairs.replace(rule, "z").replace("NUMBER, BATCH = 3072", "NUMBER, BATCH = 96"),
+        "write": write,
+    }
+    assert programs["make_pairs"].count("96, 128") == programs["make_pairs"].count('r"z"') == 1
     done = []
     for line in (line for line in lines if line not in shell):
         words = shlex.split(line)
         if "accelerate" in words:
             stage = words[words.index("-m") + 1].removeprefix("pipeline.")
             small = [str(word) for key, value in SIZES[stage].items() for word in (f"--{key}", value)]
-            run(stage, *words[words.index("-m") + 2 :], *small)
+            run(stage, *words[words.index("-m") + 2 :], *small, "--model_name_or_path", tiny)
             done.append(stage)
         elif words[:2] == ["python", "-m"]:
             module = words[2]
@@ -157,13 +164,12 @@ def test_the_tutorial(tmp_path, monkeypatch, capsys):
     assert done == ["sft", "my.make_pairs", "data.inspect", "reward", "ppo", "evaluation", "my.write"]
     assert "The film" in capsys.readouterr().out.splitlines()[-1]
 
-    funny = re.compile(re.search(r'FUNNY = re.compile\(r"(.+?)",', make_pairs)[1], re.IGNORECASE)
     parts = [[json.loads(line) for line in Path(f"my/{name}.jsonl").open()] for name in ("pairs", "held_out")]
     assert all(map(len, parts))
     for pair in sum(parts, []):
-        assert funny.search(pair["chosen"]) and not funny.search(pair["rejected"])
+        assert "z" in pair["chosen"].lower() and "z" not in pair["rejected"].lower()
     report = json.loads(Path("my/report.json").read_text())
-    assert re.search(r"pattern=r'(.+?)'\)", report["judge"])[1] == f"(?i){funny.pattern}"
+    assert re.search(r"pattern=r'(.+?)'\)", report["judge"])[1] == f"(?i){rule}"
     assert 0 <= report["sft"]["judge"] <= 1 and report["prompts"] == 16
     assert Path("my/ppo/samples.jsonl").read_text().count("\n")
 
@@ -176,7 +182,7 @@ def test_extending(tmp_path, monkeypatch, tiny):
     text = page("extending.md")
     space: dict = {"__name__": "extending"}
     for number, block in enumerate(fences(text, "python")):
-        exec(compile(block, f"block {number} of extending.md", "exec"), space)
+        exec(compile(block.replace("data/backbone", tiny), f"block {number} of extending.md", "exec"), space)
     trainer = space["trainer"]
     assert trainer.state.global_step == 4 and type(trainer).__mro__[1].__name__ == "PPOTrainer"
     saved = load_file("runs/only_better/policy/adapter_model.safetensors")
@@ -196,7 +202,13 @@ def test_extending(tmp_path, monkeypatch, tiny):
     monkeypatch.setattr(reward, "RewardModel", space["Hinge"])
     pairs = [{"prompt": "The film", "chosen": " is good." * n, "rejected": " is bad." * n} for n in range(1, 9)]
     Path("pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
-    options = {"model_name_or_path": tiny, "dataset_name": "pairs.jsonl", "output_dir": "out", "max_steps": 2}
+    options = {
+        "model_name_or_path": tiny,
+        "dataset_name": "pairs.jsonl",
+        "output_dir": "out",
+        "max_steps": 2,
+        "max_length": 64,
+    }
     options |= {"use_cpu": True, "bf16": False, "report_to": "none", "logging_steps": 1, "save_strategy": "no"}
     run("reward", *[str(word) for key, value in options.items() for word in (f"--{key}", value)])
     history = json.loads(Path("out/metrics.json").read_text())["history"]
