@@ -107,7 +107,14 @@ COUNTS = (
     *("train.max_epochs", "actor.num_nodes", "actor.num_gpus_per_node", "data.max_len", "rollout.max_new_tokens"),
     *("generate_max_len", "ds.ring_attn_size", "ds.tensor_parallel_size"),
 )
-NUMBERS: tuple[str, ...] = ("actor.adam.lr", "critic.adam.lr", "adam.lr", "ds.zero_stage", "ds.lora.rank", "vllm.num_engines")
+NUMBERS: tuple[str, ...] = (
+    "actor.adam.lr",
+    "critic.adam.lr",
+    "adam.lr",
+    "ds.zero_stage",
+    "ds.lora.rank",
+    "vllm.num_engines",
+)
 NUMBERS += ("algo.kl.target", "reward.overlong_buffer_len")
 # Old keys whose value is a list, and how long it is; None is any length.
 LISTS = {f"{prefix}adam.betas": 2 for prefix in ("", "actor.", "critic.")} | {"actor.eps_clip_low_high": 2} | {
@@ -121,7 +128,12 @@ LISTS = {f"{prefix}adam.betas": 2 for prefix in ("", "actor.", "critic.")} | {"a
 # OpenRLHF's defaults that differ from ours, or may differ later.
 _ADAM_DEFAULTS = {"adam.betas": [0.9, 0.95], "adam.eps": 1e-8, "adam.weight_decay": 0.0, "max_norm": 1.0}
 _ADAM_DEFAULTS |= {"lr_scheduler": "cosine_with_min_lr", "lr_warmup_ratio": 0.03, "min_lr_ratio": 0.1}
-_DEFAULTS: dict[str, Any] = {"train.batch_size": 128, "train.micro_batch_size": 1, "train.max_epochs": 1, "train.seed": 42}
+_DEFAULTS: dict[str, Any] = {
+    "train.batch_size": 128,
+    "train.micro_batch_size": 1,
+    "train.max_epochs": 1,
+    "train.seed": 42,
+}
 _DEFAULTS |= {"ckpt.output_dir": "./ckpt", "ckpt.save_steps": -1, "ds.param_dtype": "bf16", "logger.logging_steps": 1}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "ppo": _DEFAULTS
