@@ -45,11 +45,7 @@ export DS_ACCELERATOR = cpu
 
 .PHONY: demo smollm2 smollm2-chat baselines seeds ablations lambda-sweep reward-losses reward-long backbone bench \
 	bench-scaling gpu soak faults lint types test test-fast test-oldest test-python test-vllm translation task papers \
-	sentiment-bert reward-full release-check
-
-	sentiment-bert reward-full docs
-
-	sentiment-bert reward-full loop-study
+	sentiment-bert reward-full loop-study docs release-check
 
 # Run SFT, reward model, PPO and evaluation; write $(OUT)/report.md and report.json. `demo` uses the embedded model and data,
 # and takes four minutes. `smollm2` uses a pretrained model of 135M parameters, and takes less than half an hour after its
@@ -272,7 +268,7 @@ test-python: .venv-$(notdir $(PYTHON))/tests
 	$(FAST_TESTS)
 
 # Check what a release needs: one version, licences, links of README and docs, and a wheel that works where it is installed.
-release-check: .venv/tests
+release-check: .venv/tests docs
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 .venv/bin/python -m pytest tests/test_release.py tests/test_docs.py \
 		tests/test_wheel.py
 

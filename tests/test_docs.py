@@ -12,12 +12,11 @@ import pytest
 import yaml
 
 from pipeline import cli
-from pipeline.migrate import migrate, read_command_line
+from pipeline.migration.reading import read_command_line
+from pipeline.migration.trl import migrate
 from pipeline.runs.launcher import OPTIONS as LAUNCHER_OPTIONS
 from pipeline.runs.launcher import launch
 from pipeline.runs.recipe_file import recipe_names
-from pipeline.migration.reading import read_command_line
-from pipeline.migration.trl import migrate
 
 
 ROOT = Path(__file__).parents[1]
