@@ -171,7 +171,9 @@ def check(args: LabelArguments, model: ModelConfig) -> None:
         raise ValueError(
             "The page runs in one process. Start it with python -m pipeline.label, without accelerate launch."
         )
-    args.password(), args.guideline_text(), check_port(args.host, args.port)
+    check_port(args.host, args.port)
+    args.password()
+    args.guideline_text()
     members = [member for name in args.reward_adapter for member in members_of(name)]
     if members and len(members) < 2:
         raise ValueError(
@@ -223,16 +225,21 @@ def filled_pool(
     if pairs:
         random.Random(args.seed).shuffle(pairs)
     rows = None if args.pairs else load_prompts(args.dataset_name, split)
-    if not args.needs_model:
+    if pairs is not None and not args.needs_model:
         return Pool(pairs), pairs, pairs[0].prompt
-    policies, options = args.policy_adapter, {"trust_remote_code": args.trust_remote_code, "pad_token": args.pad_token}
-    backbone, tokenizer = load_backbone(model, policies[0] if policies else None, **options)
+    policies = args.policy_adapter
+    backbone, tokenizer = load_backbone(
+        model,
+        policies[0] if policies else None,
+        trust_remote_code=args.trust_remote_code,
+        pad_token=args.pad_token,
+    )
     if len(policies) == 2:
         base = backbone.get_base_model()
         backbone.add_role("other", read_adapter(policies[1], needs_head=False, base=base, tokenizer=tokenizer))
     disputes = disputes_of(args.reward_adapter, backbone, tokenizer) if by_dispute else None
     backbone.to(PartialState().device).eval()
-    if pairs is not None:
+    if pairs is not None and args.pairs and disputes:
         check_chat_template(dataset_of({"prompt": [pairs[0].prompt]}, args.pairs), tokenizer, args.pairs)
         pairs = disputed(pairs, disputes, tokenizer)
         return Pool(pairs, disputed=True), pairs, pairs[0].prompt

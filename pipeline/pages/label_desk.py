@@ -39,7 +39,7 @@ class Task(NamedTuple):
 
 
 class Progress(NamedTuple):
-    """How far the annotators have come.
+    """Progress of the annotators.
 
     Attributes:
         total: pairs to be answered.

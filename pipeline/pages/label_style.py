@@ -43,7 +43,8 @@ kbd, #first::before, #tie::before, #second::before, #skip::before, #undo::before
 #who { max-width: 420px; margin: 8vh auto 0; }
 #rest .form { border: 0; background: none; box-shadow: none; }
 #sure { padding: 0; border: 0; background: none; }
-#sure [data-testid="block-info"] { padding: 0; background: none; font-size: .875rem; font-weight: 500;
+#sure [data-testid="block-info"], #name [data-testid="block-info"] {
+  padding: 0; background: none; font-size: .875rem; font-weight: 500;
   color: var(--body-text-color-subdued); }
 #rest { align-items: flex-end; }
 @media (pointer: coarse), (max-width: 700px) {

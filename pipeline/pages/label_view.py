@@ -87,7 +87,7 @@ def progress_html(progress: Progress, annotator: str) -> str:
 
 
 class Screen(NamedTuple):
-    """What an annotator sees.
+    """A page as one annotator sees it.
 
     Attributes:
         progress, body: HTML.
