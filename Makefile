@@ -280,9 +280,9 @@ types: .venv/lint
 	.venv/bin/mypy
 
 # Build the pages of docs/ as a site in site/, which a browser can read from there. A link or a reference that leads nowhere
-# fails. The pages that are made from code are written anew by `python -m docs.pages`.
+# fails; with --quiet, mkdocs would not count it. The pages that are made from code are written anew by `python -m docs.pages`.
 docs: .venv/docs
-	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --clean --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --clean --strict
 
 # Run PPO with the real vLLM on a CPU, for the embedded backbone and SmolLM2, in about five minutes after installation.
 test-vllm: .venv-vllm/installed
