@@ -153,7 +153,8 @@ def main(args: list[str]) -> None:
     model = recipe_model or model_of(runs, given.model_name_or_path)
     model.model_name_or_path = given.model_name_or_path or model.model_name_or_path
     model.dtype = given.dtype or model.dtype
-    functions, left_out = [], []
+    functions: list[Callable] = []
+    left_out: list[str] = []
     if rewards:
         functions, weights, left_out = functions_of(rewards, weights)
     found = [policy for run in runs for policy in run.policies]
@@ -169,8 +170,9 @@ def main(args: list[str]) -> None:
     from pipeline.pages.compare import build, launch  # imports gradio
 
     seen = found[0].options
-    known = seen is not None and seen.source is not None
-    sampling = Sampling(seen["temperature"], seen["max_completion_length"]) if known else Sampling()
+    sampling = Sampling()
+    if seen is not None and seen.source is not None:
+        sampling = Sampling(seen["temperature"], seen["max_completion_length"])
     base = Path(model.model_name_or_path).name
     chosen = finished if len(finished) > 1 else [*finished, policies[-1].name]
     about = f"{', '.join(names)}: {len(policies)} policies on one backbone, {base}."

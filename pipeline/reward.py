@@ -150,7 +150,12 @@ def prepare(
 
 
 def read_policy(
-    given: Prepared, source: str, data: RewardDataArguments, pairs: RewardModelArguments, args: RewardConfig
+    sft_adapter: str,
+    given: Prepared,
+    source: str,
+    data: RewardDataArguments,
+    pairs: RewardModelArguments,
+    args: RewardConfig,
 ) -> tuple[Adapter, list]:
     """Return the adapter of SFT, and the prompts whose completions by it will be scored.
 
@@ -161,7 +166,7 @@ def read_policy(
         ValueError: the adapter does not fit the base, or a prompt is too long.
     """
     base, tokenizer, train = given.base, given.tokenizer, given.rows["train"]
-    policy = read_adapter(pairs.sft_adapter, needs_head=False, base=base, tokenizer=tokenizer)
+    policy = read_adapter(sft_adapter, needs_head=False, base=base, tokenizer=tokenizer)
     # Draw at random, since pairs of one ranking follow each other.
     completed = train.shuffle(seed=args.seed).select(range(min(pairs.sft_completions, len(train))))
     limits = context_length(base), pairs.max_completion_length
@@ -246,9 +251,10 @@ def train_adapter(
         pairs.check_own(model, args)
     parts = load_parts(data, pairs, args)
     given = prepare(parts, data, pairs, model, args, own=own)
-    start, prompts = None, []
+    start: Adapter | None = None
+    prompts: list = []
     if pairs.sft_adapter:
-        policy, prompts = read_policy(given, parts["train"][0], data, pairs, args)
+        policy, prompts = read_policy(pairs.sft_adapter, given, parts["train"][0], data, pairs, args)
         start = policy if pairs.start_from_sft else None
     trainer = make_trainer(given, start, earlier, pairs, lora, model, args)
     check_wrapper(trainer)

@@ -110,6 +110,7 @@ def build(comparison: Comparison, about: str, *, sampling: Sampling, chosen: lis
             mode: str, message: str, system: str, turns: list[dict], names: list[str], layer: str, *settings: Any
         ) -> Iterator[dict]:
             quiet = {result: None, go_on: gr.update(visible=bool(turns))}
+            found: list[Card] = []
             try:
                 prompt = prompt_of(mode, message or "", system or "", turns)
                 for found in compared(comparison, ordered(comparison, names), prompt, Sampling(*settings)):
@@ -126,7 +127,10 @@ def build(comparison: Comparison, about: str, *, sampling: Sampling, chosen: lis
             }
 
         def draw(result: tuple | None, layer: str) -> Any:
-            return draw_cards(*result, layer) if result else gr.skip()
+            if not result:
+                return gr.skip()
+            found, prompt = result
+            return draw_cards(found, prompt, layer)
 
         def take_answer(result: tuple | None, answer: str | None) -> tuple:
             if not result or answer is None:

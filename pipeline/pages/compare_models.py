@@ -5,7 +5,7 @@ needed. The figures of a completion come from the functions that PPO's trainer c
 """
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import dataclass
 from threading import Lock, Thread
@@ -156,7 +156,9 @@ class Comparison:
             )
         return ids
 
-    def complete(self, name: str, prompt: str | list[dict], sampling: Sampling) -> Iterator[str | Completion]:
+    def complete(
+        self, name: str, prompt: str | list[dict], sampling: Sampling
+    ) -> Generator[str | Completion, None, None]:
         """Sample a completion of the policy `name`: yield its text so far, again and again, and then the completion.
 
         Another thread samples. It stops when this generator is closed.
@@ -170,7 +172,7 @@ class Comparison:
                 yield self.tokenizer.decode(ids, skip_special_tokens=True).rstrip(PART_OF_CHARACTER)
         yield self.measured(name, prompt, prompt_ids, ids, sampling.temperature)
 
-    def _sampled(self, policy: Policy, prompt_ids: list[int], sampling: Sampling) -> Iterator[list[int]]:
+    def _sampled(self, policy: Policy, prompt_ids: list[int], sampling: Sampling) -> Generator[list[int], None, None]:
         """Yield the tokens of a completion that are drawn so far, again and again."""
         tokens = Tokens(self.tokenizer)
 
@@ -233,23 +235,24 @@ class Comparison:
                 torch.cat([prompts, completions], dim=1),
                 [torch.ones_like(x).bool() for x in (prompts, completions)],
             )
-            roles = {"policy": self.role(policy.folder), "reference": self.role(policy.reference)}
+            sampler, reference = self.role(policy.folder), self.role(policy.reference)
             if policy.value:
-                roles["value"] = self.role(policy.value, needs_head=True)
                 found = measure(
                     self.backbone,
                     *(prompts, masks[0], completions, masks[1]),
                     temperature=temperature,
                     batch_size=1,
                     reward_roles=[],
-                    **roles,
+                    policy=sampler,
+                    reference=reference,
+                    value=self.role(policy.value, needs_head=True),
                 )
                 logprobs, ref_logprobs, values = found.logprobs, found.ref_logprobs, found.values
                 layers[VALUE] = values[0].tolist()
             else:
                 logprobs, ref_logprobs = (
                     self.backbone.logprobs(role, whole, torch.ones_like(whole), completions, temperature)
-                    for role in roles.values()
+                    for role in (sampler, reference)
                 )
             mask = masks[1]
             layers[KL] = kl_per_token(logprobs, ref_logprobs, mask)[0].tolist()
@@ -328,7 +331,7 @@ def load(
         learned = learned_rewards(given, backbone, tokenizer) if given else []
     composites: list[Composite | None] = []
     if rewards:
-        composites = [Composite(learned + functions, weights)] * len(runs)
+        composites = [Composite([*learned, *functions], weights)] * len(runs)
     else:
         several, rest = sum(bool(run.rewards) for run in runs) > 1, iter(learned)
         for run in runs:
@@ -337,9 +340,9 @@ def load(
                 reward.__name__ = f"{run.name}/{reward.__name__}"
             seen = next((policy.options["reward_weights"] for policy in run.policies if policy.options), None) or []
             weights = seen[: len(own)] if len(seen) >= len(own) else None
-            composites.append(Composite(own, weights) if own else None)
+            composites.append(Composite([*own], weights) if own else None)
         first = next((each for each in composites if each), None)
         composites = [each or first for each in composites]
-    names = Composite(learned).names if learned else []
+    names = Composite([*learned]).names if learned else []
     backbone.requires_grad_(False).to(PartialState().device).eval()
     return Comparison(backbone, tokenizer, policies, composites, dict(zip(names, learned, strict=True)))

@@ -49,17 +49,33 @@ class Browser:
     def find(self, css: str):
         return self.driver.find_element("css selector", css)
 
-    def wait(self, holds) -> None:
-        """Wait until `holds()` is true; elements that the page replaces meanwhile are looked for again."""
+    def there(self, css: str):
+        """Return an element as soon as it is there."""
+        return self.wait(lambda: self.find(css))
+
+    def find_all(self, css: str) -> list:
+        return self.driver.find_elements("css selector", css)
+
+    @property
+    def overflow(self) -> int:
+        """By how many pixels the page is wider than its window."""
+        return self.driver.execute_script(
+            "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+        )
+
+    def wait(self, holds):
+        """Wait until `holds()` is true, and return it; elements that the page replaces meanwhile are looked for again."""
         from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
         from selenium.webdriver.support.ui import WebDriverWait
 
         ignored = (NoSuchElementException, StaleElementReferenceException)
-        WebDriverWait(self.driver, PATIENCE, 0.05, ignored).until(lambda _: holds(), f"the page shows:\n{self.text}")
+        return WebDriverWait(self.driver, PATIENCE, 0.05, ignored).until(
+            lambda _: holds(), f"the page shows:\n{self.text}"
+        )
 
-    def wait_for(self, text: str) -> None:
-        """Wait until the page shows a text."""
-        self.wait(lambda: text in self.text)
+    def wait_for(self, text: str, css: str = "body") -> None:
+        """Wait until the page, or an element of it, shows a text."""
+        self.wait(lambda: text in self.find(css).text)
 
     def press(self, key: str) -> None:
         """Press a key while no field is written in."""

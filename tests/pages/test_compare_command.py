@@ -4,12 +4,12 @@ import socket
 from types import SimpleNamespace
 
 import pytest
-from compare_run import OPTIONS, make_run
 
 from pipeline import compare
 from pipeline.compare import check_address, functions_of, main, model_of, pad_token_of
 from pipeline.pages.compare_runs import find_runs
 from reward_models.functions import RewardArguments
+from tests.pages.compare_run import OPTIONS, make_run
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import threading
 
 import pytest
 import torch
-from compare_run import OPTIONS, comparison_of, make_run, other
 from conftest import PROMPTS, make_likely
 from trl import ModelConfig
 
@@ -17,6 +16,7 @@ from pipeline.backbone.sampling import sample
 from pipeline.pages.compare_models import ADVANTAGE, KL, PREFIX, REWARD, VALUE, Completion, Sampling
 from pipeline.pages.compare_tokens import pieces
 from reward_models.composite import Composite, RewardError
+from tests.pages.compare_run import OPTIONS, comparison_of, make_run, other
 
 
 SAMPLING = Sampling(temperature=0.8, max_completion_length=6, seed=3)

@@ -8,16 +8,14 @@ import threading
 import urllib.request
 
 import pytest
-from browser import chromium, find, find_all, overflow, set_width, wait_for_text, wait_until
-from compare_run import make_run
 from transformers import AutoTokenizer
 
 from pipeline import compare
 from pipeline.pages.compare_models import KL
 from pipeline.pages.compare_tokens import Tokens
+from tests.pages.compare_run import make_run
 
 
-__all__ = ["chromium"]  # the fixture `browser`
 gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install 'spine-rlhf[pages]'")
 ENTER = "\ue007"  # as selenium calls it
 # gradio counts its events with an option of pandas that pandas calls old.
@@ -63,31 +61,29 @@ def free_port() -> int:
 def choose(browser, group: str, *labels: str) -> None:
     """Click on the choices with these labels."""
     for label in labels:
-        wait_until(
-            lambda label=label: next((x for x in find_all(browser, f"#{group} label") if x.text == label), None), label
+        browser.wait(
+            lambda label=label: next((x for x in browser.find_all(f"#{group} label") if x.text == label), None)
         ).click()
 
 
 def ask(browser, text: str) -> None:
-    field = find(browser, "#prompt textarea")
+    field = browser.there("#prompt textarea")
     field.clear()
     field.send_keys(text)
-    find(browser, "#sample").click()
+    browser.there("#sample").click()
 
 
 def scored(browser, count: int) -> list:
     """Wait until this many cards are done, and return them."""
-    wait_until(
-        lambda: len(find_all(browser, "#cards .card .made")) == count and not find_all(browser, ".caret"), "cards"
-    )
-    return find_all(browser, "#cards .card")
+    browser.wait(lambda: len(browser.find_all("#cards .card .made")) == count and not browser.find_all(".caret"))
+    return browser.find_all("#cards .card")
 
 
 @pytest.mark.slow
 def test_two_policies_side_by_side(browser, address):
-    set_width(browser, 1280)
-    browser.get(address)
-    wait_for_text(browser, ".compare-head", "4 policies on one backbone, model.")
+    browser.width(1280)
+    browser.open(address)
+    browser.wait_for("4 policies on one backbone, model.", ".compare-head")
     ask(browser, "The film")
     left, right = scored(browser, 2)
     assert [card.find_element("css selector", "h2").text for card in (left, right)] == ["sft", "ppo"]
@@ -95,71 +91,71 @@ def test_two_policies_side_by_side(browser, address):
     for card in (left, right):
         assert "The film" in card.text and re.search(r"score\s*[+-]\d\.\d\d", card.text)
         assert len(card.find_elements("css selector", ".figure")) == len(card.find_elements("css selector", ".token"))
-    assert "The reward model's score of the text up to and with the token" in find(browser, ".legend").text
+    assert "The reward model's score of the text up to and with the token" in browser.there(".legend").text
     choose(browser, "layer", KL)
-    wait_for_text(browser, ".legend", "How much likelier this policy finds the token")
-    figures = wait_until(lambda: find_all(browser, ".card:first-child .figure"), "figures")
+    browser.wait_for("How much likelier this policy finds the token", ".legend")
+    figures = browser.wait(lambda: browser.find_all(".card:first-child .figure"))
     assert {figure.text for figure in figures} <= {"+0.00", "-0.00"}  # SFT is its own reference
     choose(browser, "layer", "words only")
-    wait_until(lambda: not find_all(browser, ".figure"), "no figures")
-    first = find(browser, ".card:last-child .text").text
-    find(browser, "#again").click()
-    wait_until(lambda: find(browser, ".card:last-child .text").text != first, "another text")
+    browser.wait(lambda: not browser.find_all(".figure"))
+    first = browser.there(".card:last-child .text").text
+    browser.there("#again").click()
+    browser.wait(lambda: browser.there(".card:last-child .text").text != first)
     scored(browser, 2)
-    find(browser, "#sampling button").click()
-    wait_until(lambda: find(browser, "#seed input").get_attribute("value") == "1", "the next seed")
+    browser.there("#sampling button").click()
+    browser.wait(lambda: browser.there("#seed input").get_attribute("value") == "1")
     choose(browser, "policies", "ppo/checkpoint-4", "bare backbone")
-    find(browser, "#prompt textarea").send_keys(ENTER)
+    browser.there("#prompt textarea").send_keys(ENTER)
     assert len(scored(browser, 4)) == 4
-    set_width(browser, 390)
-    cards = find_all(browser, "#cards .card")
-    wait_until(lambda: len({card.location["x"] for card in cards}) == 1, "one column")
-    assert overflow(browser) <= 0
+    browser.width(390)
+    cards = browser.find_all("#cards .card")
+    browser.wait(lambda: len({card.location["x"] for card in cards}) == 1)
+    assert browser.overflow <= 0
 
 
 @pytest.mark.slow
 def test_a_conversation_goes_on_with_one_answer(browser, address):
-    set_width(browser, 1280)
-    browser.get(address)
+    browser.width(1280)
+    browser.open(address)
     choose(browser, "mode", "conversation")
     ask(browser, "Is it good? <b id=bad>${7*7} {{value}}</b>")
     scored(browser, 2)
     choose(browser, "answer", "sft")
-    find(browser, "#take").click()
-    wait_until(lambda: len(find_all(browser, "#history .turn")) == 2, "two turns")
-    assert find(browser, "#history .turn").text.endswith("Is it good? <b id=bad>${7*7} {{value}}</b>")
-    assert not find_all(browser, "#bad") and not find_all(browser, "#cards .card")
+    browser.there("#take").click()
+    browser.wait(lambda: len(browser.find_all("#history .turn")) == 2)
+    assert browser.there("#history .turn").text.endswith("Is it good? <b id=bad>${7*7} {{value}}</b>")
+    assert not browser.find_all("#bad") and not browser.find_all("#cards .card")
     ask(browser, "Why?")
     scored(browser, 2)
-    find(browser, "#take").click()
-    wait_until(lambda: len(find_all(browser, "#history .turn")) == 4, "four turns")
-    find(browser, "#new").click()
-    wait_until(lambda: not find_all(browser, "#history .turn"), "no turns")
+    browser.there("#take").click()
+    browser.wait(lambda: len(browser.find_all("#history .turn")) == 4)
+    browser.there("#new").click()
+    browser.wait(lambda: not browser.find_all("#history .turn"))
 
 
 @pytest.mark.slow
 def test_what_a_model_writes_is_shown_and_not_run(browser, address, monkeypatch):
     attack = "<img src=x onerror=\"document.title='run'\">${document.title='run'}{{title}}"
     monkeypatch.setattr("pipeline.pages.compare_models.pieces", lambda ids, tokenizer: [attack] * len(ids))
-    browser.get(address)
+    browser.open(address)
     ask(browser, "The film")
     left, _ = scored(browser, 2)
     assert attack in left.find_element("css selector", ".token").text
-    assert not find_all(browser, "#cards img") and browser.title == "Spine: compare policies"
+    assert not browser.find_all("#cards img") and browser.driver.title == "Spine: compare policies"
 
 
 @pytest.mark.slow
 def test_a_wrong_input_is_one_message_and_the_next_one_runs(browser, address):
-    browser.get(address)
+    browser.open(address)
     ask(browser, "")
-    wait_for_text(browser, "#cards [role=alert]", "The prompt is empty. Write the beginning of a text, or a message.")
+    browser.wait_for("The prompt is empty. Write the beginning of a text, or a message.", "#cards [role=alert]")
     ask(browser, "A" * 300)
-    wait_for_text(browser, "#cards [role=alert]", "exceeds the model's context of 128 tokens. Shorten the prompt")
+    browser.wait_for("exceeds the model's context of 128 tokens. Shorten the prompt", "#cards [role=alert]")
     ask(browser, "The film")
     scored(browser, 2)
     choose(browser, "policies", "sft", "ppo")
-    find(browser, "#sample").click()
-    wait_for_text(browser, "#cards [role=alert]", "No policy is chosen. Choose one or more.")
+    browser.there("#sample").click()
+    browser.wait_for("No policy is chosen. Choose one or more.", "#cards [role=alert]")
 
 
 @pytest.mark.slow
@@ -175,17 +171,17 @@ def test_a_text_streams_and_can_be_stopped(browser, address, monkeypatch):
     monkeypatch.setattr(
         "pipeline.backbone.sampling.end_tokens", lambda *args: [1]
     )  # the pad token: no text ends early
-    browser.get(address)
+    browser.open(address)
     ask(browser, "The film")
-    texts = [wait_until(lambda: find(browser, ".card .plain").text, "a first token")]
+    texts = [browser.wait(lambda: browser.there(".card .plain").text)]
     for _ in range(2):
         going.release()
-        texts.append(wait_until(lambda: (now := find(browser, ".card .plain").text) != texts[-1] and now, "more text"))
+        texts.append(browser.wait(lambda: (now := browser.there(".card .plain").text) != texts[-1] and now))
     assert texts[2].startswith(texts[1]) and texts[1].startswith(texts[0])
-    find(browser, "#stop").click()
-    wait_until(lambda: not find_all(browser, ".caret"), "the end of the caret")
+    browser.there("#stop").click()
+    browser.wait(lambda: not browser.find_all(".caret"))
     going.release(1000)
-    assert not find_all(browser, ".made")
+    assert not browser.find_all(".made")
     monkeypatch.undo()
     ask(browser, "The film")
     scored(browser, 2)

@@ -6,11 +6,11 @@ import shutil
 from dataclasses import replace
 
 import pytest
-from compare_run import OPTIONS, make_run, other
 
 from pipeline.pages.compare_runs import DEFAULTS, Options, bare, find_run, find_runs, normalizes, read_options
 from pipeline.rl.config import OF_TOKENS
 from pipeline.runs.manifest import MANIFEST, manifest_digest
+from tests.pages.compare_run import OPTIONS, make_run, other
 
 
 @pytest.fixture
