@@ -75,6 +75,7 @@ class AnswerFile:
 
     def __init__(self, path: Path):
         self.path, self.lines = path, read_answers(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         sync(path.parent)
 
