@@ -3,6 +3,8 @@
 A stage checks a file before it does any work, and an error names the field, its value and what it must be. Fields that a
 schema does not name are not used, and may hold anything: a file may come from a later version, or from somebody else.
 `pipeline.backbone.adapter_config` says more about an adapter's config, where an unknown field can change the model.
+
+The module is longer than most, because all schemas stand side by side.
 """
 
 import json

@@ -12,7 +12,9 @@ from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-EXTRAS = {name: lines for name, lines in PROJECT["optional-dependencies"].items() if name not in ("test", "lint")}
+EXTRAS = {
+    name: lines for name, lines in PROJECT["optional-dependencies"].items() if name not in ("test", "lint", "docs")
+}
 REQUIRED = [Requirement(line) for line in (*PROJECT["dependencies"], *sum(EXTRAS.values(), []))]
 NAMES = sorted({requirement.name for requirement in REQUIRED})
 # How the metadata of packages name the licences that we accept, with the name that CONTRIBUTING's table has.

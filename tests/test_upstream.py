@@ -653,8 +653,10 @@ DOCUMENTED = re.compile(
     r"accelerate\.(logging|utils)|datasets\.exceptions|huggingface_hub\.errors|"
     r"torch\.(autograd|distributed|nn|utils\.data)\b.*"
 )
-# Names that are Python's, not a package's (of named tuples, of argparse), and ends of keys in reports.
-NO_PACKAGES = {"_replace", "_actions", "_negative_number_matcher", "_score", "_judge", "_far", "_skip"}
+# Names that are Python's, not a package's (of named tuples, of argparse), and ends of keys in reports, logs and other
+# projects' configs.
+NO_PACKAGES = {"_replace", "_actions", "_negative_number_matcher", "_score", "_judge", "_far", "_skip", "_terminated_length",
+               "_low", "_high", "_threshold", "_target_"}  # fmt: skip
 # Names that the installed release does not have yet. Our code asks for its version, and leaves them out.
 NOT_YET = {"_initial_global_step"} - set(LOOP)
 

@@ -71,7 +71,7 @@ def migrate(given: dict[str, Any]) -> str:
     _kl(recipe)
     _rewards(recipe)
     _sampler(recipe)
-    _data(recipe)
+    _dataset_options(recipe)
     return recipe.text()
 
 
@@ -300,7 +300,7 @@ def _sampler(recipe: Recipe) -> None:
         recipe.note("all tokens can be sampled: top_k is 0 here, and the default. Nothing to do.", f"{ROLLOUT}top_k")
 
 
-def _data(recipe: Recipe) -> None:
+def _dataset_options(recipe: Recipe) -> None:
     old: Mapping[str, Any] = recipe.old
     for key, ours in (("data.train_files", "dataset_name"), ("data.val_files", "eval_dataset_name")):
         files = _listed(old[key]) if key in recipe.given else []
