@@ -94,7 +94,7 @@ def migrate(given: dict[str, Any]) -> str:
             recipe.set(key, value, old_key=key)
     recipe.note(f"pipeline.{stage}, as the first line says.", "stage")
     _model(recipe)
-    _dataset_options(recipe)
+    _rows(recipe)
     (_ppo if stage == "ppo" else _reward)(recipe)
     return recipe.text()
 
@@ -151,7 +151,7 @@ def _model(recipe: Recipe) -> None:
         recipe.set("warmup_steps", old["warmup_ratio"], "a share of the run", old_key="warmup_ratio")
 
 
-def _dataset_options(recipe: Recipe) -> None:
+def _rows(recipe: Recipe) -> None:
     """Set the data sets, which LLaMA-Factory names in a registry of its own."""
     old, given = recipe.old, recipe.given
     for key, ours in (("dataset", "dataset_name"), ("eval_dataset", "eval_dataset_name")):

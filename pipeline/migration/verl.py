@@ -37,7 +37,7 @@ def migrate(given: dict[str, Any]) -> str:
         key: value
         for key, value in given.items()
         if value not in (None, "???")
-        and not key.endswith("_target_")
+        and not re.search(r"\b_target_$", key)
         and "${" not in str(value)
         and key != "defaults"
         and not key.startswith("hydra.")
@@ -71,7 +71,7 @@ def migrate(given: dict[str, Any]) -> str:
     _kl(recipe)
     _rewards(recipe)
     _sampler(recipe)
-    _dataset_options(recipe)
+    _rows(recipe)
     return recipe.text()
 
 
@@ -178,7 +178,7 @@ def _optimizer(recipe: Recipe) -> None:
 def _losses(recipe: Recipe) -> None:
     """Set the clip ranges."""
     old, given = recipe.old, recipe.given
-    low, high, both = (f"{ACTOR}clip_ratio{end}" for end in ("_low", "_high", ""))
+    low, high, both = (f"{ACTOR}{key}" for key in ("clip_ratio_low", "clip_ratio_high", "clip_ratio"))
     below = low if low in given else both
     above = high if high in given else both
     recipe.set("epsilon", old[below], old_key=below)
@@ -282,7 +282,7 @@ def _sampler(recipe: Recipe) -> None:
         if rollout_is in CORRECTIONS:
             key = "algorithm.rollout_correction.rollout_is"
             recipe.set("vllm_importance_sampling_mode", CORRECTIONS[rollout_is], old_key=key)
-            most = f"{key}_threshold"
+            most = "algorithm.rollout_correction.rollout_is_threshold"
             recipe.set("vllm_importance_sampling_clip_max", old.get(most, 2.0), old_key=most)
         else:
             recipe.note("it was used only with rollout_is.", "algorithm.rollout_correction.rollout_is_threshold")
@@ -300,7 +300,7 @@ def _sampler(recipe: Recipe) -> None:
         recipe.note("all tokens can be sampled: top_k is 0 here, and the default. Nothing to do.", f"{ROLLOUT}top_k")
 
 
-def _dataset_options(recipe: Recipe) -> None:
+def _rows(recipe: Recipe) -> None:
     old: Mapping[str, Any] = recipe.old
     for key, ours in (("data.train_files", "dataset_name"), ("data.val_files", "eval_dataset_name")):
         files = _listed(old[key]) if key in recipe.given else []
