@@ -110,11 +110,10 @@ def test_a_reward_of_ones_own(name, tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_ppo_in_ten_lines(run, tiny, tmp_path):
-    changes = {'"data/backbone"': repr(tiny), '"max_steps": 60': '"max_steps": 4', "* 8})": "* 4})"}
-    out = run("ppo_in_ten_lines.py", changes=changes)
+def test_ppo_in_ten_lines(run, tmp_path):
+    out = run("ppo_in_ten_lines.py", changes={'"max_steps": 60': '"max_steps": 4', "* 8})": "* 4})"})
     assert re.search(r"step +4/4 +score", out)
-    base, _ = load_pretrained(ModelConfig(tiny))
+    base, _ = load_pretrained(ModelConfig("data/backbone"))
     adapter = read_adapter(str(tmp_path / "runs" / "ten_lines"), needs_head=False, base=base)
     assert any(tensor.abs().max() > 0 for name, tensor in adapter.weights.items() if "lora_B" in name)
     assert load_file(tmp_path / "runs" / "ten_lines" / "value" / "adapter_model.safetensors")
