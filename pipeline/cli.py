@@ -33,8 +33,8 @@ from pipeline.runs.launcher import config_names, launch
 from pipeline.runs.recipe_file import PROTOCOLS, RECIPES, find_recipe, recipe_names
 
 
-STAGES = ("sft", "reward", "ppo", "evaluation", "reward_eval", "best_of_n", "rloo", "grpo", "dpo", "pretrain")
-OF_DATA = ("convert", "inspect", "tasks", "translation")
+STAGES = ("sft", "reward", "ppo", "evaluation", "reward_eval", "best_of_n", "rloo", "grpo", "dpo", "pairs", "pretrain")
+OF_DATA = ("convert", "inspect", "tasks")
 HERE = {
     "recipes": "List the recipes; with a name, print that recipe, to copy it.",
     "demo": "Run SFT, reward model, PPO and evaluation on the embedded model, in four minutes on 2 CPU cores.",
@@ -44,7 +44,7 @@ HERE = {
 ON_CPUS = {"MALLOC_TRIM_THRESHOLD_": "4294967296", "MALLOC_MMAP_THRESHOLD_": "4294967296", "DS_ACCELERATOR": "cpu"}
 # The first two lines of a recipe: its command, and what it takes.
 HEADER = re.compile(
-    r"^# accelerate launch --config_file accelerate_configs/(\w+)\.yaml -m pipeline\.(\w+) --config \S+\n# (.+)$",
+    r"^# (?:accelerate launch --config_file accelerate_configs/(\w+)\.yaml|python) -m pipeline\.(\w+) --config \S+\n# (.+)$",
     re.MULTILINE,
 )
 
@@ -114,7 +114,7 @@ def recipes(words: list[str]) -> str:
     for name, path in chosen.items():
         header = HEADER.search(path.read_text(encoding="utf-8"))
         config, command, takes = header.groups() if header else ("", "", "")
-        rows.append((command, name, config, takes))
+        rows.append((command, name, config or "-", takes))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines += ["", "Run one: spine <command> --config <recipe> --accelerate_config <config>"]

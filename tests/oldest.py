@@ -11,7 +11,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 
 
-EXTRAS = ("deepspeed", "quantization", "translation", "test")  # what the tests install
+EXTRAS = ("deepspeed", "pages", "quantization", "translation", "test")  # what the tests install
 
 
 def oldest(project: dict, instead: list[str]) -> dict[str, str]:

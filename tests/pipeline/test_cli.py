@@ -170,10 +170,8 @@ def test_a_recipe_has_a_name_from_any_folder(name, tmp_path, monkeypatch):
     (row,) = (row for row in cli.recipes([]).splitlines() if re.search(rf"  {re.escape(name)}( |$)", row))
     text = path.read_text()
     command, launched = row.split()[0], row.split()[2]
-    given = (
-        f"--config_file accelerate_configs/{launched}.yaml -m pipeline.{command} --config pipeline/recipes/{name}.yaml"
-    )
-    assert given in text
+    launcher = f"accelerate launch --config_file accelerate_configs/{launched}.yaml" if launched != "-" else "python"
+    assert f"# {launcher} -m pipeline.{command} --config pipeline/recipes/{name}.yaml\n" in text
     own = tmp_path / f"{name}.yaml"
     own.parent.mkdir(parents=True, exist_ok=True)
     own.write_text("seed: 1\n")
