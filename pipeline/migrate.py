@@ -16,6 +16,7 @@ import sys
 
 import yaml
 
+from data.quoting import escaped
 from pipeline.migration import llama_factory, openrlhf, trl, verl
 from pipeline.migration.reading import flattened, read_command_line, read_file, read_overrides, read_script
 
@@ -53,7 +54,9 @@ def main(words: list[str]) -> None:
     try:
         print(convert(source, rest), end="")
     except (OSError, ValueError, yaml.YAMLError) as error:
-        sys.exit(f"pipeline.migrate: {' '.join(str(error).split())}")
+        told = " ".join(str(error).split())
+        file = f"{escaped(rest[0])}: " if len(rest) == 1 and rest[0] not in told else ""
+        sys.exit(f"pipeline.migrate: {file}{told}")
 
 
 if __name__ == "__main__":

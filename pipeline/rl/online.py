@@ -125,8 +125,8 @@ def train(
         )
     if args.use_transformers_continuous_batching:
         raise ValueError(
-            "use_transformers_continuous_batching=True is not supported. It samples with the model's own generation config, "
-            "and with bf16 TRL rounds the adapters to bfloat16 permanently. Leave it unset."
+            "use_transformers_continuous_batching=True (once use_transformers_paged) is not supported. It samples with the "
+            "model's own generation config, and with bf16 TRL rounds the adapters to bfloat16 permanently. Leave it unset."
         )
     options = options_of(data, start, rewards, model, args)
     checkpoint = open_run(

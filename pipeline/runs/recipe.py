@@ -135,6 +135,10 @@ def _typed(option: Field, value: Any, hint: Any, path: str | None) -> Any:
     where = f"{path or 'command line'}: {option.name}={shorten(value)}"
     if isinstance(value, str) and not value and option.name not in MAY_BE_EMPTY:
         raise ValueError(f"{where} is an empty text. Give a value, or leave {option.name} out.")
+    if option.name in PATHS and any(
+        isinstance(name, str) and name and not name.strip() for name in (value if isinstance(value, list) else [value])
+    ):
+        raise ValueError(f"{where} has a name of blanks alone. Name a folder, a file or a repository on the hub.")
     if _holds_zero(value):
         raise ValueError(f"{where} holds a zero byte, which no name and no path can. Remove it.")
     choices = option.metadata.get("choices") or _choices(hint)

@@ -108,6 +108,7 @@ TYPES = {
         r"deepspeed='nowhere\.json' is neither a mapping nor a JSON file",
     ),
     "an empty text": ("run_name: ''\n", r"run_name='' is an empty text\. Give a value, or leave run_name out\."),
+    "a name of blanks": ("dataset_name: ' '\n", r"dataset_name=' ' has a name of blanks alone\. Name a folder"),
     "an empty list": ("lora_target_modules: []\n", r"lora_target_modules=\[\] is an empty list"),
     "no such optimizer": ("optim: adam\n", r"optim='adam' is not one of adamw_torch"),
 }

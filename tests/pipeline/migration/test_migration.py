@@ -510,3 +510,15 @@ def test_an_error_is_one_line(words, message, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=rf"^pipeline\.migrate: .*{message}"):
         main(words)
     assert capsys.readouterr().out == ""
+
+
+def test_an_error_of_a_file_names_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("old.yaml").write_text("1: 2\n")
+    with pytest.raises(
+        SystemExit, match=r"^pipeline\.migrate: old\.yaml: unknown key '1': no PPOConfig of TRL had it"
+    ):
+        migrate.main(["old.yaml"])
+    with pytest.raises(SystemExit, match=r"^pipeline\.migrate: nowhere\.yaml: no such file") as caught:
+        migrate.main(["nowhere.yaml"])
+    assert str(caught.value).count("nowhere.yaml") == 1
