@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.backbone import loading
 from pipeline.runs.command_line import parse
-from pipeline.runs.output_lock import LOCK
+from pipeline.runs.live_files import LOCK, LOG
 
 
 PAIRS = [{"prompt": "A", "chosen": " fine film.", "rejected": " poor film."}] * 8
@@ -34,9 +34,11 @@ def write(path: Path, content: list | str | bytes) -> str:
     return str(path)
 
 
-def state(*folders: Path) -> dict:
-    """Bytes and modification time of every file, without the lock that this process holds until it ends."""
-    files = (path for folder in folders for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+def state(*folders: Path, trained: bool = False) -> dict:
+    """Bytes and modification time of every file, without the lock that this process holds until it ends; and without the
+    log, which says how a run has ended that had begun to train, if it `trained`."""
+    live = (LOCK, LOG) if trained else (LOCK,)
+    files = (path for folder in folders for path in folder.rglob("*") if path.is_file() and path.name not in live)
     return {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in files}
 
 
@@ -126,13 +128,14 @@ def refuses(world, monkeypatch):
             shutil.copytree(world.reward if stage == "reward" else world.sft, out)
             write(out / "metrics.json", '{"accuracy": 0.75}')
             write(out / "report.json", '{"sft": {}, "seconds": {}}')
-        before = state(out, Path(world.sft), Path(world.reward), Path(world.tiny))
+        folders = (out, Path(world.sft), Path(world.reward), Path(world.tiny))
+        before = state(*folders, trained=trains)
         with pytest.raises((ValueError, OSError, ImportError)) as caught:
             world.run(stage, **options)
         said = str(caught.value)
         assert re.search(message, said), f"{type(caught.value).__name__}: {said}"
         assert "\n" not in said
-        assert state(out, Path(world.sft), Path(world.reward), Path(world.tiny)) == before
+        assert state(*folders, trained=trains) == before
         assert not {"training", "sampling", "a training step"} & set(done)
         assert loads or not done
 

@@ -292,7 +292,7 @@ OPTIONS = {
     "modules to save": ({"lora_modules_to_save": ["lm_head"]}, r"lora_modules_to_save='?\[?'?lm_head"),
     "no such module": (
         {"lora_target_modules": ["q_proj"]},
-        r"Target modules \{'q_proj'\} not found in the base model",
+        r"lora_target_modules: 'q_proj' is no layer of GPT2\w+ that LoRA adapts\. Name some of c_attn, c_fc, c_proj",
     ),
     "more layers than there are": ({"lora_top_layers": 3}, r"lora_top_layers=3: the model has 2 layers"),
     "no such attention": ({"attn_implementation": "fast"}, r"^attn_implementation='fast' is not one of eager, .*sdpa"),

@@ -15,7 +15,7 @@ from data.preferences import check_preferences
 from pipeline.backbone.adapters import HEAD, WEIGHTS
 from pipeline.backbone.loading import load_pretrained
 from pipeline.runs.divergence import learns_from
-from pipeline.runs.output_lock import LOCK
+from pipeline.runs.live_files import LOCK, LOG
 
 
 pytestmark = pytest.mark.slow
@@ -34,8 +34,9 @@ SMALL = {
 
 
 def left(folder: Path) -> dict:
-    """Bytes of what a run leaves beside its checkpoints, without the lock that this process holds until it ends."""
-    files = (path for path in folder.rglob("*") if path.is_file() and path.name != LOCK)
+    """Bytes of what a run leaves beside its checkpoints, without the lock that this process holds until it ends and the log,
+    which says how it has ended."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name not in (LOCK, LOG))
     files = (path for path in files if "checkpoint-" not in str(path))
     return {path: path.read_bytes() for path in files}
 

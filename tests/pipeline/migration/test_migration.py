@@ -518,7 +518,7 @@ def test_an_error_of_a_file_names_it(tmp_path, monkeypatch):
     with pytest.raises(
         SystemExit, match=r"^pipeline\.migrate: old\.yaml: unknown key '1': no PPOConfig of TRL had it"
     ):
-        migrate.main(["old.yaml"])
+        main(["old.yaml"])
     with pytest.raises(SystemExit, match=r"^pipeline\.migrate: nowhere\.yaml: no such file") as caught:
-        migrate.main(["nowhere.yaml"])
+        main(["nowhere.yaml"])
     assert str(caught.value).count("nowhere.yaml") == 1

@@ -283,9 +283,9 @@ def test_columns_of_padding_alone_are_left_out(make_trainer, monkeypatch, policy
         loss, scored, trained, lengths = trainer._compute_loss, [], [], []
         uneven = shortened(trainer._generate, lambda i: 36 - 5 * i)
 
-        def note(ids, mask, length, trunk=None, values=trainer.model.values, scored=scored):
+        def note(ids, mask, length, trunk=None, values=trainer.model.values, scored=scored, **role):
             scored.append(ids.shape[1])
-            return values(ids, mask, length, trunk)
+            return values(ids, mask, length, trunk, **role)
 
         def learn(model, inputs, loss=loss, trained=trained, lengths=lengths):
             lengths.append((inputs.prompt_mask.sum(dim=1) + inputs.completion_mask.sum(dim=1)).tolist())
