@@ -231,11 +231,9 @@ class Comparison:
             # 2. Measure the completion under policy, reference and value.
             device = self.backbone.get_base_model().device
             prompts, completions = (torch.tensor([row], device=device) for row in (prompt_ids, ids))
-            whole, masks = (
-                torch.cat([prompts, completions], dim=1),
-                [torch.ones_like(x).bool() for x in (prompts, completions)],
-            )
-            sampler, reference = self.role(policy.folder), self.role(policy.reference)
+            whole = torch.cat([prompts, completions], dim=1)
+            masks = [torch.ones_like(x).bool() for x in (prompts, completions)]
+            own, reference = self.role(policy.folder), self.role(policy.reference)
             if policy.value:
                 found = measure(
                     self.backbone,
@@ -243,7 +241,7 @@ class Comparison:
                     temperature=temperature,
                     batch_size=1,
                     reward_roles=[],
-                    policy=sampler,
+                    policy=own,
                     reference=reference,
                     value=self.role(policy.value, needs_head=True),
                 )
@@ -252,7 +250,7 @@ class Comparison:
             else:
                 logprobs, ref_logprobs = (
                     self.backbone.logprobs(role, whole, torch.ones_like(whole), completions, temperature)
-                    for role in (sampler, reference)
+                    for role in (own, reference)
                 )
             mask = masks[1]
             layers[KL] = kl_per_token(logprobs, ref_logprobs, mask)[0].tolist()
@@ -331,7 +329,7 @@ def load(
         learned = learned_rewards(given, backbone, tokenizer) if given else []
     composites: list[Composite | None] = []
     if rewards:
-        composites = [Composite([*learned, *functions], weights)] * len(runs)
+        composites = [Composite([*learned, *functions], weights) if learned or functions else None] * len(runs)
     else:
         several, rest = sum(bool(run.rewards) for run in runs) > 1, iter(learned)
         for run in runs:
