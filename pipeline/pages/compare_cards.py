@@ -66,6 +66,7 @@ CSS = """
 .card summary { cursor: pointer; color: var(--body-text-color-subdued); }
 .card .numbers { overflow: auto; max-height: 320px; margin-top: 6px; }
 .card table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+.card table :is(tr, th, td) { border: 0; border-bottom: 1px solid var(--border-color-primary); }
 .card th { font-weight: 500; text-align: right; padding: 2px 6px; position: sticky; top: 0;
   background: var(--block-background-fill); }
 .card td { text-align: right; padding: 1px 6px; white-space: nowrap; }

@@ -268,6 +268,7 @@ class Comparison:
                     layers[ADVANTAGE] = advantages[0].tolist()
             for reward, learned in self.learned.items():
                 layers[self._prefix_layer(reward)] = self._prefix_scores(learned, whole, len(ids)).tolist()
+        layers = {name: layers[name] for name in self.layers if name in layers}
         return Completion(pieces(ids, self.tokenizer), text, ended, layers, rewards, score)
 
     def _scores(
