@@ -8,14 +8,12 @@ import threading
 import urllib.request
 
 import pytest
-from browser import chromium, find, find_all, overflow, set_width, wait_for_text, wait_until
-from compare_run import OPTIONS, make_run
 from transformers import AutoTokenizer
 
 from pipeline import compare
 from pipeline.pages.compare_models import KL
 from pipeline.pages.compare_tokens import Tokens
-from tests.pages.compare_run import make_run
+from tests.pages.compare_run import OPTIONS, make_run
 
 
 gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install 'spine-rlhf[pages]'")
@@ -88,7 +86,7 @@ def scored(browser, count: int) -> list:
 def test_two_policies_side_by_side(browser, address):
     browser.width(1280)
     browser.open(address)
-    browser.wait_for("4 policies on one backbone, model.", ".compare-head")
+    browser.wait_for("4 policies on one backbone, model.")
     ask(browser, "The film")
     left, right = scored(browser, 2)
     assert [card.find_element("css selector", "h2").text for card in (left, right)] == ["sft", "ppo"]
@@ -101,7 +99,7 @@ def test_two_policies_side_by_side(browser, address):
     browser.wait_for("How much likelier this policy finds the token", ".legend")
     figures = browser.wait(lambda: browser.find_all(".card:first-child .figure"))
     assert {figure.text for figure in figures} <= {"+0.00", "-0.00"}  # SFT is its own reference
-    choose(browser, "layer", "words only")
+    choose(browser, "layer")
     browser.wait(lambda: not browser.find_all(".figure"))
     first = browser.there(".card:last-child .text").text
     browser.there("#again").click()
@@ -109,7 +107,7 @@ def test_two_policies_side_by_side(browser, address):
     scored(browser, 2)
     browser.there("#sampling button").click()
     browser.wait(lambda: browser.there("#seed input").get_attribute("value") == "1")
-    choose(browser, "policies", "ppo/checkpoint-4", "bare backbone")
+    choose(browser, "policies", "ppo/checkpoint-4")
     browser.there("#prompt textarea").send_keys(ENTER)
     assert len(scored(browser, 4)) == 4
     browser.width(390)
@@ -122,7 +120,7 @@ def test_two_policies_side_by_side(browser, address):
 def test_a_conversation_goes_on_with_one_answer(browser, address):
     browser.width(1280)
     browser.open(address)
-    choose(browser, "mode", "conversation")
+    choose(browser, "mode")
     ask(browser, "Is it good? <b id=bad>${7*7} {{value}}</b>")
     scored(browser, 2)
     choose(browser, "answer", "sft")
@@ -130,7 +128,7 @@ def test_a_conversation_goes_on_with_one_answer(browser, address):
     browser.wait(lambda: len(browser.find_all("#history .turn")) == 2)
     assert browser.there("#history .turn").text.endswith("Is it good? <b id=bad>${7*7} {{value}}</b>")
     assert not browser.find_all("#bad") and not browser.find_all("#cards .card")
-    ask(browser, "Why?")
+    ask(browser)
     scored(browser, 2)
     browser.there("#take").click()
     browser.wait(lambda: len(browser.find_all("#history .turn")) == 4)
@@ -143,7 +141,7 @@ def test_what_a_model_writes_is_shown_and_not_run(browser, address, monkeypatch)
     attack = "<img src=x onerror=\"document.title='run'\">${document.title='run'}{{title}}"
     monkeypatch.setattr("pipeline.pages.compare_models.pieces", lambda ids, tokenizer: [attack] * len(ids))
     browser.open(address)
-    ask(browser, "The film")
+    ask(browser)
     left, _ = scored(browser, 2)
     assert attack in left.find_element("css selector", ".token").text
     assert not browser.find_all("#cards img") and browser.driver.title == "Spine: compare policies"
@@ -176,20 +174,20 @@ def test_a_text_streams_and_can_be_stopped(browser, address, monkeypatch):
     monkeypatch.setattr(
         "pipeline.backbone.sampling.end_tokens", lambda *args: [1]
     )  # the pad token, which is not drawn
-    browser.get(address)
+    browser.open(address)
     ask(browser, "The film")
     texts = [""]
 
     def grown() -> bool:
         going.release()
-        for field in find_all(browser, ".card:first-child .plain"):
+        for field in browser.find_all(".card:first-child .plain"):
             texts.extend([field.text] if field.text != texts[-1] else [])
         return len(texts) > 3
 
-    wait_until(grown, "a text that grows")
+    browser.wait(grown)
     assert all(longer.startswith(shorter) for shorter, longer in zip(texts, texts[1:], strict=False))
-    find(browser, "#stop").click()
-    wait_until(lambda: not find_all(browser, ".caret"), "the end of the caret")
+    browser.there("#stop").click()
+    browser.wait(lambda: not browser.find_all(".caret"))
     going.release(1000)
     assert not browser.find_all(".made")
     monkeypatch.undo()
