@@ -190,6 +190,9 @@ def test_first_step_of_every_stage(name, hub, tmp_path, monkeypatch, caplog):
 def test_own_data_by_the_commands_of_readme_and_docs(tmp_path, monkeypatch):
     """They differ from the recipes in the files that they name: these are read, and no others."""
     commands = {name: WITH_OPTIONS.findall(page) for name, page in PAGES.items() if WITH_OPTIONS.search(page)}
+    # The answers of pipeline.label are read by the reward stage's own reader in tests/pipeline/pages/test_label_answers.py.
+    labels = commands.pop("labelling.md")
+    assert [command[:2] for command in labels] == [("reward", "demo/reward.yaml")]
     assert commands.keys() == {"README.md", "own-data.md"} and commands["README.md"] == commands["own-data.md"]
     commands = commands["README.md"]
     assert [(stage, recipe) for stage, recipe, _ in commands] == [(stage, f"smollm2/{stage}.yaml") for stage in SIZES]

@@ -42,7 +42,7 @@ def start(words: list[str], log: Path) -> int:
 def written_since(begun: float, staging: Path) -> bool:
     """Whether a checkpoint is being written, and not one that an earlier kill left."""
     try:
-        return staging.stat().st_mtime >= begun
+        return any(path.stat().st_mtime >= begun for path in staging.glob("checkpoint-*"))
     except FileNotFoundError:
         return False
 
