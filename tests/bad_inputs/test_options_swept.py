@@ -83,7 +83,7 @@ def test_a_hostile_value_of_any_option(stage, way, tmp_path, monkeypatch):
         elif value != "'\\0'":  # no command line can hold it
             words = [f"--{key}", value.strip("'")]
         recipe = tmp_path / "recipe.yaml"
-        recipe.write_text("".join(f"{name}: {word}\n" for name, word in given.items()))
+        recipe.write_text("".join(f"{name}: {word}\n" for name, word in given.items()) or "{}\n")
         faults.append(judge(stage, key, value, words, recipe))
     assert not list(filter(None, faults))
 

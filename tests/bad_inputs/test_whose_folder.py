@@ -180,7 +180,7 @@ def test_rotation_and_a_second_run_keep_what_is_not_theirs(make_trainer, tmp_pat
     put("checkpoint-2/thesis.txt")(tmp_path / "out")
     make_trainer(output_dir=str(tmp_path / "out"), **options).train()
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"checkpoint-2", "checkpoint-2.kept-1"}
+    assert names == {"checkpoint-2", "checkpoint-2.kept-1", "training_log.jsonl"}
     assert (tmp_path / "out" / "checkpoint-2.kept-1" / "thesis.txt").read_text() == THESIS
 
 
