@@ -308,7 +308,10 @@ def training_log() -> dict:
 
 def use_training_log(folder: Path) -> None:
     """Show it, with a row of figures of the same step and time, and go on from step 3."""
-    row = json.loads((folder / LOG).read_text())
+    try:
+        row = json.loads((folder / LOG).read_bytes())
+    except (ValueError, RecursionError):
+        row = {}
     with (folder / LOG).open("a") as file:
         file.write(json.dumps({**{name: row[name] for name in ("step", "time") if name in row}, "kl": 0.5}) + "\n")
     run = read_run(folder)
