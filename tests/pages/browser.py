@@ -63,14 +63,14 @@ class Browser:
             "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
         )
 
-    def wait(self, holds):
+    def wait(self, holds, what: str = "what is waited for"):
         """Wait until `holds()` is true, and return it; elements that the page replaces meanwhile are looked for again."""
         from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
         from selenium.webdriver.support.ui import WebDriverWait
 
         ignored = (NoSuchElementException, StaleElementReferenceException)
         return WebDriverWait(self.driver, PATIENCE, 0.05, ignored).until(
-            lambda _: holds(), f"the page shows:\n{self.text}"
+            lambda _: holds(), f"{what} does not come; at first the page shows:\n{self.text}"
         )
 
     def wait_for(self, text: str, css: str = "body") -> None:

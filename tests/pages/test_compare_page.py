@@ -65,7 +65,7 @@ def choose(browser, group: str, *labels: str) -> None:
     """Click on the choices with these labels."""
     for label in labels:
         browser.wait(
-            lambda label=label: next((x for x in browser.find_all(f"#{group} label") if x.text == label), None)
+            lambda label=label: next((x for x in browser.find_all(f"#{group} label") if x.text == label), None), label
         ).click()
 
 
@@ -78,7 +78,9 @@ def ask(browser, text: str) -> None:
 
 def scored(browser, count: int) -> list:
     """Wait until this many cards are done, and return them."""
-    browser.wait(lambda: len(browser.find_all("#cards .card .made")) == count and not browser.find_all(".caret"))
+    browser.wait(
+        lambda: len(browser.find_all("#cards .card .made")) == count and not browser.find_all(".caret"), "cards"
+    )
     return browser.find_all("#cards .card")
 
 
@@ -86,7 +88,7 @@ def scored(browser, count: int) -> list:
 def test_two_policies_side_by_side(browser, address):
     browser.width(1280)
     browser.open(address)
-    browser.wait_for("4 policies on one backbone, model.")
+    browser.wait_for("4 policies on one backbone, model.", ".compare-head")
     ask(browser, "The film")
     left, right = scored(browser, 2)
     assert [card.find_element("css selector", "h2").text for card in (left, right)] == ["sft", "ppo"]
@@ -97,22 +99,22 @@ def test_two_policies_side_by_side(browser, address):
     assert "The reward model's score of the text up to and with the token" in browser.there(".legend").text
     choose(browser, "layer", KL)
     browser.wait_for("How much likelier this policy finds the token", ".legend")
-    figures = browser.wait(lambda: browser.find_all(".card:first-child .figure"))
+    figures = browser.wait(lambda: browser.find_all(".card:first-child .figure"), "figures")
     assert {figure.text for figure in figures} <= {"+0.00", "-0.00"}  # SFT is its own reference
-    choose(browser, "layer")
-    browser.wait(lambda: not browser.find_all(".figure"))
+    choose(browser, "layer", "words only")
+    browser.wait(lambda: not browser.find_all(".figure"), "no figures")
     first = browser.there(".card:last-child .text").text
     browser.there("#again").click()
-    browser.wait(lambda: browser.there(".card:last-child .text").text != first)
+    browser.wait(lambda: browser.there(".card:last-child .text").text != first, "another text")
     scored(browser, 2)
     browser.there("#sampling button").click()
-    browser.wait(lambda: browser.there("#seed input").get_attribute("value") == "1")
-    choose(browser, "policies", "ppo/checkpoint-4")
+    browser.wait(lambda: browser.there("#seed input").get_attribute("value") == "1", "the next seed")
+    choose(browser, "policies", "ppo/checkpoint-4", "bare backbone")
     browser.there("#prompt textarea").send_keys(ENTER)
     assert len(scored(browser, 4)) == 4
     browser.width(390)
     cards = browser.find_all("#cards .card")
-    browser.wait(lambda: len({card.location["x"] for card in cards}) == 1)
+    browser.wait(lambda: len({card.location["x"] for card in cards}) == 1, "one column")
     assert browser.overflow <= 0
 
 
@@ -120,20 +122,20 @@ def test_two_policies_side_by_side(browser, address):
 def test_a_conversation_goes_on_with_one_answer(browser, address):
     browser.width(1280)
     browser.open(address)
-    choose(browser, "mode")
+    choose(browser, "mode", "conversation")
     ask(browser, "Is it good? <b id=bad>${7*7} {{value}}</b>")
     scored(browser, 2)
     choose(browser, "answer", "sft")
     browser.there("#take").click()
-    browser.wait(lambda: len(browser.find_all("#history .turn")) == 2)
+    browser.wait(lambda: len(browser.find_all("#history .turn")) == 2, "two turns")
     assert browser.there("#history .turn").text.endswith("Is it good? <b id=bad>${7*7} {{value}}</b>")
     assert not browser.find_all("#bad") and not browser.find_all("#cards .card")
-    ask(browser)
+    ask(browser, "Why?")
     scored(browser, 2)
     browser.there("#take").click()
-    browser.wait(lambda: len(browser.find_all("#history .turn")) == 4)
+    browser.wait(lambda: len(browser.find_all("#history .turn")) == 4, "four turns")
     browser.there("#new").click()
-    browser.wait(lambda: not browser.find_all("#history .turn"))
+    browser.wait(lambda: not browser.find_all("#history .turn"), "no turns")
 
 
 @pytest.mark.slow
@@ -141,7 +143,7 @@ def test_what_a_model_writes_is_shown_and_not_run(browser, address, monkeypatch)
     attack = "<img src=x onerror=\"document.title='run'\">${document.title='run'}{{title}}"
     monkeypatch.setattr("pipeline.pages.compare_models.pieces", lambda ids, tokenizer: [attack] * len(ids))
     browser.open(address)
-    ask(browser)
+    ask(browser, "The film")
     left, _ = scored(browser, 2)
     assert attack in left.find_element("css selector", ".token").text
     assert not browser.find_all("#cards img") and browser.driver.title == "Spine: compare policies"
@@ -184,10 +186,10 @@ def test_a_text_streams_and_can_be_stopped(browser, address, monkeypatch):
             texts.extend([field.text] if field.text != texts[-1] else [])
         return len(texts) > 3
 
-    browser.wait(grown)
+    browser.wait(grown, "a text that grows")
     assert all(longer.startswith(shorter) for shorter, longer in zip(texts, texts[1:], strict=False))
     browser.there("#stop").click()
-    browser.wait(lambda: not browser.find_all(".caret"))
+    browser.wait(lambda: not browser.find_all(".caret"), "the end of the caret")
     going.release(1000)
     assert not browser.find_all(".made")
     monkeypatch.undo()
