@@ -43,17 +43,23 @@ def address(chat_run):
     from pipeline.pages import compare as page
 
     run, model = chat_run
-    served, original = [], page.launch
+    served, built, original, build = [], [], page.launch, page.build
 
     def launch(blocks, **options):
         served.append((blocks, original(blocks, **options, wait=False)))
 
+    def keep(comparison, *args, **options):
+        built.append(comparison)
+        return build(comparison, *args, **options)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page, "launch", launch)
+        patch.setattr(page, "build", keep)
         compare.main([str(run), "--model_name_or_path", str(model), "--port", str(free_port())])
     ((blocks, found),) = served
     yield found
     blocks.close()
+    vars(built[0]).clear()  # gradio keeps the page, and other tests count the backbones in memory
 
 
 def free_port() -> int:
