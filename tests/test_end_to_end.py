@@ -22,7 +22,7 @@ PAGES = "\n".join(path.read_text() for path in (ROOT / "README.md", *sorted((ROO
 # What README and docs say to type, by stage and recipe. Commands with more options are run in pipeline/test_recipes.py.
 COMMANDS = {
     tuple(re.search(r"-m pipeline\.(\w+) --config pipeline/recipes/(\S+)", line).groups()): line
-    for line in re.findall(r"^accelerate launch .*\.yaml$", PAGES, re.MULTILINE)
+    for line in re.findall(r"^accelerate launch .*pipeline/recipes/\S+\.yaml$", PAGES, re.MULTILINE)
 }
 BASELINES = ("rloo", "grpo", "dpo")
 
