@@ -603,7 +603,8 @@ DEEPSPEED = [
            ZERO_WAY_OUT, says=("total_num_elements // dp",)),
     Relied(f"{ZERO_3}.fp16_groups", SHARDS, "the weights in each flat tensor, which a checkpoint names.", ZERO_WAY_OUT),
     Relied(f"{Z}.partition_parameters.Init._padding_size", SHARDS, "each process has an equal piece of each weight.",
-           ZERO_WAY_OUT, says=("remainder = param.ds_numel % ",)),
+           ZERO_WAY_OUT, holds=lambda x: re.search(  # the first is DeepSpeed 0.19.0's name for it
+               r"remainder = param\.ds_numel % (self\.num_partitions|partition_world_size)\n", inspect.getsource(x))),
     Relied(f"{ZERO_3}.swap_optimizer", SHARDS, "an optimizer on disk is refused.", ZERO_WAY_OUT),
     Relied(f"{ZERO_3}.params_in_nvme_and_cpu", SHARDS, "an optimizer on disk is refused.", ZERO_WAY_OUT),
     *(Relied(f"{each}.{name}", SHARDS, why, ZERO_WAY_OUT) for each in (ZERO_2, ZERO_3) for name, why in (

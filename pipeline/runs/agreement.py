@@ -32,11 +32,12 @@ def check_rendezvous() -> None:
     Raises:
         ValueError: it does not.
     """
-    given = {name: os.environ.get(name, "") for name in ("WORLD_SIZE", "RANK", "MASTER_PORT")}
-    for name, value in given.items():
-        if value and not value.isdecimal():
-            raise ValueError(f"the environment has {name}={value!r}, which is no whole number. Unset {name}.")
-    world = int(given["WORLD_SIZE"] or 1)
+    for name in ("WORLD_SIZE", "RANK", "MASTER_PORT"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise ValueError(
+                f"the environment has {name}={os.environ[name]!r}, which is no whole number. Unset {name}."
+            )
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if world > 1 and not os.environ.get("MASTER_ADDR"):
         raise ValueError(
             f"the environment has WORLD_SIZE={world}, and no MASTER_ADDR that says where the other processes are. Unset "

@@ -51,7 +51,7 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
     """
     for bar in list(tqdm._instances):
         bar.close()
-    several = os.environ.get("WORLD_SIZE", "1") != "1"
+    several = os.environ.get("WORLD_SIZE", "1") not in ("", "0", "1")
     if issubclass(kind, KeyboardInterrupt):
         if not several or _tell_launcher(INTERRUPTED):
             sys.stderr.write(INTERRUPTED)

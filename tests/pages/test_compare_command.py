@@ -19,7 +19,7 @@ def run(tmp_path, sft_adapter, reward_adapter):
 
 @pytest.fixture
 def loaded(monkeypatch):
-    """What `load` is called with, instead of loading a model; the page is not built."""
+    """Keeps what `load` is called with, instead of loading a model; the page is not built."""
     seen = SimpleNamespace()
 
     def load(runs, policies, model, rewards, functions, **options):

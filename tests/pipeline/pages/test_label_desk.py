@@ -57,7 +57,7 @@ def test_an_answer_counts_once(tmp_path):
 
 
 def shown_order(desk: Desk, annotator: str) -> dict[str, bool]:
-    """Whether each pair was shown with its second completion first, once all are answered."""
+    """Return whether each pair was shown with its second completion first, once all are answered."""
     swapped = {}
     while (task := desk.next_task(annotator)) is not None:
         assert task.sides == (task.pair.completions[::-1] if task.swapped else task.pair.completions)

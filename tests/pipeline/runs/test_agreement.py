@@ -143,6 +143,8 @@ def test_a_main_process_that_is_missing_is_said(launch, capsys):
     [
         ({"WORLD_SIZE": "2"}, "the environment has WORLD_SIZE=2, and no MASTER_ADDR .* Unset WORLD_SIZE to run one"),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "", "RANK": "1"}, "WORLD_SIZE=2, and no MASTER_ADDR"),
+        ({"WORLD_SIZE": ""}, "WORLD_SIZE='', which is no whole number. Unset WORLD_SIZE"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT='', which is no whole number"),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two', which is no whole number. Unset WORLD_SIZE"),
         ({"WORLD_SIZE": "2", "MASTER_ADDR": "node1", "RANK": "-1"}, "RANK='-1', which is no whole number"),
         ({"MASTER_PORT": "auto"}, "MASTER_PORT='auto', which is no whole number"),
