@@ -699,6 +699,7 @@ def private_uses() -> dict[str, set[str]]:
     return deep | {name: files for name, files in found.items() if name not in NO_PACKAGES}
 
 
+@pytest.mark.slow
 def test_nothing_private_is_missing():
     """A private name of ours that TRL's trainers, peft's model or datasets' Dataset have too counts as theirs: to override it
     is meant and has a line, or it takes the place of something."""

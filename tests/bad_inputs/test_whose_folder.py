@@ -100,6 +100,7 @@ def test_a_folder_of_data_is_no_output_folder(stage, refuses, world):
     refuses(stage, "the run reads this folder and would write into it", dataset_name=world.folder / "out")
 
 
+@pytest.mark.slow
 def test_data_of_another_name_may_lie_beside(world):
     out = world.folder / "out"
     put("rows.jsonl", "".join(json.dumps({"text": f"A film {i}."}) + "\n" for i in range(8)))(out)
@@ -173,6 +174,7 @@ def test_a_checkpoint_with_something_else_in_it_is_kept(tmp_path):
     assert (tmp_path / "checkpoint-4.kept-1" / "thesis.txt").read_text() == THESIS
 
 
+@pytest.mark.slow
 def test_rotation_and_a_second_run_keep_what_is_not_theirs(make_trainer, tmp_path):
     """A thesis put into one of our checkpoints after it was written."""
     options = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 2}

@@ -81,6 +81,7 @@ def test_two_processes_are_launched_as_on_two_gpus(tmp_path):
     assert len(list(tmp_path.glob("PPO_smollm2_ddp/found_*.json"))) == 2
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_hides_no_other(tmp_path, monkeypatch, capsys):
     rows = [
         planted("broken", tmp_path, "raise ValueError('planted')"),

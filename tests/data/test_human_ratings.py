@@ -367,6 +367,7 @@ def test_pairs_are_those_of_the_seed(snippets, pairs):
     assert preference_pairs("test", pairs=300).to_list() == pairs["test"][:300]
 
 
+@pytest.mark.slow
 def test_ranked_pairs_come_in_groups(snippets):
     rows = ranked_pairs("train", rounds=1).to_list()
     assert 15_000 < len(rows) < 20_000
@@ -384,6 +385,7 @@ def test_ranked_pairs_come_in_groups(snippets):
     assert ranked_pairs("train", rounds=1, seed=1).to_list() != rows
 
 
+@pytest.mark.slow
 def test_far_too_many_pairs(snippets):
     with pytest.raises(
         ValueError, match=r"^pairs=3000: the validation split of tweets has only about 2\d{3}\. Lower it\.$"

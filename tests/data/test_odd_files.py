@@ -132,6 +132,7 @@ def test_there_are_at_least_25():
     assert len(ODD) >= 25
 
 
+@pytest.mark.slow
 def test_an_error_is_one_line_and_exit_code_1(tmp_path):
     command = [sys.executable, "-m", "data.convert", str(tmp_path / "none.jsonl"), str(tmp_path / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)

@@ -111,6 +111,7 @@ def test_no_empty_file(option, capsys, tmp_path):
     assert f"--{option} 0 must be 1 or more." in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_no_more_rows_than_there_are(monkeypatch, tmp_path):
     monkeypatch.setattr("data.film_facts.FILMS", ["The Ring"])
     with pytest.raises(

@@ -76,6 +76,7 @@ def test_ppo_is_ten_lines():
     assert sum(node.end_lineno - node.lineno + 1 for node in nodes) <= 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["own_reward.py", "async_reward.py"])
 def test_a_reward_of_ones_own(name, tiny, tmp_path, monkeypatch):
     """The docstring's command, on fewer steps; each completion of the log has the reward that the function is to give."""

@@ -75,6 +75,7 @@ def token_logprobs(model, batch) -> torch.Tensor:
     return logprobs * batch["attention_mask"][:, 1:]
 
 
+@pytest.mark.slow
 def test_a_merged_policy_has_the_logprobs_of_the_adapter(policy, merged):
     model = AutoModelForCausalLM.from_pretrained(merged["policy"]).eval()
     assert model.dtype == torch.float32 and not any("lora" in name for name in model.state_dict())

@@ -113,6 +113,7 @@ def test_the_loss_of_ratings_by_hand(trainer_of):
     assert trainer._metrics["eval"]["accuracy"] == [pytest.approx(np.mean(order))]
 
 
+@pytest.mark.slow
 def test_a_ranking_of_two_trains_as_its_pair(trainer_of):
     rankings = [{"prompt": "It was", "ranking": two} for two in ([" fine", " bad"], [" good", " so so"])]
     pairs = [{"prompt": row["prompt"], "chosen": row["ranking"][0], "rejected": row["ranking"][1]} for row in rankings]
@@ -139,6 +140,7 @@ def test_each_text_of_a_batch_is_scored_once(trainer_of):
     assert len(texts) == 9 and seen == [7]  # two of the texts stand in two rankings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [RANKINGS, RATED], ids=["rankings", "ratings"])
 def test_the_loss_falls_and_its_figures_are_logged(trainer_of, rows):
     trainer = trainer_of(rows, held_out=rows, batch=4, max_steps=30, logging_steps=10)

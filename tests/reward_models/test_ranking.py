@@ -94,6 +94,7 @@ def test_rows_that_differ_in_their_mask_alone_are_different_texts(classifier):
     assert found[0] == found[2] != found[1]
 
 
+@pytest.mark.slow
 def test_training_equals_that_of_trl_on_the_same_batches(tiny, tmp_path):
     """One batch of all pairs an epoch: neither the order of its rows nor scoring texts once changes the steps."""
 
@@ -252,6 +253,7 @@ def test_by_default_the_loss_is_that_of_trl(tiny, tmp_path):
     assert found[0][1].keys() == found[1][1].keys()
 
 
+@pytest.mark.slow
 def test_a_column_that_is_not_learned_changes_no_evaluation(tiny, tmp_path):
     def loss(rows, **learned):
         trainer = labelled_trainer(tiny, tmp_path, **learned)
@@ -264,6 +266,7 @@ def test_a_column_that_is_not_learned_changes_no_evaluation(tiny, tmp_path):
     assert loss(LABELLED, **learned) != loss(ties, **learned) != loss(without, use_margin=False)
 
 
+@pytest.mark.slow
 def test_scores_are_as_far_apart_as_raters_are(tiny, tmp_path):
     """All of two texts that three of four raters tell apart so: sigmoid of the gap comes to 3/4."""
     base, tokenizer = load_pretrained(ModelConfig(tiny), head=True)

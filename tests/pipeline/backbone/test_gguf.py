@@ -72,6 +72,7 @@ def test_a_file_becomes_a_folder_that_transformers_loads(gguf_file, tmp_path, mo
     assert base.config._name_or_path == str(folder)  # what an adapter names, and plain peft loads
 
 
+@pytest.mark.slow
 def test_special_tokens_are_those_of_the_file(gguf_file):
     """transformers 5.17 read the end of SmolLM2's turns as their begin."""
     tokenizer = AutoTokenizer.from_pretrained("data/backbone")
@@ -95,7 +96,7 @@ def test_a_conversion_that_fails_leaves_nothing(gguf_file, tmp_path, monkeypatch
     assert list((tmp_path / "models").iterdir()) == []
 
 
-@pytest.mark.parametrize("kept", [100, 2_000_000, 90_000_000])
+@pytest.mark.parametrize("kept", [100, *(pytest.param(size, marks=pytest.mark.slow) for size in (2_000_000, 90_000_000))])
 def test_a_file_that_was_cut_off(gguf_file, tmp_path, monkeypatch, kept):
     monkeypatch.setenv("SPINE_CACHE", str(tmp_path))
     path = tmp_path / "cut.gguf"

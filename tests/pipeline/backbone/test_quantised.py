@@ -125,6 +125,7 @@ def test_a_pass_without_gradients_leaves_those_of_the_next(folder, batch):
     assert all(torch.equal(tensor, before[name]) for name, tensor in backbone.state_dict().items())
 
 
+@pytest.mark.slow
 def test_what_is_quantised_and_what_trains(folder):
     backbone, base = make(folder), load_pretrained(model(folder), head=True)[0]
     for head in (base.score, backbone.get_base_model().get_output_embeddings(), *backbone.heads.values()):

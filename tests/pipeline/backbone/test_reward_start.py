@@ -41,6 +41,7 @@ def started(tiny, name, lora=None, **options):
     return classifier, policy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "modules",
     [

@@ -42,6 +42,7 @@ def test_roles_give_what_plain_peft_gives(backbone, tokenizer, sft_adapter, rewa
         torch.testing.assert_close(backbone.scores(ids, mask), scores, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_fresh_score_head(tiny):
     """32 hidden units: 30 heads of N(0, 1/33), without a bias; their deviation within four standard errors."""
     torch.manual_seed(0)
@@ -277,6 +278,7 @@ def test_save_pretrained_saves_the_policy_alone(backbone, tiny, tmp_path):
     assert (tmp_path / "two" / "reward" / WEIGHTS).is_file()
 
 
+@pytest.mark.slow
 def test_the_process_holds_one_backbone_and_a_second_is_seen(backbone, tiny):
     others = backbone_copies(backbone)
     second, _ = load_pretrained(ModelConfig(tiny))

@@ -47,6 +47,29 @@ def test_statistics_by_hand(statistic, x, y, expected):
     assert found == pytest.approx(expected, abs=1e-12, nan_ok=True)
 
 
+def gao(x, alpha, beta):
+    """Gao et al. 2022: the gold score of RL at d = sqrt(KL), from a score of 0.2."""
+    return 0.2 + x * (alpha - beta * np.log(np.maximum(x, 1e-9)))
+
+
+def test_gaos_form_predicts_what_follows_it_and_a_line_what_follows_a_line():
+    x = np.linspace(0, 9, 28)
+    early, y = x <= 6, gao(x, 1, 0.5)
+    line = np.polyval(np.polyfit(x[early], y[early], 1), x[~early])
+    assert STATISTICS["gao_over_line"](x, y) == pytest.approx(np.sqrt(np.mean((y[~early] - line) ** 2)))
+    noise = np.random.default_rng(0).normal(size=(100, 28)) * 0.1
+    assert np.mean([STATISTICS["gao_over_line"](x, 0.5 * x + one) for one in noise]) < -0.01
+    assert math.isnan(STATISTICS["gao_over_line"](x[:4], y[:4]))
+
+
+def test_the_fall_after_the_peak_of_gaos_form():
+    """The peak is where alpha - beta (1 + ln d) is 0: at e, with e / 2 above the start."""
+    x = np.linspace(0, 8, 33)
+    fall = math.e / 2 - 8 * (1 - 0.5 * math.log(8))
+    assert STATISTICS["fall_after_peak"](x, gao(x, 1, 0.5)) == pytest.approx(fall, abs=1e-3)
+    assert STATISTICS["fall_after_peak"](x, gao(x, 1, 0.2)) == 0
+
+
 def test_a_scale_changes_x_alone():
     found = interval(LINE, "slope", scale="log2")
     assert found["value"] == pytest.approx(0.1) and found["low"] == pytest.approx(0.1) == found["high"]

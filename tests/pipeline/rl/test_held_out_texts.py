@@ -13,6 +13,7 @@ TEXTS = Dataset.from_list(
 )
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_each_text_alone(backbone, tokenizer):
     rows, counts = rows_of_texts(TEXTS, "films", tokenizer, 128, drop=False)
     assert [tokenizer.decode(row) for row in rows] == [f"{text}{tokenizer.eos_token}" for text in TEXTS["text"]]

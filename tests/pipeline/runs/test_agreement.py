@@ -117,6 +117,7 @@ def said(capsys) -> str:
     return capsys.readouterr().err.splitlines()[0]
 
 
+@pytest.mark.slow
 def test_who_has_not_come_is_named(launch, capsys, monkeypatch):
     store = TCPStore("127.0.0.1", launch, is_master=True, wait_for_workers=False, multi_tenant=True)
     monkeypatch.setenv("RANK", "1")
@@ -134,6 +135,7 @@ def test_who_has_not_come_is_named(launch, capsys, monkeypatch):
     del store
 
 
+@pytest.mark.slow
 def test_a_main_process_that_is_missing_is_said(launch, capsys):
     assert f"the other processes (WORLD_SIZE=3); nothing answers at 127.0.0.1:{launch}" in said(capsys)
 
