@@ -713,6 +713,7 @@ def test_nothing_private_is_missing():
     )
 
 
+@pytest.mark.slow
 def test_the_table_knows_what_our_code_uses():
     uses = private_uses()
     for name in ("_dist", "_tr_loss", "_active_adapter", "_run_epoch", "trl.trainer.utils.pad"):

@@ -329,6 +329,7 @@ def test_models(stage, value, message, refuses, world):
     refuses(stage, message, model_name_or_path=value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("spoil", "message"), MODELS_SEEN_IN_LOADING.values(), ids=MODELS_SEEN_IN_LOADING)
 @pytest.mark.parametrize("stage", ["reward", "ppo"])
 def test_models_that_do_not_load(stage, spoil, message, refuses):

@@ -67,6 +67,7 @@ def judge(stage: str, key: str, value: str, words: list[str], recipe) -> str | N
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["recipe", "command line"])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.filterwarnings("ignore")

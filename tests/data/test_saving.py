@@ -49,6 +49,7 @@ def kept(tmp_path, monkeypatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("listed", [True, False], ids=["listed", "former"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_kill_at_any_write_leaves_all_old_or_all_new(kind, listed, cut, tmp_path, monkeypatch):

@@ -44,6 +44,7 @@ def test_moments_of_a_stream_are_those_of_the_whole():
 TEXTS = ["", "0", " ", "0 0", "  ", "\n 0", "é ü", "𐀀 \U0001f600", "\x00", "a\x85b \u2028", "漢字 かな", "0" * 40]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("max_length", [2, 5, 16, 512])
 @pytest.mark.parametrize("prompt", [None, "", "0 "])

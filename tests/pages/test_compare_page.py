@@ -16,7 +16,6 @@ from pipeline.pages.compare_tokens import Tokens
 from tests.pages.compare_run import OPTIONS, make_run
 
 
-gradio = pytest.importorskip("gradio", reason="gradio is not installed: pip install 'spine-rlhf[pages]'")
 ENTER = "\ue007"  # as selenium calls it
 # gradio counts its events with an option of pandas that pandas calls old.
 pytestmark = pytest.mark.filterwarnings("ignore:'future.no_silent_downcasting' is deprecated")
@@ -40,6 +39,7 @@ def chat_run(tmp_path_factory, tiny, sft_adapter, reward_adapter):
 @pytest.fixture(scope="module")
 def address(chat_run):
     """The page of the command, served until the tests of this file are done."""
+    pytest.importorskip("gradio", reason="gradio is not installed: pip install 'spine-rlhf[pages]'")
     from pipeline.pages import compare as page
 
     run, model = chat_run

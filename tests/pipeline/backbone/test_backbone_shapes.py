@@ -112,6 +112,7 @@ def test_right_shapes_pass(name, make):
     checked(FUNCTIONS[name])(**make(name), **MORE.get(name, {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name, given in CASES.items() if any(map(torch.is_tensor, given.values()))])
 def test_a_wrong_shape_is_refused(name, make):
     faults = list(wrong(FUNCTIONS[name], CASES[name]))

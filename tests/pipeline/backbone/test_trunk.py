@@ -75,6 +75,7 @@ def batch():
     return ids, mask, ids[:, -4:], mask[:, -4:].bool()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 @pytest.mark.parametrize(("top", "depth"), [(1, 4), (2, 3), (4, 1)])
 @pytest.mark.parametrize("critic", ["adapter", "head"])
