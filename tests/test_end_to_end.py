@@ -204,7 +204,7 @@ def test_no_command_of_readme_and_docs_is_left_out():
 @pytest.mark.slow
 def test_hello_world(tmp_path):
     """The rule reward of the hello_world recipe: nearly every completion of "Hello" comes to contain "world"."""
-    launch("ppo", "hello_world/ppo.yaml", "--output_dir", tmp_path)
+    launch("ppo", "hello_world/ppo.yaml", "--max_steps", 120, "--output_dir", tmp_path)  # of 160, at a constant rate
     base, tokenizer = load_pretrained(ModelConfig(str(ROOT / "data" / "backbone")))
     backbone = Backbone(base, read_adapter(str(tmp_path), base=base)).eval()
     prompt = tokenizer(["Hello"] * 200, return_tensors="pt")

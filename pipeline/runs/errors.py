@@ -4,6 +4,7 @@ An error that Spine's own code raises says everything in its message, and a trac
 may be a bug, and keeps its traceback. `accelerate launch --debug` shows the traceback of every error.
 """
 
+import gc
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from types import TracebackType
 
 from tqdm import tqdm
 
+from pipeline import GARBAGE
 from pipeline.backbone.sharding import is_set
 from pipeline.runs.launch import launch_command
 
@@ -29,8 +31,14 @@ OPTIONS = str(ROOT / "pipeline" / "runs" / "command_line.py")
 
 
 def report_errors() -> None:
-    """Make this process report the error that ends it with `report`; the exit code stays 1, or 130 after Ctrl-C."""
+    """Make this process report the error that ends it with `report`; the exit code stays 1, or 130 after Ctrl-C.
+
+    A command calls this when its imports are done. So garbage is looked for as usual from here on, and not among them.
+    """
     sys.excepthook = report
+    if gc.get_threshold() != GARBAGE:
+        gc.freeze()
+        gc.set_threshold(*GARBAGE)
 
 
 def is_expected(error: BaseException, trace: TracebackType | None) -> bool:

