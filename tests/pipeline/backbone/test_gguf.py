@@ -91,14 +91,18 @@ def test_a_conversion_that_fails_leaves_nothing(gguf_file, tmp_path, monkeypatch
         Path(folder, "model.safetensors").write_bytes(b"half")
         raise OSError("No space left on device")
 
-    model = SimpleNamespace(config=SimpleNamespace(quantization_config={}), save_pretrained=full)  # converted in no time
+    model = SimpleNamespace(
+        config=SimpleNamespace(quantization_config={}), save_pretrained=full
+    )  # converted in no time
     monkeypatch.setattr(gguf.AutoModelForCausalLM, "from_pretrained", lambda **source: model)
     with pytest.raises(OSError, match="No space left"):
         model_source(str(gguf_file))
     assert list((tmp_path / "models").iterdir()) == []
 
 
-@pytest.mark.parametrize("kept", [100, *(pytest.param(size, marks=pytest.mark.slow) for size in (2_000_000, 90_000_000))])
+@pytest.mark.parametrize(
+    "kept", [100, *(pytest.param(size, marks=pytest.mark.slow) for size in (2_000_000, 90_000_000))]
+)
 def test_a_file_that_was_cut_off(gguf_file, tmp_path, monkeypatch, kept):
     monkeypatch.setenv("SPINE_CACHE", str(tmp_path))
     path = tmp_path / "cut.gguf"
