@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.reports.gold import fit, rms_error
+
 
 Array = np.ndarray
 FEWEST_SEEDS = 3
@@ -47,38 +49,23 @@ def sqrt_over_linear(x: Array, y: Array) -> float:
     return r_squared(np.sqrt(np.maximum(x, 0)), y) - r_squared(x, y)
 
 
-def _forms(x: Array) -> dict[str, Array]:
-    """Return the terms of two forms of a score against x, the square root of the KL: each array (points, terms)."""
-    one, positive = np.ones_like(x), np.maximum(x, 1e-9)
-    return {"line": np.stack([one, x], axis=1), "gao": np.stack([one, x, positive * np.log(positive)], axis=1)}
-
-
-def _fitted(terms: Array, y: Array) -> Array:
-    return np.linalg.lstsq(terms, y, rcond=None)[0]
-
-
 def gao_over_line(x: Array, y: Array) -> float:
-    """Return by how much Gao's form predicts better than a line: the difference of their errors, in units of y.
+    """Return by how much the RL form of Gao et al. 2022 predicts better than a line: the difference of their errors.
 
-    Gao et al. 2022 (section 3.1) give the gold score of RL as d (alpha - beta ln d); here x is d, and the score at d = 0 is
-    fitted too. Both are fitted to the points up to two thirds of the largest x. Their errors are root mean squares on the
-    points beyond.
+    Both are fitted to the points up to two thirds of the largest x, the square root of the KL. Their errors are those on the
+    points beyond, in units of y. NaN with fewer than four points before, or none beyond.
     """
     early = x <= x.max() * 2 / 3
     if early.sum() < 4 or early.all():
         return float("nan")
-    error = {
-        name: np.sqrt(np.mean((y[~early] - terms[~early] @ _fitted(terms[early], y[early])) ** 2))
-        for name, terms in _forms(x).items()
-    }
-    return float(error["line"] - error["gao"])
+    line, rl = (rms_error(fit(form, x[early], y[early]), x[~early], y[~early]) for form in ("line", "rl"))
+    return line - rl
 
 
 def fall_after_peak(x: Array, y: Array) -> float:
-    """Return how far Gao's form, fitted to all points, falls from its peak to the largest x; 0 if it does not fall."""
-    coefficients = _fitted(_forms(x)["gao"], y)
-    curve = _forms(np.linspace(0, x.max(), 200))["gao"] @ coefficients
-    return float(curve.max() - curve[-1])
+    """Return how far the RL form, fitted to all points, falls from its peak to the largest x; 0 if it does not fall."""
+    curve = fit("rl", x, y)
+    return curve.peak(x.max())[1] - float(curve.at(x.max(keepdims=True))[0])
 
 
 STATISTICS: Mapping[str, Callable[[Array, Array], float]] = {

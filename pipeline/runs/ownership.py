@@ -47,6 +47,7 @@ FILES = {
     "loop": ("report.md", "report.json", "rounds.png"),
     "loop_recipe": ("loop.json",),
     "table": ("table.json", "table.md", "trade_off.png"),
+    "overoptimization": ("overoptimization.md", "overoptimization.json", "overoptimization.png"),
     "reproduction": ("report.md", "figure.png", "metrics.json"),
     "data": tuple(
         f"{stage}_{split}.jsonl" for stage in ("preferences", "sft", "prompts") for split in ("train", "test")
