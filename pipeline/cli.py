@@ -35,6 +35,7 @@ from pipeline.runs.recipe_file import PROTOCOLS, RECIPES, find_recipe, recipe_na
 
 STAGES = ("sft", "reward", "ppo", "evaluation", "reward_eval", "best_of_n", "rloo", "grpo", "dpo", "pairs", "pretrain")
 OF_DATA = ("convert", "inspect", "tasks")
+WIDTH = len("overoptimization") + 1  # of the names in the help
 HERE = {
     "recipes": "List the recipes; with a name, print that recipe, to copy it.",
     "demo": "Run SFT, reward model, PPO and evaluation on the embedded model, in four minutes on 2 CPU cores.",
@@ -62,7 +63,7 @@ def overview() -> str:
     for name, module in modules().items():
         tree = ast.parse((ROOT / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8"))
         title = (ast.get_docstring(tree) or "").partition("\n")[0]
-        lines[name in STAGES].append(f"  {name:<12} {title}")
+        lines[name in STAGES].append(f"  {name:<{WIDTH}} {title}")
     return "\n".join(
         [
             "usage: spine <command> [options]",
@@ -76,7 +77,7 @@ def overview() -> str:
             *lines[False],
             "",
             "Here:",
-            *(f"  {name:<12} {title}" for name, title in HERE.items()),
+            *(f"  {name:<{WIDTH}} {title}" for name, title in HERE.items()),
             "",
             "Options of a command: spine <command> --help",
         ]

@@ -36,7 +36,9 @@ def arguments(args: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m pipeline.overoptimization", allow_abbrev=False)
     parser.add_argument("runs", nargs="+", type=Path, help="Folders of runs of PPO, such as runs/demo/ppo.")
     parser.add_argument("--gold", required=True, help="The gold reward, as the log names it: rewards/<gold>/mean.")
-    parser.add_argument("--best_of_n", type=Path, help="Folder of pipeline.best_of_n, with the gold reward as its judge.")
+    parser.add_argument(
+        "--best_of_n", type=Path, help="Folder of pipeline.best_of_n, with the gold reward as its judge."
+    )
     parser.add_argument("--output_dir", default="runs/overoptimization", help="Folder of the report.")
     return parser.parse_args(args)
 

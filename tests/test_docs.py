@@ -35,6 +35,7 @@ OTHER_OPTIONS = {"config_file", "config", "data_dir", "max_tokens", "pairs", "ti
 OTHER_OPTIONS |= {"quiet", "debug", "license", "private", "model", "outfile", "outtype"}
 OTHER_OPTIONS |= {"host", "port"}  # of pipeline.compare
 OTHER_OPTIONS |= {"scale", "seeds", "report_only"}  # of pipeline.reproduce
+OTHER_OPTIONS |= {"gold", "best_of_n"}  # of pipeline.overoptimization
 OTHER_OPTIONS |= {*LAUNCHER_OPTIONS, "version", "help"}  # of `spine`
 OTHER_OPTIONS |= {"host", "port", "write"}  # of pipeline.dashboard
 
@@ -122,7 +123,10 @@ def test_commands_that_python_starts():
     """Other tests run what accelerate launches. Recipes and accelerate configs of all commands exist."""
     text = "\n".join(map(fences, PAGES.values()))
     started = set(re.findall(r"^(?:\S*/)?python -m pipeline\.(\w+)", text, re.MULTILINE))
-    assert started == {"plan", "migrate", "convert_hh", "merge", "reproduce", "label", "compare", "dashboard", "loop"}
+    assert started == {
+        *("plan", "migrate", "convert_hh", "merge", "reproduce", "label", "compare", "dashboard", "loop"),
+        "overoptimization",
+    }
     recipes = re.findall(r"(?:pipeline/recipes|accelerate_configs)/\S+\.yaml", text)
     assert recipes and all((ROOT / path).exists() for path in recipes)
     (old,) = re.findall(r"^python -m pipeline\.migrate -- (.+) > new\.yaml$", text, re.MULTILINE)

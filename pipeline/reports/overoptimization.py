@@ -15,8 +15,8 @@ from pipeline.reports.plots import DASHES, INK, PPO, SFT, STYLE, _figure
 BEST_OF_N = "#3f8f5f"
 NEAR = 0.9  # of the furthest d: a peak beyond is the end of the run, and not seen to turn
 NOTE = (
-    "KL is in nats a sequence, scores are means over a rollout. The gold score is fitted by start + d (alpha - beta ln d), with "
-    "d the square root of the KL (Gao et al. 2022). The error is what a curve misses, as a root mean square."
+    "KL is in nats a sequence, scores are means over a rollout. The gold score is fitted by start + d (alpha - beta ln d), "
+    "with d the square root of the KL (Gao et al. 2022). The error is what a curve misses, as a root mean square."
 )
 
 
@@ -74,8 +74,8 @@ def advice(points: Sequence[dict]) -> str:
     of_runs = f"in {len(turned)} of {len(points)} runs" if len(points) > 1 else "in this run"
     span = f"{min(turned):.1f} to {max(turned):.1f} nats" if len(turned) > 1 else f"{turned[0]:.1f} nats"
     return (
-        f"The gold score turns {of_runs}, at a KL of {span}. Hold the policy there with `kl_target: {min(turned):.0f}`, or take "
-        f"the checkpoint before the step of the table."
+        f"The gold score turns {of_runs}, at a KL of {span}. Hold the policy there with `kl_target: {min(turned):.0f}`, or "
+        f"take the checkpoint before the step of the table."
     )
 
 
@@ -117,17 +117,30 @@ def draw_overoptimization(
             for at, (run, point) in enumerate(zip(runs, points, strict=True)):
                 scores = getattr(run, which)
                 axis.plot(
-                    run.distance, scores, ".", markersize=4, color=PPO, alpha=0.6, label=None if at else "PPO, a rollout"
+                    run.distance,
+                    scores,
+                    ".",
+                    markersize=4,
+                    color=PPO,
+                    alpha=0.6,
+                    label=None if at else "PPO, a rollout",
                 )
                 if which == "gold":
                     d = np.linspace(0, run.distance.max(), 100)
                     curve = fit("rl", run.distance, scores)
                     axis.plot(d, curve.at(d), color=INK, linewidth=1.2, label=None if at else "fitted form")
                 if point["turns"]:
-                    axis.axvline(point["kl"] ** 0.5, color=SFT, linestyle=DASHES, label=None if at else "gold is highest")
+                    axis.axvline(
+                        point["kl"] ** 0.5, color=SFT, linestyle=DASHES, label=None if at else "gold is highest"
+                    )
             if best_of_n is not None:
                 axis.plot(
-                    best_of_n.distance, getattr(best_of_n, which), "o-", markersize=4, color=BEST_OF_N, label="best of n"
+                    best_of_n.distance,
+                    getattr(best_of_n, which),
+                    "o-",
+                    markersize=4,
+                    color=BEST_OF_N,
+                    label="best of n",
                 )
             axis.set_title({"proxy": "Proxy: what PPO raises", "gold": "Gold: what it does not see"}[which])
             axis.set_xlabel("square root of the KL (nats a sequence)")

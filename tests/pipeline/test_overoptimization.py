@@ -1,4 +1,4 @@
-"""`pipeline.overoptimization`: it finds where a gold score turns, from what runs logged, and refuses what is no gold reward."""
+"""`pipeline.overoptimization`: where a gold score turns, from what runs logged; what is no gold reward is refused."""
 
 import json
 
@@ -63,13 +63,19 @@ def test_best_of_n_stands_beside(tmp_path):
     assert found.gold.tolist() == [0.2] * 3 and found.distance == pytest.approx(np.sqrt([0.1, 0.2, 0.4]))
     del rows[1]["judge"]
     save(tmp_path / "best", "best_of_n", lambda staged: write_json(staged / "best_of_n.json", {"rows": rows}))
-    with pytest.raises(ValueError, match=r"best_of_n\.json: no judge scored it\. Run pipeline\.best_of_n with the gold"):
+    with pytest.raises(
+        ValueError, match=r"best_of_n\.json: no judge scored it\. Run pipeline\.best_of_n with the gold"
+    ):
         overoptimization.read_best_of_n(tmp_path / "best")
 
 
 REFUSED = {
     "another name": ({}, "nothing", r"--gold nothing: .*metrics\.json logged reward, reward_2\. Name one of these"),
-    "a weight": ({"weights": (1.0, 0.5)}, "reward_2", r"its weight was 0\.5, so PPO raised it\. Run PPO with a weight of 0"),
+    "a weight": (
+        {"weights": (1.0, 0.5)},
+        "reward_2",
+        r"its weight was 0\.5, so PPO raised it\. Run PPO with a weight of 0",
+    ),
     "a short run": ({"rows": 5}, "reward_2", r"5 rollouts have a gold score, and 6 are needed\. Train longer"),
 }
 
