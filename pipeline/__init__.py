@@ -64,13 +64,32 @@ def _claim(name: str) -> None:
     spec.loader.exec_module(sys.modules[name])
 
 
-def _end_at_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """End a command whose imports are interrupted with one line and exit code 130; `report_errors` takes over later."""
-    if not issubclass(kind, KeyboardInterrupt):
+def _hidden_module() -> tuple[str, str] | None:
+    """Return the name of a module of Python's own that a file of the current folder hides, and the file; None if none is."""
+    for name in sorted(sys.stdlib_module_names & sys.modules.keys()):
+        file = getattr(sys.modules[name], "__file__", None)
+        if file and Path(os.getcwd()) in (Path(file).absolute().parent, Path(file).absolute().parents[1]):
+            return name, file
+    return None
+
+
+def _end_imports(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End a command whose imports are interrupted, or fail by a file of the user's, with one line.
+
+    The exit code is 130 after Ctrl-C, and 1 else. `report_errors` takes over later.
+    """
+    if issubclass(kind, KeyboardInterrupt):
+        sys.stderr.write("SIGINT: the command ends now.\n")
+        raise SystemExit(130)
+    hidden = _hidden_module() if issubclass(kind, (ImportError, AttributeError)) else None
+    if hidden is None:
         sys.__excepthook__(kind, error, trace)
         return
-    sys.stderr.write("SIGINT: the command ends now.\n")
-    raise SystemExit(130)
+    name, file = hidden
+    sys.stderr.write(
+        f"{file} is imported instead of Python's own module {name!r}, and so the command cannot start. Rename it, or start "
+        f"from another folder, or set PYTHONSAFEPATH=1, so that Python ignores the current folder.\n"
+    )
 
 
 if sys.flags.optimize > 1:
@@ -82,7 +101,7 @@ if sys.flags.optimize > 1:
 for _name in ("data", "reward_models"):
     _claim(_name)
 if sys.argv[:1] == ["-m"]:  # Python looks for `pipeline.<command>`, to start it
-    sys.excepthook = _end_at_ctrl_c
+    sys.excepthook = _end_imports
     # What a command imports is half a million objects that stay. Looking for garbage among them took a fifth of its start.
     gc.set_threshold(1_000_000)  # until `report_errors`
     # The oldest transformers that we allow has these names alone, and later ones warn of them in every run.

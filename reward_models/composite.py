@@ -240,10 +240,12 @@ def _copy(value: object) -> object:
 def undisturbed() -> Iterator[None]:
     """Undo, after reward functions ran, what they changed in the whole process.
 
-    These are torch's random stream, from which the run samples, and its default dtype; the current folder, in which a
-    relative `output_dir` lies; and sys.stdout and sys.stderr, if a function put others in their place.
+    These are torch's random stream, from which the run samples, its default dtype and device, and whether it computes
+    gradients; the current folder, in which a relative `output_dir` lies; and sys.stdout and sys.stderr, if a function put
+    others in their place.
     """
     folder, streams, dtype = None, (sys.stdout, sys.stderr), torch.get_default_dtype()
+    gradients, device = torch.is_grad_enabled(), torch.get_default_device()
     with suppress(OSError):  # the folder was removed
         folder = os.getcwd()
     gpus = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
@@ -253,6 +255,9 @@ def undisturbed() -> Iterator[None]:
     finally:
         sys.stdout, sys.stderr = streams
         torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(gradients)
+        if torch.get_default_device() != device:
+            torch.set_default_device(device)
         with suppress(OSError):
             if folder is not None and os.getcwd() != folder:
                 os.chdir(folder)

@@ -100,6 +100,11 @@ def check_trainer_options(args: TrainingArguments, *, installed: bool) -> None:
             )
     if args.fp16 and args.use_cpu:
         raise ValueError("fp16=True needs a GPU, and use_cpu is set. Set bf16: true, or neither.")
+    on_cpu = args.use_cpu or (installed and not torch.accelerator.is_available())
+    if on_cpu and getattr(args, "activation_offloading", False):
+        raise ValueError(
+            "activation_offloading=True moves activations from a GPU to the CPU, and this run is on the CPU. Leave it unset."
+        )
     if isinstance(args, DPOConfig):
         _check_dpo(args)
     if isinstance(args, (RLOOConfig, GRPOConfig)):

@@ -402,6 +402,11 @@ LATE = {
         "model_init_kwargs: {a: 1}\n",
         r"^model_init_kwargs=.* has no effect here",
     ),
+    "activations to the CPU, on a CPU": (
+        "sft",
+        "activation_offloading: true\n",
+        r"^activation_offloading=True moves activations from a GPU to the CPU, and this run is on the CPU\. Leave it unset",
+    ),
     "half precision on a CPU": ("sft", "fp16: true\n", r"^fp16=True needs a GPU, and use_cpu is set"),
     "no such attention": ("sft", "attn_implementation: flash\n", r"^attn_implementation='flash' is not one of eager"),
     "no such compiler": ("sft", "torch_compile_backend: gcc\n", r"^torch_compile_backend='gcc' is not one of"),

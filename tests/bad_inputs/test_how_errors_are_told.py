@@ -243,6 +243,22 @@ def test_a_module_of_the_users_that_hides_one_of_ours_is_named(name, tmp_path):
     assert "Rename it, or start from another folder" in line
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["random.py", "queue.py", "calendar/__init__.py"])
+def test_a_file_of_the_users_that_hides_a_module_of_pythons_is_named(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("x = 1\n")
+    done = run(tmp_path, *PPO)
+    module = name.removesuffix(".py").split("/")[0]
+    assert done.returncode == 1 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(
+        f"{path} is imported instead of Python's own module {module!r}, and so the command cannot start."
+    )
+    assert run(tmp_path, "-P", "-c", "import random; random.Random(0)").returncode == 0  # as PYTHONSAFEPATH does
+
+
 @pytest.mark.parametrize("command", ["ppo", "plan"])
 def test_python_without_docstrings_is_one_error(command, tmp_path):
     """Transformers cannot be imported so, and would end in a traceback."""

@@ -190,9 +190,10 @@ def launch(case: Case) -> Verdict:
         case.note(here)
     case.write("recipe-0.yaml", as_recipe(good_options(stage)))
     command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
+        str(
+            Path(sys.executable).with_name("accelerate")
+        ),  # with `python -m`, accelerate itself would import what lies here
+        "launch",
         "--config_file",
         str(ROOT / "accelerate_configs" / "cpu.yaml"),
     ]
@@ -213,8 +214,8 @@ def launch(case: Case) -> Verdict:
 
 def _of_the_stage(err: str) -> str:
     """Return what a stage told, without the traceback that accelerate adds."""
-    first, _, _ = err.partition("\n")
-    if "Error while finding module specification" in first:  # Python's own line, with the error of our package
-        return first
+    for line in err.splitlines():
+        if "Error while finding module specification" in line:  # Python's own line, with the error of our package
+            return line
     told, mark, _ = err.partition("(accelerate adds its own traceback.")
     return told if mark else err

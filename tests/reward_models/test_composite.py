@@ -477,6 +477,8 @@ async def disturbs(completions, **kwargs):
     await asyncio.sleep(0)
     torch.rand(3)
     torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
+    torch.set_grad_enabled(False)
     os.chdir("/")
     sys.stdout = io.StringIO()
     return [1.0, 1.0]
@@ -491,6 +493,7 @@ def test_what_a_function_changes_in_the_process_is_undone(raises, tmp_path, monk
         call_rewards(functions, ROWS, ["a", "b"], [[1], [2]], runner)
     assert torch.equal(torch.random.get_rng_state(), expected)
     assert (Path.cwd(), sys.stdout, torch.get_default_dtype()) == (tmp_path, stdout, torch.float32)
+    assert torch.is_grad_enabled() and torch.get_default_device().type == torch.empty(0).device.type == "cpu"
 
 
 def test_a_row_that_no_function_scores_is_an_error_that_shows_it():
