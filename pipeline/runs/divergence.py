@@ -44,8 +44,8 @@ def remedy(args: TrainingArguments) -> str:
     rate = f"it was {args.learning_rate:g}"
     if (of_value := getattr(args, "value_learning_rate", None)) is not None:
         rate += f", and value_learning_rate {of_value:g}"
-    lower = f"Start a new run with a lower learning_rate ({rate})"
-    return f"{lower}, or resume with it from a checkpoint that is good.{also}"
+    lower = f"Start a new run with a lower learning_rate ({rate}) or lora_alpha"
+    return f"{lower}, or resume with a lower learning_rate from a checkpoint that is good.{also}"
 
 
 class EndsAtDivergence:

@@ -215,7 +215,8 @@ def launch(case: Case) -> Verdict:
 def _of_the_stage(err: str) -> str:
     """Return what a stage told, without the traceback that accelerate adds."""
     for line in err.splitlines():
-        if "Error while finding module specification" in line:  # Python's own line, with the error of our package
+        # Python's own line, with the error of our package; or our line, as the imports fail.
+        if "Error while finding module specification" in line or "is imported instead of Python's own" in line:
             return line
     told, mark, _ = err.partition("(accelerate adds its own traceback.")
     return told if mark else err
