@@ -151,7 +151,8 @@ class PPOConfig(RLOOConfig):
                 raise
         for name in UNSUPPORTED:
             if getattr(self, name):
-                raise ValueError(f"{name}={getattr(self, name)!r} is not supported by PPO; leave it unset.")
+                once = " (once use_transformers_paged)" if name == "use_transformers_continuous_batching" else ""
+                raise ValueError(f"{name}={getattr(self, name)!r}{once} is not supported by PPO; leave it unset.")
         for name, known in (
             ("vllm_mode", ("server", "colocate")),
             ("vllm_importance_sampling_mode", MODES),
