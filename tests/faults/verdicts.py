@@ -51,7 +51,10 @@ def judge_error(ended: Ended, names: Iterable[str]) -> Verdict:
     """Return the verdict on a command that has ended with an error."""
     if "Traceback (most recent call last)" in ended.err:
         return Verdict(TRACEBACK, shown(ended.message))
-    names = [name for name in (str(name).strip("[]'\"") for name in names) if name]  # what a list of one holds
+    names = [*map(str, names)]
+    names = [
+        name for name in (*names, *(name.strip("[]'\"") for name in names)) if name
+    ]  # also what a list of one holds
     if not any(is_named(name, ended.message) for name in names):
         return Verdict(UNCLEAR, f"names none of {names}: {shown(ended.message)}")
     if "\x1b" in ended.message:
