@@ -244,12 +244,13 @@ def test_a_module_of_the_users_that_hides_one_of_ours_is_named(name, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", [PPO, ["-m", "data.inspect", "a.jsonl"]], ids=["pipeline", "data"])
 @pytest.mark.parametrize("name", ["random.py", "queue.py", "calendar/__init__.py"])
-def test_a_file_of_the_users_that_hides_a_module_of_pythons_is_named(name, tmp_path):
+def test_a_file_of_the_users_that_hides_a_module_of_pythons_is_named(name, command, tmp_path):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     path.write_text("x = 1\n")
-    done = run(tmp_path, *PPO)
+    done = run(tmp_path, *command)
     module = name.removesuffix(".py").split("/")[0]
     assert done.returncode == 1 and done.stdout == ""
     (line,) = done.stderr.splitlines()

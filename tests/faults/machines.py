@@ -190,9 +190,8 @@ def launch(case: Case) -> Verdict:
         case.note(here)
     case.write("recipe-0.yaml", as_recipe(good_options(stage)))
     command = [
-        str(
-            Path(sys.executable).with_name("accelerate")
-        ),  # with `python -m`, accelerate itself would import what lies here
+        # With `python -m accelerate.commands.launch`, accelerate itself would import what lies here.
+        str(Path(sys.executable).with_name("accelerate")),
         "launch",
         "--config_file",
         str(ROOT / "accelerate_configs" / "cpu.yaml"),

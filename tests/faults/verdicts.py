@@ -52,9 +52,8 @@ def judge_error(ended: Ended, names: Iterable[str]) -> Verdict:
     if "Traceback (most recent call last)" in ended.err:
         return Verdict(TRACEBACK, shown(ended.message))
     names = [*map(str, names)]
-    names = [
-        name for name in (*names, *(name.strip("[]'\"") for name in names)) if name
-    ]  # also what a list of one holds
+    names += [name.strip("[]'\"") for name in names]  # what a list of one holds
+    names = [name for name in names if name]
     if not any(is_named(name, ended.message) for name in names):
         return Verdict(UNCLEAR, f"names none of {names}: {shown(ended.message)}")
     if "\x1b" in ended.message:
