@@ -105,6 +105,11 @@ def check_trainer_options(args: TrainingArguments, *, installed: bool) -> None:
         raise ValueError(
             "activation_offloading=True moves activations from a GPU to the CPU, and this run is on the CPU. Leave it unset."
         )
+    if getattr(args, "sync_ref_model", False):
+        raise ValueError(
+            "sync_ref_model=True needs a reference model of its own, and here the reference is an adapter on the shared "
+            "backbone. Leave it unset."
+        )
     if isinstance(args, DPOConfig):
         _check_dpo(args)
     if isinstance(args, (RLOOConfig, GRPOConfig)):
@@ -225,11 +230,6 @@ def _check_dpo(args: DPOConfig) -> None:
         raise ValueError("loss_type: exo_pair needs label_smoothing above 0, such as 1e-3.")
     if args.use_weighting and {"aot", "aot_unpaired"} & set(args.loss_type):
         raise ValueError("use_weighting=True does not go with loss_type aot and aot_unpaired, which sort the pairs.")
-    if args.sync_ref_model:
-        raise ValueError(
-            "sync_ref_model=True needs a reference model of its own, and here the reference is an adapter on the shared "
-            "backbone. Leave it unset."
-        )
 
 
 def _check_sampling(args: RLOOConfig | GRPOConfig) -> None:

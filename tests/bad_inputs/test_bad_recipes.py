@@ -338,8 +338,18 @@ CONTRADICTIONS = {
             ("grpo", "eval_dataset_name"),
         )
     },
-    "a reference of its own": (
+    "a reference of its own, dpo": (
         "dpo",
+        {"sync_ref_model": True},
+        "^sync_ref_model=True needs a reference model of its own",
+    ),
+    "a reference of its own, grpo": (
+        "grpo",
+        {"sync_ref_model": True},
+        "^sync_ref_model=True needs a reference model of its own",
+    ),
+    "a reference of its own, rloo": (
+        "rloo",
         {"sync_ref_model": True},
         "^sync_ref_model=True needs a reference model of its own",
     ),

@@ -4,9 +4,11 @@ import asyncio
 import math
 import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 
+from pipeline import evaluation
 from reward_models import rules
 
 
@@ -216,3 +218,16 @@ def test_an_empty_completion_has_a_reward(function):
     """A policy may end a completion at once: its only token is then end-of-text."""
     values = function(prompts=["A"], completions=[""], completion_ids=[[0]])
     assert len(values) == 1 and math.isfinite(values[0])
+
+
+@pytest.mark.parametrize(("mean", "scored", "other"), [(math.nan, "SFT", "the policy"), (0.5, "the policy", "SFT")])
+def test_a_reward_of_one_policy_alone_is_no_comparison(mean, scored, other):
+    sft, policy = (
+        SimpleNamespace(rewards={"reward": 1.0, "length": value})
+        for value in (0.5 if math.isnan(mean) else math.nan, mean)
+    )
+    evaluation.check_both_scored(sft, sft)
+    with pytest.raises(
+        ValueError, match=f"^reward function 'length' scored completions of {scored} and none of {other}, so"
+    ):
+        evaluation.check_both_scored(sft, policy)

@@ -6,6 +6,7 @@ models with as many layers as the published ones, a few units wide.
 
 import json
 import re
+import shlex
 from importlib import import_module
 from pathlib import Path
 from typing import get_type_hints
@@ -25,7 +26,7 @@ from transformers import (
 )
 
 from data import files
-from pipeline import convert_hh
+from pipeline import convert_hh, ppo
 from pipeline.runs.command_line import parse
 
 
@@ -193,6 +194,10 @@ def test_own_data_by_the_commands_of_readme_and_docs(tmp_path, monkeypatch):
     # The answers of pipeline.label are read by the reward stage's own reader in tests/pipeline/pages/test_label_answers.py.
     labels = commands.pop("labelling.md")
     assert [command[:2] for command in labels] == [("reward", "demo/reward.yaml")]
+    ((stage, recipe, options),) = commands.pop("overoptimization.md")  # it needs the adapters of two demos
+    assert (stage, recipe) == ("ppo", "papers/ziegler2019/ppo_without_kl.yaml")
+    _, _, _, rewards, _, _, args = parse(*ppo.OPTIONS, args=["--config", str(RECIPES / recipe), *shlex.split(options)])
+    assert len(rewards.reward_funcs) == 1 and args.reward_weights == [1, 0] and args.beta == 0
     assert commands.keys() == {"README.md", "own-data.md"} and commands["README.md"] == commands["own-data.md"]
     commands = commands["README.md"]
     assert [(stage, recipe) for stage, recipe, _ in commands] == [(stage, f"smollm2/{stage}.yaml") for stage in SIZES]
