@@ -32,7 +32,7 @@ from pipeline.backbone.members import check_rewards
 from pipeline.backbone.rewards import learned_rewards
 from pipeline.backbone.roles import Backbone, load_backbone
 from pipeline.backbone.sampling import as_answers, gathered, rounds, sample
-from pipeline.reports.metrics import bootstrap_interval, wins
+from pipeline.reports.metrics import bootstrap_interval, check_both_scored, wins
 from pipeline.reports.plots import draw_accuracy_by_gap, draw_calibration, draw_ppo_curves, draw_score_histograms
 from pipeline.reports.report import markdown_report
 from pipeline.rl.held_out_texts import losses_of_texts, rows_of_texts
@@ -189,21 +189,6 @@ def complete(
     return result
 
 
-def check_both_scored(sft: Completions, policy: Completions) -> None:
-    """Check that each reward scored completions of both policies or of none: else their scores are sums of other rewards.
-
-    Raises:
-        ValueError: one scored those of one policy alone.
-    """
-    for name, mean in policy.rewards.items():
-        if np.isnan(mean) != np.isnan(sft.rewards[name]):
-            scored, other = ("SFT", "the policy") if np.isnan(mean) else ("the policy", "SFT")
-            raise ValueError(
-                f"reward function {name!r} scored completions of {scored} and none of {other}, so that their scores cannot be "
-                f"compared. Let it score both, or leave it out."
-            )
-
-
 def judgement(args: EvaluationArguments, sft: Completions, policy: Completions) -> dict:
     """Return what the judge says in report.json: its name, its gain and its wins; nothing without a judge."""
     if sft.judged is None or policy.judged is None:
@@ -289,7 +274,7 @@ def main(args: EvaluationArguments, rewards: RewardArguments, model: ModelConfig
             name: complete(role, backbone, prompts, tokenizer, composite, judge, runner, args)
             for name, role in (("sft", "reference"), ("policy", "policy"))
         }
-    check_both_scored(results["sft"], results["policy"])
+    check_both_scored(results["sft"].rewards, results["policy"].rewards)
     if text_rows:
         options = {"pad_token_id": tokenizer.pad_token_id, "batch_size": args.batch_size}
         for name, role in (("sft", "reference"), ("policy", "policy")):

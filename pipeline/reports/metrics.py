@@ -1,6 +1,7 @@
 """Compute the statistics of the evaluation stage: intervals of means, best-of-n and wins."""
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -97,3 +98,21 @@ def wins(ours: ArrayLike, theirs: ArrayLike) -> np.ndarray:
         raise ValueError(f"ours has shape {ours.shape} and theirs {theirs.shape}, but both must have the same rows.")
     won: np.ndarray = np.heaviside(ours - theirs, 0.5)
     return won
+
+
+def check_both_scored(sft: Mapping[str, float], policy: Mapping[str, float]) -> None:
+    """Check that each reward scored completions of both policies or of none: else their scores are sums of other rewards.
+
+    Args:
+        sft, policy: mean of each reward over completions of that policy, NaN if it scored none.
+
+    Raises:
+        ValueError: one scored those of one policy alone.
+    """
+    for name, mean in policy.items():
+        if math.isnan(mean) != math.isnan(sft[name]):
+            scored, other = ("SFT", "the policy") if math.isnan(mean) else ("the policy", "SFT")
+            raise ValueError(
+                f"reward function {name!r} scored completions of {scored} and none of {other}, so that their scores cannot be "
+                f"compared. Let it score both, or leave it out."
+            )

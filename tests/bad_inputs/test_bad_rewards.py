@@ -4,11 +4,10 @@ import asyncio
 import math
 import sys
 from importlib import import_module
-from types import SimpleNamespace
 
 import pytest
 
-from pipeline import evaluation
+from pipeline.reports.metrics import check_both_scored
 from reward_models import rules
 
 
@@ -222,12 +221,9 @@ def test_an_empty_completion_has_a_reward(function):
 
 @pytest.mark.parametrize(("mean", "scored", "other"), [(math.nan, "SFT", "the policy"), (0.5, "the policy", "SFT")])
 def test_a_reward_of_one_policy_alone_is_no_comparison(mean, scored, other):
-    sft, policy = (
-        SimpleNamespace(rewards={"reward": 1.0, "length": value})
-        for value in (0.5 if math.isnan(mean) else math.nan, mean)
-    )
-    evaluation.check_both_scored(sft, sft)
+    sft, policy = ({"reward": 1.0, "length": value} for value in (0.5 if math.isnan(mean) else math.nan, mean))
+    check_both_scored(sft, sft)
     with pytest.raises(
         ValueError, match=f"^reward function 'length' scored completions of {scored} and none of {other}, so"
     ):
-        evaluation.check_both_scored(sft, policy)
+        check_both_scored(sft, policy)
