@@ -110,6 +110,11 @@ def check_trainer_options(args: TrainingArguments, *, installed: bool) -> None:
             "sync_ref_model=True needs a reference model of its own, and here the reference is an adapter on the shared "
             "backbone. Leave it unset."
         )
+    if isinstance(args, SFTConfig) and args.dataset_text_field != "text":
+        raise ValueError(
+            f"dataset_text_field={shorten(args.dataset_text_field)}: texts are read from the column `text`. Rename the "
+            f"column, and leave dataset_text_field unset."
+        )
     if isinstance(args, DPOConfig):
         _check_dpo(args)
     if isinstance(args, (RLOOConfig, GRPOConfig)):

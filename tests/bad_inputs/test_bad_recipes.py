@@ -417,6 +417,11 @@ LATE = {
         "activation_offloading: true\n",
         r"^activation_offloading=True moves activations from a GPU to the CPU, and this run is on the CPU\. Leave it unset",
     ),
+    "texts of another column": (
+        "sft",
+        "dataset_text_field: content\n",
+        r"^dataset_text_field='content': texts are read from the column `text`\. Rename the column",
+    ),
     "half precision on a CPU": ("sft", "fp16: true\n", r"^fp16=True needs a GPU, and use_cpu is set"),
     "no such attention": ("sft", "attn_implementation: flash\n", r"^attn_implementation='flash' is not one of eager"),
     "no such compiler": ("sft", "torch_compile_backend: gcc\n", r"^torch_compile_backend='gcc' is not one of"),
