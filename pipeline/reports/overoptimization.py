@@ -74,7 +74,7 @@ def advice(points: Sequence[dict]) -> str:
     of_runs = f"in {len(turned)} of {len(points)} runs" if len(points) > 1 else "in this run"
     span = f"{min(turned):.1f} to {max(turned):.1f} nats" if len(turned) > 1 else f"{turned[0]:.1f} nats"
     return (
-        f"The gold score turns {of_runs}, at a KL of {span}. Hold the policy there with `kl_target: {min(turned):.0f}`, or "
+        f"The gold score turns {of_runs}, at a KL of {span}. Hold the policy there with `kl_target: {min(turned):.2g}`, or "
         f"take the checkpoint before the step of the table."
     )
 

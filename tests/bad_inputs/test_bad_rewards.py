@@ -227,3 +227,19 @@ def test_a_reward_of_one_policy_alone_is_no_comparison(mean, scored, other):
         ValueError, match=f"^reward function 'length' scored completions of {scored} and none of {other}, so"
     ):
         check_both_scored(sft, policy)
+
+
+CALLS: list[int] = []
+
+
+def of_sft_alone(completions, **kwargs):
+    """The evaluation asks for SFT's completions first."""
+    CALLS.append(len(completions))
+    return [0.5 if len(CALLS) == 1 else None] * len(completions)
+
+
+def test_the_evaluation_ends_with_it(refuses):
+    CALLS.clear()
+    message = "reward function 'of_sft_alone' scored completions of SFT and none of the policy"
+    refuses("evaluation", message, loads=True, trains=True, reward_funcs=f"{__name__}.of_sft_alone")
+    assert len(CALLS) == 2

@@ -1,6 +1,7 @@
 """`pipeline.overoptimization`: where a gold score turns, from what runs logged; what is no gold reward is refused."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -44,9 +45,16 @@ def test_where_the_gold_score_turns(tmp_path, capsys):
     assert first["step"] == 4 * (1 + int(np.argmax(D >= first["kl"] ** 0.5)))
     assert first["proxy"] == [0, pytest.approx(3.2)] and first["error"] < 1e-6 < 0.1 < first["error_of_line"]
     assert not second["turns"]
-    said = "The gold score turns in 1 of 2 runs, at a KL of 7.4 nats. Hold the policy there with `kl_target: 7`"
+    said = "The gold score turns in 1 of 2 runs, at a KL of 7.4 nats. Hold the policy there with `kl_target: 7.4`"
     assert said in text and said in capsys.readouterr().out
     assert "| the end |" in text and "+1.56" in text
+
+
+def test_a_turn_within_a_nat_is_no_target_of_0(tmp_path):
+    """The peak of d (1 - 2 ln d) is at d = e^-0.5, which is a KL of 0.37."""
+    gold = (D * (1 - 2 * np.log(np.maximum(D, 1e-9)))).tolist()
+    text, _ = report_of(tmp_path, run_of(tmp_path / "0", gold), "--gold", "reward_2")
+    assert re.search(r"at a KL of 0\.4 nats\. Hold the policy there with `kl_target: 0\.3[5-9]`", text)
 
 
 def test_a_gold_score_that_rises_is_no_over_optimisation(tmp_path):
