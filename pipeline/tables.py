@@ -338,6 +338,8 @@ def main(words: list[str]) -> None:
     make, number = TABLES[name]
     if not others or len(others) != (number or max(len(others), 2)):
         sys.exit(f"pipeline.tables: {name} cannot be called so. See the examples at the top of pipeline/tables.py.")
+    if "" in others:
+        sys.exit(f"pipeline.tables: {name} got an empty word ('') where a folder or a setting is named. Write its name.")
     folder = Path(others[0])
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. Name the folder of the runs.")

@@ -39,8 +39,8 @@ def adapter_folder(name: str) -> Path:
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1 or path.exists():
         raise FileNotFoundError(
-            f"{path / ADAPTER_CONFIG}: no such file. Name the folder that `trainer.save_model` wrote ({ADAPTER_CONFIG} "
-            f"and {WEIGHTS}). An adapter on the hub is named `owner/name` or `owner/name@revision`."
+            f"adapter {name!r}: {path / ADAPTER_CONFIG}: no such file. Name the folder that `trainer.save_model` wrote "
+            f"({ADAPTER_CONFIG} and {WEIGHTS}). An adapter on the hub is named `owner/name` or `owner/name@revision`."
         )
     repository, _, revision = name.partition("@")
     offline = is_offline_mode()  # huggingface_hub 1 would ask the hub about a commit that the cache has
@@ -82,8 +82,8 @@ def check_adapter(name: str, *, needs_head: bool | None) -> Path:
             elif model:
                 hint = " This is a whole model. Name a merged model in model_name_or_path."
             raise FileNotFoundError(
-                f"{folder / file}: no such file. Name the folder that `trainer.save_model` wrote ({ADAPTER_CONFIG} "
-                f"and {WEIGHTS}).{hint}"
+                f"adapter {name!r}: {folder / file}: no such file. Name the folder that `trainer.save_model` wrote "
+                f"({ADAPTER_CONFIG} and {WEIGHTS}).{hint}"
             )
     tensors = read_header(folder / WEIGHTS)
     if needs_head and is_of_classifier(folder, tensors):

@@ -36,6 +36,7 @@ CASES = [
     ("tables", ["seeds"], r"seeds cannot be called so"),
     ("tables", ["seeds", "empty", "more"], r"seeds cannot be called so"),
     ("tables", ["ablations", "empty"], r"ablations cannot be called so"),
+    ("tables", ["baselines", "runs", ""], r"baselines got an empty word \(''\)"),
     ("tables", ["seeds", "nowhere"], r"^nowhere: no such folder"),
     ("tables", ["seeds", "text.jsonl"], r"^text.jsonl: no such folder"),
     ("tables", ["seeds", "empty"], r"^empty: the folder has no <seed>/report.json"),

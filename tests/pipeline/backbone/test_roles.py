@@ -328,6 +328,8 @@ def test_an_adapter_of_another_shape_is_refused(backbone, reward_adapter, tmp_pa
 
 
 def test_missing_files_are_named(tiny, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"^adapter '/': /adapter_config.json: no such file"):
+        read_adapter("/")
     with pytest.raises(FileNotFoundError, match="adapter_config.json: no such file"):
         read_adapter(str(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="there is no such folder"):
