@@ -21,6 +21,15 @@ PAPERS ?= huang2024 bai2022 ziegler2019_collapse ziegler2019 stiennon2020 bai202
 	santacroce2023 ahmadian2024 gao2022 coste2023
 ABLATIONS ?= value_init=auto value_init=policy critic=head lora_top_layers=4 normalize_advantages=false \
 	whiten_rewards=true reward_clip_range=-1,1 adam_epsilon=1e-8 value_learning_rate=1.5e-4 value_learning_rate=1.5e-2
+# Settings of `make value-study`, the recipe first; `+` joins several in one run. A clip range of 1000 clips nothing.
+VALUE_SETTINGS ?= value_init=auto value_init=policy critic=head value_learning_rate=1.5e-4 value_learning_rate=5e-4 \
+	value_learning_rate=5e-3 value_learning_rate=1.5e-2 critic_warmup_updates=2 critic_warmup_updates=8 lam=0.9 lam=1.0 \
+	value_lam=1.0 value_clip=1000
+VALUE_SEEDS ?= 0 1 2 3 4
+VALUE_STUDY ?= runs/value-study
+# Whose PPO and evaluation `make value-study` runs (demo or smollm2), and where the adapters of each seed are.
+VALUE_RECIPE ?= demo
+VALUE_FROM ?= runs/seeds
 
 # Name and options of each loss of a reward model, for `make reward-losses`. A batch of each has about 26 texts.
 LOSSES ?= bradley_terry: margin:use_margin=true label_smoothing:label_smoothing=0.1 agreement:use_agreement=true \
@@ -46,7 +55,7 @@ export DS_ACCELERATOR = cpu
 
 .PHONY: demo smollm2 smollm2-chat baselines seeds ablations lambda-sweep reward-losses reward-long backbone bench \
 	bench-scaling gpu soak faults lint types test test-fast test-oldest test-python test-vllm translation task papers \
-	sentiment-bert reward-full loop-study docs release-check
+	sentiment-bert reward-full loop-study value-study docs release-check
 
 # Run SFT, reward model, PPO and evaluation; write $(OUT)/report.md and report.json. `demo` uses the embedded model and data,
 # and takes four minutes. `smollm2` uses a pretrained model of 135M parameters, and takes less than half an hour after its
@@ -143,6 +152,23 @@ ablations: .venv/installed
 		done; \
 	done
 	.venv/bin/python -m pipeline.tables ablations runs/ablations $(ABLATIONS)
+
+# How should the value learn? Change one setting of PPO's value at a time, under five seeds, in about three hours on one thread;
+# write $(VALUE_STUDY)/table.md and two plots. The runs start from the adapters of `make seeds`. What has finished is not run
+# again.
+value-study: .venv/installed
+	for seed in $(VALUE_SEEDS); do \
+		from="--sft_adapter $(VALUE_FROM)/$$seed/sft --reward_adapter $(VALUE_FROM)/$$seed/reward"; \
+		for setting in $(VALUE_SETTINGS); do \
+			out=$(VALUE_STUDY)/$$setting/$$seed; \
+			test -f $$out/report.json && continue; \
+			$(LAUNCH) pipeline.ppo --config $(RECIPES)/$(VALUE_RECIPE)/ppo.yaml --seed $$seed --output_dir $$out/ppo $$from \
+				$$(echo "--$$setting" | sed 's/+/ --/g; s/=/ /g') || exit 1; \
+			$(LAUNCH) pipeline.evaluation --config $(RECIPES)/$(VALUE_RECIPE)/evaluation.yaml --seed $$seed --output_dir $$out \
+				$$from --policy_adapter $$out/ppo || exit 1; \
+		done; \
+	done
+	.venv/bin/python -m pipeline.tables value-study $(VALUE_STUDY) $(VALUE_SETTINGS)
 
 # Train the demo's reward model with each loss under three seeds, in about 20 minutes; write runs/reward-losses/table.md. Of
 # `ties`, pairs whose mean ratings differ by less than 0.5 are ties, and all raters agree on the others.

@@ -3,29 +3,33 @@
     python -m pipeline.tables seeds runs/seeds
     python -m pipeline.tables baselines runs/baselines runs/demo
     python -m pipeline.tables ablations runs/ablations value_init=auto value_init=policy
+    python -m pipeline.tables value-study runs/value-study value_init=auto critic=head
     python -m pipeline.tables reward-losses runs/reward-losses bradley_terry regression
     python -m pipeline.tables lambda-sweep runs/lambda-sweep 0 0.2 2
     python -m pipeline.tables loop-study runs/loop-study one three
 
-The targets of the same names in the Makefile make the runs. All but the first write table.md and table.json to the folder, and
-lambda-sweep trade_off.png.
+The targets of the same names in the Makefile make the runs. All but the first write table.md and table.json to the folder;
+lambda-sweep and value-study draw plots there, too.
 """
 
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from data.json_files import read_json, write_json
 from data.saving import check_saved, save
 from data.schemas import BEST_OF_N, JUDGED_REPORT, LOOP_REPORT, PPO_METRICS, REWARD_METRICS, SEED_REPORT, SWEEP_REPORT
+from pipeline.reports.ablations import ABLATIONS_NOTE, ablation_row, ablations_table
 from pipeline.reports.lambda_sweep import SWEEP_NOTE, sweep_row, sweep_table
 from pipeline.reports.loss_table import LOSSES_NOTE, loss_row, losses_table
 from pipeline.reports.markdown import markdown_table, number, with_interval
 from pipeline.reports.plots import draw_trade_off
 from pipeline.reports.report import read_report
 from pipeline.reports.rounds import STUDY_NOTE, study_rows, study_table
+from pipeline.reports.value_plots import draw_value_curves, draw_value_study
+from pipeline.reports.value_study import VALUE_NOTE, run_figures, value_rows, value_table
 from pipeline.runs.errors import report_errors
 from pipeline.runs.folders import check_ours, check_output_dir
 from pipeline.runs.ownership import FILES, former_files
@@ -36,10 +40,6 @@ BASELINES_NOTE = (
     "Completions are those that a method learned from. Those of DPO were written and labelled by people. Best-of-n "
     "trains nothing: it samples and scores n completions for each answer. Its gain is over one sample, and its KL is "
     "the bound log n - (n - 1) / n. The judge is in -1 to 1, intervals are of 95%, seconds are those of training."
-)
-ABLATIONS_NOTE = (
-    "Mean over the seeds, and the lowest and highest in brackets. The first row is the unchanged recipe. Value "
-    "loss and approxkl are means over the first quarter of the updates. The judge is in -1 to 1."
 )
 
 
@@ -74,8 +74,14 @@ def _found(folder: Path, remedy: str, name: str = "report.json") -> list[Path]:
     return sorted(found, key=lambda path: int(path.parent.name))
 
 
-def write(folder: Path, rows: list[dict], table: str, note: str, draw: Callable[[Path], None] | None = None) -> None:
-    """Write the rows to table.json and the table with its note to table.md, draw trade_off.png if asked, and print the table.
+Draw = Callable[[list[dict], Path], None]
+
+
+def write(folder: Path, rows: list[dict], table: str, note: str, plots: Mapping[str, Draw] | None = None) -> None:
+    """Write the rows to table.json and the table with its note to table.md, draw the plots, and print the table.
+
+    Args:
+        plots: of each file name, what draws the rows at a path.
 
     Raises the errors of `check_output_dir`, `check_ours` and `save`.
     """
@@ -85,8 +91,8 @@ def write(folder: Path, rows: list[dict], table: str, note: str, draw: Callable[
     def write_files(staged: Path) -> None:
         write_json(staged / "table.json", rows)
         (staged / "table.md").write_text(f"{table}\n\n{note}\n", encoding="utf-8")
-        if draw:
-            draw(staged / "trade_off.png")
+        for name, draw in (plots or {}).items():
+            draw(rows, staged / name)
 
     save(folder, "table", write_files, former=former_files(folder, "table"))
     print(table)
@@ -226,49 +232,7 @@ def baselines(folder: Path, demo: str) -> None:
     write(folder, rows, comparison_table(rows), BASELINES_NOTE)
 
 
-# ----------------------------------------------------------------------------------------------- ablations
-ABLATION_COLUMNS = {
-    "judge_gain": ("judge gain", "+.2f"),
-    "win_rate": ("beats SFT", ".0%"),
-    "kl": ("KL, nats", ".1f"),
-    "distinct_2": ("distinct-2", ".2f"),
-    "value_loss": ("value loss", ".2f"),
-    "approxkl": ("approxkl", ".4f"),
-}
-
-
-def ablation_row(report: dict, history: list[dict]) -> dict:
-    """Return the results of one run, and its statistics in the first quarter of its updates.
-
-    `history` comes from the metrics file of PPO.
-    """
-    updates = [row for row in history if "loss/value" in row]
-    early = updates[: -(-len(updates) // 4)]
-    return {
-        "judge_gain": report["judge_gain"]["mean"],
-        "win_rate": report["win_rate"]["mean"],
-        "kl": report["policy"]["kl"],
-        "distinct_2": report["policy"]["distinct_2"],
-        "value_loss": statistics.fmean(row["loss/value"] for row in early),
-        "approxkl": statistics.fmean(row["approxkl"] for row in early),
-    }
-
-
-def ablations_table(runs: dict[str, list[dict]]) -> str:
-    """Return a markdown table that compares settings (`key=value`), each with one row of `ablation_row` a seed."""
-
-    def cell(rows: list[dict], key: str, form: str) -> str:
-        values = [row[key] for row in rows]
-        return with_interval({"mean": statistics.fmean(values), "low": min(values), "high": max(values)}, form)
-
-    header = ["setting", "seeds", *(name for name, _ in ABLATION_COLUMNS.values())]
-    cells = [
-        [f"`{setting}`", str(len(rows)), *(cell(rows, key, form) for key, (_, form) in ABLATION_COLUMNS.items())]
-        for setting, rows in runs.items()
-    ]
-    return markdown_table(header, cells, numbers=range(1, len(header)))
-
-
+# ----------------------------------------------------------------------------------------------- settings
 def ablations(folder: Path, *settings: str) -> None:
     """Compare the runs in <folder>/<setting>/<seed>, with the settings in this order."""
     runs: dict[str, list[dict]] = {}
@@ -280,6 +244,20 @@ def ablations(folder: Path, *settings: str) -> None:
             runs[setting].append({"seed": int(path.parent.name), **row})
     rows = [{"setting": setting, "runs": of_seeds} for setting, of_seeds in runs.items()]
     write(folder, rows, ablations_table(runs), ABLATIONS_NOTE)
+
+
+def value_study(folder: Path, *settings: str) -> None:
+    """Compare the runs in <folder>/<setting>/<seed>; the first setting is the recipe, to which the others are compared."""
+    runs: dict[str, list[dict]] = {}
+    for setting in settings:
+        runs[setting] = []
+        for path in _found(folder / setting, "Run `make value-study`."):
+            with whole(path):
+                figures = run_figures(read_report(path, JUDGED_REPORT), ppo_history(path.parent))
+            runs[setting].append({"seed": int(path.parent.name), **figures})
+    rows = value_rows(runs)
+    plots = {"value_study.png": draw_value_study, "value_curves.png": draw_value_curves}
+    write(folder, rows, value_table(rows), VALUE_NOTE, plots)
 
 
 # ----------------------------------------------------------------------------------------------- reward losses
@@ -306,7 +284,7 @@ def lambda_sweep(folder: Path, *coefficients: str) -> None:
             row = sweep_row(float(coefficient), read_report(path, SWEEP_REPORT), ppo_history(path.parent))
         rows.append(row)
     rows.sort(key=lambda row: -row["ptx_coef"])  # from the smallest lambda
-    write(folder, rows, sweep_table(rows), SWEEP_NOTE, lambda path: draw_trade_off(rows, path))
+    write(folder, rows, sweep_table(rows), SWEEP_NOTE, {"trade_off.png": draw_trade_off})
 
 
 # ----------------------------------------------------------------------------------------------- rounds of labels
@@ -325,6 +303,7 @@ TABLES: dict[str, tuple[Callable[..., None], int | None]] = {
     "seeds": (seeds, 1),
     "baselines": (baselines, 2),
     "ablations": (ablations, None),
+    "value-study": (value_study, None),
     "reward-losses": (reward_losses, None),
     "lambda-sweep": (lambda_sweep, None),
     "loop-study": (loop_study, None),
@@ -339,7 +318,9 @@ def main(words: list[str]) -> None:
     if not others or len(others) != (number or max(len(others), 2)):
         sys.exit(f"pipeline.tables: {name} cannot be called so. See the examples at the top of pipeline/tables.py.")
     if "" in others:
-        sys.exit(f"pipeline.tables: {name} got an empty word ('') where a folder or a setting is named. Write its name.")
+        sys.exit(
+            f"pipeline.tables: {name} got an empty word ('') where a folder or a setting is named. Write its name."
+        )
     folder = Path(others[0])
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder}: no such folder. Name the folder of the runs.")

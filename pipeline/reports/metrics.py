@@ -45,6 +45,21 @@ def bootstrap_interval(
     return {"mean": float(values.mean()), "low": float(low), "high": float(high)}
 
 
+def interval_over_seeds(values: ArrayLike) -> dict[str, float]:
+    """Return the mean of `values` (seeds,) and its 95% interval by Student's t, which is for few values.
+
+    The 97.5% quantile of t is that of a million draws, right to 1%. One seed has no interval: its ends are NaN.
+    """
+    values = np.asarray(values, dtype=float)
+    count = len(values)
+    half = float("nan")
+    if count > 1:
+        quantile = np.quantile(np.random.default_rng(0).standard_t(count - 1, 1_000_000), 0.975)
+        half = float(quantile * values.std(ddof=1) / math.sqrt(count))
+    mean = float(values.mean())
+    return {"mean": mean, "low": mean - half, "high": mean + half}
+
+
 def best_of_n(scores: ArrayLike, values: ArrayLike, n: int) -> np.ndarray:
     """Return the expected value of the best of `n` completions drawn without replacement from each prompt's pool.
 

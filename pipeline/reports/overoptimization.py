@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.reports.gold import Array, fit, rms_error
 from pipeline.reports.markdown import markdown_table, number
-from pipeline.reports.plots import DASHES, INK, PPO, SFT, STYLE, _figure
+from pipeline.reports.plots import DASHES, INK, PPO, SFT, STYLE, row_of_panels
 
 
 BEST_OF_N = "#3f8f5f"
@@ -112,7 +112,7 @@ def draw_overoptimization(
 ) -> None:
     """Draw proxy and gold scores against the square root of the KL as a PNG, with the fitted form and its peak."""
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(7.5, 3.4, 2)
+        figure, axes = row_of_panels(7.5, 3.4, 2)
         for axis, which in zip(axes, ("proxy", "gold"), strict=True):
             for at, (run, point) in enumerate(zip(runs, points, strict=True)):
                 scores = getattr(run, which)

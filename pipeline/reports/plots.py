@@ -50,11 +50,11 @@ TICK_STEPS = (1, 2, 2.5, 5, 10)
 HUMAN_CEILING = "human ceiling: how often one rater agrees"
 
 
-def _figure(width: float, height: float, panels: int = 1) -> tuple[Figure, Sequence[Axes]]:
-    """Return a figure of the given inches with a row of panels; make and save it in one `rc_context(STYLE)`."""
+def row_of_panels(width: float, height: float, panels: int = 1, *, lines: int = 1) -> tuple[Figure, Sequence[Axes]]:
+    """Return a figure of the given inches with `panels` in each line; make and save it in one `rc_context(STYLE)`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, panels, squeeze=False)[0]
+    return figure, figure.subplots(lines, panels, squeeze=False).ravel()
 
 
 def _series(history: list[dict], key: str) -> tuple[list[float], list[float]]:
@@ -76,7 +76,7 @@ def draw_ppo_curves(history: list[dict], path: str | PathLike) -> None:
         ("loss/value", "Value loss\n(squared reward units)"),
     )
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(7.5, 2.7, len(panels))
+        figure, axes = row_of_panels(7.5, 2.7, len(panels))
         for axis, (key, title) in zip(axes, panels, strict=True):
             steps, values = _series(history, key)
             # A line of one point would be invisible, so it gets a marker.
@@ -102,7 +102,7 @@ def draw_score_histograms(
     edges = np.histogram_bin_edges(np.concatenate([scores for scores, _ in models.values()]), bins=36).tolist()
     means = {name: scores.mean() for name, (scores, _) in models.items()}
     with matplotlib.rc_context(STYLE):
-        figure, (axis,) = _figure(7.5, 3.6)
+        figure, (axis,) = row_of_panels(7.5, 3.6)
         for name, (scores, color) in models.items():
             weights = np.full(len(scores), 1 / len(scores))
             axis.hist(scores, edges, weights=weights, histtype="stepfilled", color=color, alpha=0.35)
@@ -143,7 +143,7 @@ def draw_calibration(reliability: list[dict], ece: float, path: str | PathLike) 
     counts = np.array([row["count"] for row in reliability])
     low, high = min(row["low"] for row in reliability), max(row["high"] for row in reliability)
     with matplotlib.rc_context(STYLE):
-        figure, (axis,) = _figure(7.5, 4.2)
+        figure, (axis,) = row_of_panels(7.5, 4.2)
         axis.plot([low, high], [low, high], color=SFT, linestyle=DASHES, label="calibrated: agreement = confidence")
         axis.vlines(predicted, predicted, observed, color=PPO, alpha=0.35, linewidth=1.2)
         axis.plot(predicted, observed, color=PPO, linewidth=1.2)
@@ -169,7 +169,7 @@ def draw_accuracy_by_gap(by_gap: list[dict], path: str | PathLike) -> None:
     """
     places = range(len(by_gap))
     with matplotlib.rc_context(STYLE):
-        figure, (axis,) = _figure(7.5, 3.8)
+        figure, (axis,) = row_of_panels(7.5, 3.8)
         accuracies, humans = ([row[key] for row in by_gap if key in row] for key in ("accuracy", "human"))
         axis.plot(places, accuracies, color=PPO, marker="o", label="reward model", zorder=3)
         if humans:
@@ -199,7 +199,7 @@ def draw_best_of_n(rows: list[dict], path: str | PathLike, compared: dict | None
     panels = [("judge", "Judge score")] if all("judge" in row for row in rows) else []
     panels.append(("score", "Reward model score"))
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(7.5, 3.4, len(panels))
+        figure, axes = row_of_panels(7.5, 3.4, len(panels))
         for axis, (key, title) in zip(axes, panels, strict=True):
             places, values = [math.sqrt(row["kl"]) for row in rows], [row[key] for row in rows]
             axis.plot(places, values, color=SFT, marker="o", label="best of n, SFT")
@@ -226,7 +226,7 @@ def draw_trade_off(rows: list[dict], path: str | PathLike) -> None:
     """
     panels = (("gain", "Judge: gain over SFT"), ("score", "Reward model score"))
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(7.5, 3.4, len(panels))
+        figure, axes = row_of_panels(7.5, 3.4, len(panels))
         for axis, (key, title) in zip(axes, panels, strict=True):
             places = [row["text_loss"] for row in rows]
             values = [row["judge_gain"]["mean"] if key == "gain" else row["score"] for row in rows]

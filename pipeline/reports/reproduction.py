@@ -19,7 +19,7 @@ from data.saving import check_saved
 from data.schemas import NUMBER, TEXT, list_of, mapping, one_of, record
 from pipeline.reports.claims import FEWEST_SEEDS, SCALES, STATISTICS, Points, decide
 from pipeline.reports.markdown import markdown_table, number
-from pipeline.reports.plots import DASHES, INK, PPO, SFT, STYLE, _figure
+from pipeline.reports.plots import DASHES, INK, PPO, SFT, STYLE, row_of_panels
 from pipeline.runs.recipe_file import read_recipe
 
 
@@ -211,7 +211,7 @@ def draw(protocol: Mapping[str, Any], saved: Mapping[str, Any], path: str | Path
     """Draw each panel of the protocol's figure as a PNG: a line for each seed, and the paper's numbers dashed."""
     series = as_points(saved)
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(7.5, 3.4, len(protocol["figure"]))
+        figure, axes = row_of_panels(7.5, 3.4, len(protocol["figure"]))
         for axis, panel in zip(axes, protocol["figure"], strict=True):
             scale = panel.get("x_scale", "linear")
             for colour, (name, label) in zip(COLOURS, panel["series"].items(), strict=False):

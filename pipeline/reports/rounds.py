@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from data.judgements import disagreement
 from pipeline.reports.markdown import markdown_table, number, with_interval
-from pipeline.reports.plots import PPO, SFT, STYLE, _figure
+from pipeline.reports.plots import PPO, SFT, STYLE, row_of_panels
 from reward_models.breakdowns import share_with_interval, shares_right
 
 
@@ -147,7 +147,7 @@ def draw_rounds(rows: Sequence[Mapping[str, Any]], path: str | PathLike) -> None
         ),
     )
     with matplotlib.rc_context(STYLE):
-        figure, axes = _figure(7.5, 3.2, len(panels))
+        figure, axes = row_of_panels(7.5, 3.2, len(panels))
         for axis, (key, places, title, words) in zip(axes, panels, strict=True):
             points = [(place, row[key]) for place, row in zip(places, rows, strict=True) if row[key]]
             axis.set_title(title)

@@ -46,7 +46,7 @@ FILES = {
     "round_labels": ("preferences.jsonl", "votes.json"),
     "loop": ("report.md", "report.json", "rounds.png"),
     "loop_recipe": ("loop.json",),
-    "table": ("table.json", "table.md", "trade_off.png"),
+    "table": ("table.json", "table.md", "trade_off.png", "value_study.png", "value_curves.png"),
     "overoptimization": ("overoptimization.md", "overoptimization.json", "overoptimization.png"),
     "reproduction": ("report.md", "figure.png", "metrics.json"),
     "data": tuple(
