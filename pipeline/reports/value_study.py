@@ -13,7 +13,8 @@ NATS = 9.0  # the KL at which gains are compared: the target of the demo's recip
 VALUE_NOTE = (
     f"Means over the seeds. The gain at {NATS:g} nats is the judge's gain times sqrt({NATS:g} / KL). Its difference is to the "
     "first row, seed by seed, with the 95% interval of Student's t. Explained variance is the share of the variance of the "
-    "returns that the value explains before it learns from them, in the first and the last quarter of the updates."
+    "returns that the value explains before it learns from them, in the first and the last quarter of the updates. With a "
+    "lower lambda the returns lean more on the values themselves, so rows of different lambda do not compare in it."
 )
 # What a setting is about, and the options that are so.
 GROUPS = {

@@ -73,8 +73,9 @@ class Health:
             self.first_entropy = self.first_entropy or entropy
             if entropy < 0.1 * self.first_entropy:
                 found["collapsed entropy"] = (
-                    f"The entropy fell from {self.first_entropy:.2f} to {entropy:.2f} nats a token: the policy repeats "
-                    f"the same text. Raise beta or entropy_coef, or lower learning_rate."
+                    f"The entropy fell from {self.first_entropy:.2f} to {entropy:.2f} nats a token: the policy hardly "
+                    f"varies what it writes. That is well where each prompt has one right answer. Else raise beta or "
+                    f"entropy_coef, or lower learning_rate."
                 )
         fresh = {name: message for name, message in found.items() if name not in self.said}
         self.said |= fresh.keys()

@@ -245,7 +245,7 @@ def filled(cell, number: int):
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_task_takes_any_model_and_data(task, tmp_path, monkeypatch):
-    """The recipes of the embedded backbone, with a chat model, conversations, and files of the user."""
+    """The recipes, with a chat model, conversations, and files of the user."""
     said, references = TASKS[task]
     asked = [turns(f"Which film is number {number}?") for number in range(8)]
     rows = {
@@ -257,7 +257,7 @@ def test_a_task_takes_any_model_and_data(task, tmp_path, monkeypatch):
         Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of_file))
     model = narrow_model("smollm2-chat", tmp_path / "model")
     for stage, name in (("sft", "texts"), ("ppo", "prompts"), ("evaluation", "prompts")):
-        options = ["--dataset_name", f"{name}.jsonl", *(["--lora_embeddings", "false"] if stage == "sft" else [])]
+        options = ["--dataset_name", f"{name}.jsonl"]
         first_step(stage, RECIPES / task / f"{stage}.yaml", model, *options)
     report = json.loads((Path("runs") / task / "report.json").read_text())
     assert report["prompts"] == 4 and -0.5 <= report["sft"]["score"] <= report["sft"]["judge"] + 1
