@@ -65,6 +65,7 @@ class Backbone(PeftModelForCausalLM):
         self._starts_at: dict[int, bool] = {}  # whether a pass can start from the inputs of a layer
         self._logits = None if plain else partial(own_logits, base)
         self._role: str | None = "policy"  # the role that peft and TRL's trainers expect
+        self._autocast = False  # whether autocast was on when it became active
         # A fresh LoRA adapter changes nothing, because B is zero. Until it is trained, the policy is the bare backbone.
         self.policy_is_bare = isinstance(policy, LoraConfig) and policy.init_lora_weights is True
         # Computed now, because FSDP and ZeRO-3 shard the weights later. A plan (on the meta device) has no weights.
@@ -192,25 +193,29 @@ class Backbone(PeftModelForCausalLM):
         return merged_weights(self.get_base_model(), self._adapter(role), role)
 
     @contextmanager
-    def role(self, role: str | None) -> Iterator[None]:
+    def role(self, role: str | None, *, autocast: bool | None = None) -> Iterator[None]:
         """Run the code inside as this role, or as the bare backbone with None.
 
         `set_adapter` of peft would toggle `requires_grad`, and so drop gradients of the role before. Instead, the adapter is
         named on each LoRA layer. The attribute is private to peft, so its minor version is pinned.
+
+        Args:
+            autocast: whether to leave it to autocast to cast the inputs of LoRA layers; None: if autocast is on.
         """
         active = [self._adapter(role)] if role else []
         # Autocast already casts the inputs of a plain LoRA layer. It would undo peft's cast to the adapter's precision.
-        autocast = torch.is_autocast_enabled(self.device.type)
+        autocast = torch.is_autocast_enabled(self.device.type) if autocast is None else autocast
         before = [(layer, *(getattr(layer, name) for name in SWITCHES)) for layer in self._tuned]
         for layer in self._tuned:
             layer._active_adapter = active
             layer._disable_adapters = role is None
             layer.cast_input_dtype_enabled = not autocast or bool(layer.lora_variant)
-        role_before, self._role = self._role, role
+        active_before = self._role, self._autocast
+        self._role, self._autocast = role, autocast
         try:
             yield
         finally:
-            self._role = role_before
+            self._role, self._autocast = active_before
             for layer, *values in before:
                 for name, value in zip(SWITCHES, values, strict=True):
                     setattr(layer, name, value)
@@ -233,8 +238,8 @@ class Backbone(PeftModelForCausalLM):
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
     def _contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """Return the contexts for a layer's forward pass and for its recomputation."""
-        return nullcontext(), self.role(self._role)
+        """Return the contexts for a layer's forward pass and for its recomputation, which casts as the forward pass did."""
+        return nullcontext(), self.role(self._role, autocast=self._autocast)
 
     def layers_below_policy(self) -> int:
         """Return how many of the lowest layers the policy's adapter does not change; the last layer never counts."""

@@ -1,4 +1,5 @@
 import asyncio
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -6,6 +7,7 @@ import torch
 from conftest import PROMPTS
 from datasets import Dataset
 from peft import LoraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
@@ -183,6 +185,33 @@ def test_checkpointed_layers_are_computed_again_as_the_role_they_ran_as(name, to
         backbone.zero_grad()
     assert ran == [0, 0, 1, 1, 1, 1]
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 2
+    assert all(torch.equal(gradients[1][parameter], gradient) for parameter, gradient in gradients[0].items())
+
+
+@pytest.mark.parametrize("entered", ["outside", "inside"])
+def test_checkpointed_layers_cast_again_as_they_did(entered):
+    """Under autocast, whether the role became active before it, as in TRL's RLOO and GRPO, or in it, as in PPO.
+
+    The dropout of the adapters shows it: its mask has the type of its input.
+    """
+    backbone = make("gpt2", None).train()
+    disable_dropout_in_model(backbone)
+    for layer in backbone.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.lora_dropout["default"] = nn.Dropout(0.5)
+    ids, mask, _, _ = batch()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            backbone.gradient_checkpointing_enable()
+        torch.manual_seed(0)
+        inside = backbone.role("policy") if entered == "inside" else nullcontext()
+        with torch.autocast("cpu", torch.bfloat16), inside:
+            logits = backbone(input_ids=ids, attention_mask=mask).logits
+        logits.float().square().mean().backward()
+        gradients.append({n: p.grad.clone() for n, p in backbone.named_parameters() if p.grad is not None})
+        backbone.zero_grad()
+    assert len(gradients[0]) > 2
     assert all(torch.equal(gradients[1][parameter], gradient) for parameter, gradient in gradients[0].items())
 
 
