@@ -95,7 +95,8 @@ def check_trainer_options(args: TrainingArguments, *, installed: bool) -> None:
     for name in args.gradient_checkpointing_kwargs or {}:
         if name not in named:
             raise ValueError(
-                f"gradient_checkpointing_kwargs: unknown key {shorten(name)}. torch.utils.checkpoint knows "
+                f"gradient_checkpointing_kwargs, also called activation_checkpointing_kwargs: unknown key {shorten(name)}. "
+                f"torch.utils.checkpoint knows "
                 f"{', '.join(sorted(named))}."
             )
     if args.fp16 and args.use_cpu:
@@ -114,6 +115,11 @@ def check_trainer_options(args: TrainingArguments, *, installed: bool) -> None:
         raise ValueError(
             f"dataset_text_field={shorten(args.dataset_text_field)}: texts are read from the column `text`. Rename the "
             f"column, and leave dataset_text_field unset."
+        )
+    if isinstance(args, SFTConfig) and args.padding_free and not args.packing and args.max_length is not None:
+        raise ValueError(
+            f"padding_free=True would not hold texts to max_length={args.max_length}. Set packing: true, or max_length: null, "
+            f"which cuts no text."
         )
     if isinstance(args, DPOConfig):
         _check_dpo(args)

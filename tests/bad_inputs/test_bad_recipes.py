@@ -422,6 +422,11 @@ LATE = {
         "dataset_text_field: content\n",
         r"^dataset_text_field='content': texts are read from the column `text`\. Rename the column",
     ),
+    "texts of any length, laid end to end": (
+        "sft",
+        "padding_free: true\n",
+        r"^padding_free=True would not hold texts to max_length=\d+\. Set packing: true, or max_length: null",
+    ),
     "half precision on a CPU": ("sft", "fp16: true\n", r"^fp16=True needs a GPU, and use_cpu is set"),
     "no such attention": ("sft", "attn_implementation: flash\n", r"^attn_implementation='flash' is not one of eager"),
     "no such compiler": ("sft", "torch_compile_backend: gcc\n", r"^torch_compile_backend='gcc' is not one of"),

@@ -80,6 +80,8 @@ class Running:
         logs.mkdir(exist_ok=True)
         number = len(list(logs.glob("*.out")))
         self.out, self.err, self.stack = (logs / f"{number}-{command}.{end}" for end in ("out", "err", "stack"))
+        for path in (self.out, self.err, self.stack):
+            path.touch()  # by now: the child may be killed before it opens them
         sys.stdout.flush()
         sys.stderr.flush()
         self.pid = os.fork()
