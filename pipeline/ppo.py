@@ -39,17 +39,17 @@ logger = get_logger(__name__)
 
 
 def load_held_out(data: DataArguments, args: PPOConfig) -> Dataset | None:
-    """Read the first `eval_prompts` prompts for the evaluation during training; None if `eval_strategy` is off.
+    """Read the first `eval_prompts` prompts for the evaluation during training; None if there is none.
 
     Raises:
         ValueError: there are no held-out prompts; or an error of `load_prompts`.
     """
-    if args.eval_strategy == "no":
+    if args.eval_strategy == "no" and not args.eval_on_start:
         return None
     if data.eval_source is None:
         raise ValueError(
-            f"eval_strategy={args.eval_strategy.value!r} needs held-out prompts, and {data.dataset_name} has none. Name a "
-            f"dataset of prompts in eval_dataset_name."
+            f"eval_strategy={args.eval_strategy.value!r}, eval_on_start={args.eval_on_start} need held-out prompts, and "
+            f"{data.dataset_name} has none. Name a dataset of prompts in eval_dataset_name."
         )
     prompts = load_prompts(data.eval_source, data.dataset_eval_split, drop=data.drop_bad_rows)
     return prompts.select(range(min(args.eval_prompts, len(prompts))))

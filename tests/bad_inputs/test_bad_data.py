@@ -208,9 +208,12 @@ def test_data_that_is_not_there(stage, key, value, message, refuses):
     refuses(stage, message, **{key: value})
 
 
-def test_evaluation_without_held_out_prompts(refuses):
-    message = r"eval_strategy='steps' needs held-out prompts, and .* has none\. Name a dataset of prompts in eval_dataset_name"
-    refuses("ppo", message, loads=True, eval_strategy="steps", eval_steps=1)
+@pytest.mark.parametrize("option", [{"eval_strategy": "steps", "eval_steps": 1}, {"eval_on_start": True}])
+def test_evaluation_without_held_out_prompts(option, refuses):
+    message = (
+        r"eval_strategy='\w+', eval_on_start=\w+ need held-out prompts, and .* has none\. Name a dataset of prompts in"
+    )
+    refuses("ppo", message, loads=True, **option)
 
 
 FINE = {
