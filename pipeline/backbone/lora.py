@@ -126,8 +126,8 @@ def check_lora(found: LoraConfig, model: ModelConfig, lora: LoraArguments, base:
         "lora_alpha": "lora_alpha",
         "use_rslora": "use_rslora",
         "lora_top_layers": "layers_to_transform",
+        "lora_embeddings": "target_modules",  # before the option that it adds to
         "lora_target_modules": "target_modules",
-        "lora_embeddings": "target_modules",
     }
     default, given = vars(ModelConfig()) | vars(LoraArguments()), vars(model) | vars(lora)
     for option, field_name in fields.items():

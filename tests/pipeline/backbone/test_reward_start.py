@@ -89,6 +89,11 @@ def test_it_starts_as_the_policy_and_loads_everywhere(modules, tiny, tmp_path):
         ({"lora_r": 8}, None, "lora_r=8 describes a fresh adapter, but .* was saved with r=2"),
         ({"lora_alpha": 8}, None, "lora_alpha=8 describes a fresh adapter"),
         ({"lora_target_modules": ["c_fc"]}, None, r"lora_target_modules=.* describes a fresh adapter"),
+        (
+            {"lora_target_modules": ["c_attn"]},
+            LoraArguments(lora_embeddings=True),
+            "lora_embeddings=True describes a fresh adapter",
+        ),
         ({}, LoraArguments(lora_top_layers=1), "lora_top_layers=1 describes a fresh adapter"),
     ],
 )
