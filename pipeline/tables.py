@@ -9,7 +9,7 @@
     python -m pipeline.tables loop-study runs/loop-study one three
 
 The targets of the same names in the Makefile make the runs. All but the first write table.md and table.json to the folder;
-lambda-sweep and value-study draw plots there, too.
+lambda-sweep, loop-study and value-study draw plots there, too.
 """
 
 import statistics
@@ -27,7 +27,7 @@ from pipeline.reports.loss_table import LOSSES_NOTE, loss_row, losses_table
 from pipeline.reports.markdown import markdown_table, number, with_interval
 from pipeline.reports.plots import draw_trade_off
 from pipeline.reports.report import read_report
-from pipeline.reports.rounds import STUDY_NOTE, study_rows, study_table
+from pipeline.reports.rounds import STUDY_NOTE, draw_study, study_rows, study_table
 from pipeline.reports.value_plots import draw_value_curves, draw_value_study
 from pipeline.reports.value_study import VALUE_NOTE, run_figures, value_rows, value_table
 from pipeline.runs.errors import report_errors
@@ -294,8 +294,15 @@ def loop_study(folder: Path, *arms: str) -> None:
     for arm in arms:
         paths = _found(folder / arm, "Run `make loop-study`.")
         found[arm] = {int(path.parent.name): read_json(path, LOOP_REPORT) for path in paths}
+        rounds = [len(loop["rounds"]) for loop in found[arm].values()]
+        for path, finished in zip(paths, rounds, strict=True):
+            if finished < max(rounds):
+                raise ValueError(
+                    f"{path}: {finished} of {max(rounds)} rounds have finished. Run `make loop-study` to its end, or leave the "
+                    f"seed out."
+                )
     rows = study_rows(found)
-    write(folder, rows, study_table(rows), STUDY_NOTE)
+    write(folder, rows, study_table(rows), STUDY_NOTE, {"loop_study.png": draw_study})
 
 
 # Each table, and how many words follow its name (None: two or more).

@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from data.judgements import disagreement
 from pipeline.reports.markdown import markdown_table, number, with_interval
+from pipeline.reports.metrics import interval_over_seeds
 from pipeline.reports.plots import PPO, SFT, STYLE, row_of_panels
 from reward_models.breakdowns import share_with_interval, shares_right
 
@@ -28,8 +29,9 @@ ROUNDS_NOTE = (
 )
 STUDY_NOTE = (
     "Mean over the seeds, with the lowest and the highest in brackets; all rows have the same labels in the end, and the same "
-    "updates of PPO in their last round. The difference is taken seed by seed."
+    "updates of PPO in their last round. The difference is taken seed by seed, with the 95% interval of Student's t."
 )
+COLOURS = (SFT, PPO, "#3a8f7b", "#8b5a9e")  # of the rows of a study
 
 
 def _share(values: Sequence[float]) -> dict[str, float] | None:
@@ -169,7 +171,7 @@ def draw_rounds(rows: Sequence[Mapping[str, Any]], path: str | PathLike) -> None
 
 # ----------------------------------------------------------------------------------------------- several loops
 def study_rows(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dict[str, Any]]:
-    """Return a row for each arm of a study: its last round's figures, by seed.
+    """Return a row for each arm of a study: its last round's figures, by seed, and the gain after each round.
 
     Args:
         found: of each arm, report.json of the loop of each seed.
@@ -186,6 +188,8 @@ def study_rows(found: Mapping[str, Mapping[int, Mapping[str, Any]]]) -> list[dic
                     **{name: last[name]["mean"] for name in ("judge_gain", "win_rate")},
                     **{name: last[name] for name in ("kl", "distinct_2")},
                     "earlier_reward_model": (last["earlier_reward_model"] or {}).get("mean"),
+                    "labels_so_far": np.cumsum([row["labels"] for row in loop["rounds"]]).tolist(),
+                    "gains": [row["judge_gain"]["mean"] for row in loop["rounds"]],
                 }
             )
         rows.append({"arm": arm, "rounds": len(next(iter(loops.values()))["rounds"]), "runs": runs})
@@ -221,6 +225,30 @@ def study_table(rows: Sequence[Mapping[str, Any]]) -> str:
         minus = [run["judge_gain"] - first[run["seed"]] for run in runs if run["seed"] in first]
         figures = [cell([run[name] for run in runs], form) for name, form in columns.items()]
         labels = f"{statistics.fmean(run['labels'] for run in runs):,.0f}"
-        rest = "–" if row is rows[0] else cell(minus, "+.3f")
+        rest = "–" if row is rows[0] or not minus else with_interval(interval_over_seeds(minus), "+.3f")
         cells.append([str(row["rounds"]), str(len(runs)), labels, *figures, rest])
     return markdown_table(header, cells, numbers=range(len(header)))
+
+
+def draw_study(rows: Sequence[Mapping[str, Any]], path: str | PathLike) -> None:
+    """Draw the judge's gain against the labels so far, a thick line for the mean of each arm, as a PNG at `path`.
+
+    `rows` are those of `study_rows`. A thin line is a seed; its last point has the updates of PPO of every other arm's.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure, (axis,) = row_of_panels(7.5, 3.6)
+        for row, colour in zip(rows, COLOURS, strict=False):
+            runs = row["runs"]
+            for run in runs:
+                axis.plot(
+                    run["labels_so_far"], run["gains"], color=colour, alpha=0.35, linewidth=1, marker="o", markersize=3
+                )
+            labels, gains = (np.mean([run[key] for run in runs], axis=0) for key in ("labels_so_far", "gains"))
+            label = f"{row['rounds']} round{'s' if row['rounds'] > 1 else ''}, mean of {len(runs)} seeds"
+            axis.plot(labels, gains, color=colour, linewidth=2.2, marker="o", markersize=7, label=label)
+        axis.set_title("Judge's gain over SFT, in the judge's units")
+        axis.set_xlabel("labels so far")
+        axis.set_ylim(bottom=0)
+        axis.margins(x=0.06)
+        axis.legend(loc="lower right")
+        figure.savefig(path)

@@ -46,7 +46,9 @@ FILES = {
     "round_labels": ("preferences.jsonl", "votes.json"),
     "loop": ("report.md", "report.json", "rounds.png"),
     "loop_recipe": ("loop.json",),
-    "table": ("table.json", "table.md", "trade_off.png", "value_study.png", "value_curves.png"),
+    "table": (
+        "table.json", "table.md", "trade_off.png", "value_study.png", "value_curves.png", "loop_study.png",
+    ),
     "overoptimization": ("overoptimization.md", "overoptimization.json", "overoptimization.png"),
     "reproduction": ("report.md", "figure.png", "metrics.json"),
     "data": tuple(

@@ -13,12 +13,20 @@ import yaml
 
 from data.json_files import write_json
 from data.saving import save
-from pipeline import label, loop, pairs
+from pipeline import label, loop, pairs, tables
 from pipeline.pages.label_answers import AnswerFile
 from pipeline.pages.label_desk import Desk
 from pipeline.pages.label_pairs import Pair, Pool, read_pairs
 from pipeline.pages.loop_labels import preference
-from pipeline.reports.rounds import per_100_labels, round_row, rounds_report, rounds_table, study_rows, study_table
+from pipeline.reports.rounds import (
+    draw_study,
+    per_100_labels,
+    round_row,
+    rounds_report,
+    rounds_table,
+    study_rows,
+    study_table,
+)
 from pipeline.runs.command_line import parse
 
 
@@ -442,14 +450,36 @@ def test_the_report_over_rounds():
     assert "# 2 rounds" in text and "Labels by people, seed 3, judge `a.b`." in text and "](round_2/report.md)" in text
 
 
-def test_the_table_of_a_study():
+def test_the_table_and_the_plot_of_a_study(tmp_path):
     def loops(*gains: float) -> dict:
         return {seed: {"rounds": rows_of(gain / 2, gain, labels=50)} for seed, gain in enumerate(gains)}
 
     found = {"one": {seed: {"rounds": rows_of(0.25, labels=100)} for seed in (0, 1)}, "two": loops(0.5, 0.25)}
-    one, two = study_table(study_rows(found)).splitlines()[2:]
+    rows = study_rows(found)
+    assert rows[1]["runs"][0]["labels_so_far"] == [50, 100] and rows[1]["runs"][0]["gains"] == [0.25, 0.5]
+    one, two = study_table(rows).splitlines()[2:]
     assert one.startswith("| 1 | 2 | 100 | +0.250 [+0.250, +0.250] | 75.0% [75.0%, 75.0%] |") and one.endswith("| – |")
-    assert two.startswith("| 2 | 2 | 100 | +0.375 [+0.250, +0.500] |") and two.endswith("| +0.125 [+0.000, +0.250] |")
+    assert two.startswith("| 2 | 2 | 100 | +0.375 [+0.250, +0.500] |")
+    mean, low, high = map(float, re.findall(r"[+-][\d.]+", two.split("|")[-2]))
+    assert mean == 0.125
+    # The differences are 0.25 and 0: their deviation is 0.125 times the root of 2, and t of one degree of freedom is 12.706.
+    assert high - mean == pytest.approx(12.706 * 0.125, rel=0.01) and mean - low == pytest.approx(high - mean)
+    draw_study(rows, tmp_path / "study.png")
+    assert (tmp_path / "study.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_study_waits_for_loops_that_have_not_finished(tmp_path):
+    for arm, seed, rounds in (("one", 0, 1), ("two", 0, 2), ("two", 1, 1)):
+        folder = tmp_path / arm / str(seed)
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps({"rounds": rows_of(*[0.25] * rounds)}))
+    with pytest.raises(
+        ValueError, match=r"two/1/report\.json: 1 of 2 rounds have finished\. Run `make loop-study` to its end"
+    ):
+        tables.loop_study(tmp_path, "one", "two")
+    shutil.rmtree(tmp_path / "two" / "1")
+    tables.loop_study(tmp_path, "one", "two")
+    assert (tmp_path / "table.md").is_file() and (tmp_path / "loop_study.png").is_file()
 
 
 # ------------------------------------------------------------------------------------------ pairs, and a whole loop
