@@ -298,8 +298,8 @@ def loop_study(folder: Path, *arms: str) -> None:
         for path, finished in zip(paths, rounds, strict=True):
             if finished < max(rounds):
                 raise ValueError(
-                    f"{path}: {finished} of {max(rounds)} rounds have finished. Run `make loop-study` to its end, or leave the "
-                    f"seed out."
+                    f"{path}: {finished} of {max(rounds)} rounds have finished. Run `make loop-study` to its end, or move "
+                    f"the seed away."
                 )
     rows = study_rows(found)
     write(folder, rows, study_table(rows), STUDY_NOTE, {"loop_study.png": draw_study})
