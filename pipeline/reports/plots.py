@@ -54,7 +54,7 @@ def row_of_panels(width: float, height: float, panels: int = 1, *, lines: int = 
     """Return a figure of the given inches with `panels` in each line; make and save it in one `rc_context(STYLE)`."""
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(lines, panels, squeeze=False).ravel()
+    return figure, list(figure.subplots(lines, panels, squeeze=False).ravel())
 
 
 def _series(history: list[dict], key: str) -> tuple[list[float], list[float]]:
