@@ -150,8 +150,9 @@ def command_line(case: Case) -> Verdict:
     ended = case.run(stage, *words)
     helped = any(word in ("-h", "--help") for word in words)
     lost = case.changed(before, but=() if ended.code else ("out", *drawn.get("output_dir", "").strip("'\"").split()))
+    keys = [word.lstrip("-").split("=")[0].replace("-", "_") for word in words]
     names = (
-        [word.lstrip("-").split("=")[0].replace("-", "_") for word in words]
+        [*keys, *map(repr, keys)]  # a key of one letter is known by its quotes
         + [word.partition("=")[2] for word in words]
         + [*words, "--config", "generation_batch_size", *map(repr, words)]
     )
