@@ -153,11 +153,14 @@ class Running:
             os.kill(self.pid, number)
 
     def _end_group(self) -> None:
-        """End what the command has started and left."""
-        try:
-            os.killpg(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        """End what the command has started and left, and wait until it is gone: a child that has just begun holds the lock."""
+        until = time.time() + 2
+        while time.time() < until:
+            try:
+                os.killpg(self.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                return
+            time.sleep(0.005)
 
     def _cpu_seconds(self) -> float:
         """Return the seconds of CPU of the command and of what it has started."""
