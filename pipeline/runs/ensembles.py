@@ -71,8 +71,8 @@ def open_ensemble(
         raise ValueError(f"seed={args.seed}: the last of num_members={number} would have seed {highest}. Lower seed.")
     if (Path(args.output_dir) / ADAPTER_CONFIG).is_file():
         raise ValueError(
-            f"output_dir={args.output_dir!r} holds one adapter, and an ensemble must not be beside it. Name another folder in "
-            f"output_dir."
+            f"output_dir={args.output_dir!r} holds one adapter, and an ensemble (num_members={number}) must not be beside it. "
+            f"Name another folder in output_dir."
         )
     shared: dict[str, Any] = {"policies": policies, "data": data}
     check_folders(args.output_dir, model.model_name_or_path, **shared, writes=FILES["ensemble"])

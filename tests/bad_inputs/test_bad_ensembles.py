@@ -15,7 +15,7 @@ REWARD = {
     "a seed too high": ({"seed": 2**32 - 1}, r"seed=4294967295: the last of num_members=3 would have seed 4294967297"),
     "beside an adapter": (
         {},
-        r"^output_dir=\S+ holds one adapter, and an ensemble must not be beside it\. Name another",
+        r"^output_dir=\S+ holds one adapter, and an ensemble \(num_members=\d\) must not be beside it\. Name another",
     ),
     "none": ({"num_members": 0}, r"num_members=0 must be 1 or more"),
 }
