@@ -233,29 +233,30 @@ def baselines(folder: Path, demo: str) -> None:
 
 
 # ----------------------------------------------------------------------------------------------- settings
-def ablations(folder: Path, *settings: str) -> None:
-    """Compare the runs in <folder>/<setting>/<seed>, with the settings in this order."""
+def _runs_of_settings(
+    folder: Path, settings: Sequence[str], remedy: str, figures: Callable[[dict, list[dict]], dict]
+) -> dict[str, list[dict]]:
+    """Return the figures of the runs in <folder>/<setting>/<seed>, each from its report and PPO's log, by setting."""
     runs: dict[str, list[dict]] = {}
     for setting in settings:
         runs[setting] = []
-        for path in _found(folder / setting, "Run `make ablations`."):
+        for path in _found(folder / setting, remedy):
             with whole(path):
-                row = ablation_row(read_report(path, JUDGED_REPORT), ppo_history(path.parent))
+                row = figures(read_report(path, JUDGED_REPORT), ppo_history(path.parent))
             runs[setting].append({"seed": int(path.parent.name), **row})
+    return runs
+
+
+def ablations(folder: Path, *settings: str) -> None:
+    """Compare the runs in <folder>/<setting>/<seed>, with the settings in this order."""
+    runs = _runs_of_settings(folder, settings, "Run `make ablations`.", ablation_row)
     rows = [{"setting": setting, "runs": of_seeds} for setting, of_seeds in runs.items()]
     write(folder, rows, ablations_table(runs), ABLATIONS_NOTE)
 
 
 def value_study(folder: Path, *settings: str) -> None:
     """Compare the runs in <folder>/<setting>/<seed>; the first setting is the recipe, to which the others are compared."""
-    runs: dict[str, list[dict]] = {}
-    for setting in settings:
-        runs[setting] = []
-        for path in _found(folder / setting, "Run `make value-study`."):
-            with whole(path):
-                figures = run_figures(read_report(path, JUDGED_REPORT), ppo_history(path.parent))
-            runs[setting].append({"seed": int(path.parent.name), **figures})
-    rows = value_rows(runs)
+    rows = value_rows(_runs_of_settings(folder, settings, "Run `make value-study`.", run_figures))
     plots = {"value_study.png": draw_value_study, "value_curves.png": draw_value_curves}
     write(folder, rows, value_table(rows), VALUE_NOTE, plots)
 
