@@ -233,7 +233,7 @@ def study_table(rows: Sequence[Mapping[str, Any]]) -> str:
 def draw_study(rows: Sequence[Mapping[str, Any]], path: str | PathLike) -> None:
     """Draw the judge's gain against the labels so far, a thick line for the mean of each arm, as a PNG at `path`.
 
-    `rows` are those of `study_rows`. A thin line is a seed; its last point has the updates of PPO of every other arm's.
+    `rows` are those of `study_rows`. A thin line is one seed.
     """
     with matplotlib.rc_context(STYLE):
         figure, (axis,) = row_of_panels(7.5, 3.6)

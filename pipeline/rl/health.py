@@ -74,7 +74,7 @@ class Health:
             if entropy < 0.1 * self.first_entropy:
                 found["collapsed entropy"] = (
                     f"The entropy fell from {self.first_entropy:.2f} to {entropy:.2f} nats a token: the policy hardly "
-                    f"varies what it writes. That is well where each prompt has one right answer. Else raise beta or "
+                    f"varies what it writes. That is right where each prompt has one answer. Otherwise raise beta or "
                     f"entropy_coef, or lower learning_rate."
                 )
         fresh = {name: message for name, message in found.items() if name not in self.said}
