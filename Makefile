@@ -18,7 +18,7 @@ LOOP_SEEDS ?= 0 1 2 3 4
 GOLD ?= runs/smollm2/reward
 GOLD_REWARD = pipeline.backbone.rewards.get_reward_adapter(folder='$(GOLD)', pad_token='<|im_end|>', normalize_scores=True)
 PAPERS ?= huang2024 bai2022 ziegler2019_collapse ziegler2019 stiennon2020 bai2022_calibration touvron2023 sidahmed2024 \
-	santacroce2023 ahmadian2024 gao2022 coste2023
+	sidahmed2024_rank santacroce2023 ahmadian2024 rafailov2023 gao2022 gao2022_best_of_n coste2023
 ABLATIONS ?= value_init=auto value_init=policy critic=head lora_top_layers=4 normalize_advantages=false \
 	whiten_rewards=true reward_clip_range=-1,1 adam_epsilon=1e-8 value_learning_rate=1.5e-4 value_learning_rate=1.5e-2
 # Settings of `make value-study`, the recipe first; `+` joins several in one run. A clip range of 1000 clips nothing.

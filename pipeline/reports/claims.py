@@ -49,17 +49,31 @@ def sqrt_over_linear(x: Array, y: Array) -> float:
     return r_squared(np.sqrt(np.maximum(x, 0)), y) - r_squared(x, y)
 
 
+def _form_over_line(form: str, x: Array, y: Array) -> float:
+    early = x <= x.max() * 2 / 3
+    if early.sum() < 4 or early.all():
+        return float("nan")
+    line, bent = (rms_error(fit(one, x[early], y[early]), x[~early], y[~early]) for one in ("line", form))
+    return line - bent
+
+
 def gao_over_line(x: Array, y: Array) -> float:
     """Return by how much the RL form of Gao et al. 2022 predicts better than a line: the difference of their errors.
 
     Both are fitted to the points up to two thirds of the largest x, the square root of the KL. Their errors are those on the
     points beyond, in units of y. NaN with fewer than four points before, or none beyond.
     """
-    early = x <= x.max() * 2 / 3
-    if early.sum() < 4 or early.all():
-        return float("nan")
-    line, rl = (rms_error(fit(form, x[early], y[early]), x[~early], y[~early]) for form in ("line", "rl"))
-    return line - rl
+    return _form_over_line("rl", x, y)
+
+
+def best_of_n_over_line(x: Array, y: Array) -> float:
+    """Return the same as `gao_over_line`, of the best-of-n form."""
+    return _form_over_line("best_of_n", x, y)
+
+
+def best_of_n_beta(x: Array, y: Array) -> float:
+    """Return beta of the best-of-n form, fitted to all points, in units of y a nat; above 0 the curve bends down."""
+    return float(fit("best_of_n", x, y).coefficients[2])
 
 
 def fall_after_peak(x: Array, y: Array) -> float:
@@ -76,6 +90,8 @@ STATISTICS: Mapping[str, Callable[[Array, Array], float]] = {
     "r_squared": r_squared,
     "sqrt_over_linear": sqrt_over_linear,
     "gao_over_line": gao_over_line,
+    "best_of_n_over_line": best_of_n_over_line,
+    "best_of_n_beta": best_of_n_beta,
     "fall_after_peak": fall_after_peak,
 }
 SCALES: Mapping[str, Callable[[Array], Array]] = {"linear": np.asarray, "log2": np.log2, "sqrt": np.sqrt}

@@ -27,7 +27,7 @@ PAPERS = Path(__file__).parents[1] / "recipes" / "papers"
 SCALES_OF_RUNS = ("mini", "full")
 COLOURS = (PPO, SFT, "#3f8f5f", "#8a5fa8")
 SCALE = one_of(*SCALES)
-# One series: `file`, perhaps a list `rows` in it; or `files`, one for each x.
+# One series: `file`, perhaps a list `rows` in it, and `x`, a field of each row or of the file; or `files`, one for each x.
 SERIES = record(
     {"y": TEXT},
     {"file": TEXT, "files": mapping(TEXT), "rows": TEXT, "x": TEXT, "of": TEXT},
@@ -134,7 +134,7 @@ def measured(one: Mapping[str, Any], folder: str | PathLike, places: Mapping[str
         check_saved(path.parent, "adapter" if path.name == "metrics.json" else path.stem)
         content = read_json(path, remedy="Run the stage again.")
         if "rows" not in one:
-            points.append(_point(content, float(x), one))
+            points.append(_point(content, _field(content, one["x"]) if "x" in one else float(x), one))
             continue
         rows = [row for row in content.get(one["rows"]) or [] if isinstance(row, dict)]
         points += [_point(row, _field(row, one["x"]) if "x" in one else at, one) for at, row in enumerate(rows)]

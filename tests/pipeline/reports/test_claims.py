@@ -70,6 +70,16 @@ def test_the_fall_after_the_peak_of_gaos_form():
     assert STATISTICS["fall_after_peak"](x, gao(x, 1, 0.2)) == 0
 
 
+def test_the_best_of_n_form_bends_by_beta():
+    x = np.linspace(0, 1.6, 10)
+    y = 0.2 + x * (1 - 0.3 * x)
+    early = x <= 1.6 * 2 / 3
+    line = np.polyval(np.polyfit(x[early], y[early], 1), x[~early])
+    assert STATISTICS["best_of_n_beta"](x, y) == pytest.approx(0.3)
+    assert STATISTICS["best_of_n_beta"](x, 0.2 + x * (1 + 0.3 * x)) == pytest.approx(-0.3)
+    assert STATISTICS["best_of_n_over_line"](x, y) == pytest.approx(np.sqrt(np.mean((y[~early] - line) ** 2)))
+
+
 def test_a_scale_changes_x_alone():
     found = interval(LINE, "slope", scale="log2")
     assert found["value"] == pytest.approx(0.1) and found["low"] == pytest.approx(0.1) == found["high"]
