@@ -29,6 +29,6 @@ def interval_in_words(interval: dict, form: str) -> str:
 
 
 def with_interval(interval: dict, form: str) -> str:
-    """Return a mean and its interval in brackets, for a table."""
+    """Return a mean and its interval in brackets, for a table; the mean alone if the interval is not known (one seed)."""
     mean, low, high = (format(interval[key], form) for key in ("mean", "low", "high"))
-    return f"{mean} [{low}, {high}]"
+    return f"{mean} [{low}, {high}]" if math.isfinite(interval["low"]) else mean

@@ -7,7 +7,7 @@ import pytest
 
 from pipeline import tables
 from pipeline.reports.metrics import interval_over_seeds
-from pipeline.reports.value_study import VALUE_NOTE, gain_at, group_of, quarter, run_figures, value_rows
+from pipeline.reports.value_study import VALUE_NOTE, gain_at, group_of, quarter, run_figures, value_rows, value_table
 
 
 def run_of(seed: int, gain: float, explained: list[float]) -> dict:
@@ -68,6 +68,8 @@ def test_a_difference_is_taken_seed_by_seed():
     assert head["difference"]["mean"] == pytest.approx(-0.1)  # of seeds 0 and 1, which both have
     assert head["difference"]["high"] - head["difference"]["low"] == pytest.approx(0.0, abs=1e-9)
     assert len(head["runs"]) == 3
+    alone = value_rows({setting: of[:1] for setting, of in {**runs, "critic=head": [run_of(0, 0.0, [0.0])]}.items()})
+    assert value_table(alone).splitlines()[-1].split(" | ")[6] == "-0.10"  # of one seed no interval is known
 
 
 def test_the_study_as_a_table_and_two_plots(tmp_path, capsys):
