@@ -262,7 +262,9 @@ def test_points_of_files_with_their_errors(tmp_path, monkeypatch):
 
 def test_figures_of_figures_and_rows_without_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    write_metrics("report", "report.json", gain=0.5, policy={"kl": 3}, rows=[{"n": 1, "s": 2}, {"n": 2}, {"n": 4, "s": None}])
+    write_metrics(
+        "report", "report.json", gain=0.5, policy={"kl": 3}, rows=[{"n": 1, "s": 2}, {"n": 2}, {"n": 4, "s": None}]
+    )
     assert measured({"file": "{stage}/report.json", "y": "policy.kl"}, tmp_path, PLACES, 0)["y"] == [3]
     by_kl = measured({"file": "{stage}/report.json", "x": "policy.kl", "y": "gain"}, tmp_path, PLACES, 0)
     assert (by_kl["x"], by_kl["y"]) == ([3], [0.5])
