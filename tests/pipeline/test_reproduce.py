@@ -47,6 +47,9 @@ def test_stages_understand_a_protocol(paper, scale, monkeypatch):
         cpu = ["--use_cpu", "true", "--bf16", "false"] if trains else []  # no GPU is here to hear of bf16
         parts = parse(*kinds.values(), args=[*words, "--output_dir", places[stage], *cpu])
         assert any(getattr(part, "seed", None) == (1 if "{seed}" in command else 0) for part in parts), stage
+        # Scores are in deviations of a policy, which a reward model has if its stage names one.
+        for reward in re.findall(r"(?:--reward_adapter |folder=')\{(\w+)\}", command):
+            assert "--sft_adapter {" in protocol["stages"][reward], f"{stage}: the scores of {reward} have no zero"
     for one in protocol["series"].values():
         for name in [one["file"]] if "file" in one else one["files"].values():
             assert Path(name.format(**places)).name in ("metrics.json", "report.json", "best_of_n.json")

@@ -114,6 +114,7 @@ def test_options_that_make_no_function(text, reason):
     message = str(caught.value)
     assert message.startswith(f"reward_funcs: {text!r} makes no reward function (")
     assert reason in message
+    assert message.endswith("from these options.") == ("TypeError" in reason or "argument" in reason)
 
 
 def test_what_is_no_function():
