@@ -45,9 +45,9 @@ def draw_value_study(rows: Sequence[Mapping[str, Any]], path: str | PathLike) ->
         explained.set_xlabel("explained variance")
         explained.set_yticks(places, [])
         explained.set_xlim(right=1)
-        explained.legend(loc="best", fontsize=8)
+        explained.legend(loc="upper right", ncols=2, fontsize=8)
         for axis in (gains, explained):
-            axis.set_ylim(-0.7, len(rows) - 0.3)
+            axis.set_ylim(-0.7, len(rows) + 0.4)  # with room for the legend
         figure.savefig(path)
 
 
@@ -70,7 +70,7 @@ def draw_value_curves(rows: Sequence[Mapping[str, Any]], path: str | PathLike) -
                 _curve(axis, row, COLOURS[number % len(COLOURS)], row["setting"])
             axis.set_title(group)
             axis.set_xlabel("update")
-            axis.set_ylim(-0.5, 1)
+            axis.set_ylim(-1.2, 1)  # with room for the legend
             axis.legend(loc="lower right", fontsize=6.5)
         axes[0].set_ylabel("explained variance", color=INK)
         for axis in axes[len(panels) :]:
