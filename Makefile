@@ -153,7 +153,7 @@ ablations: .venv/installed
 	done
 	.venv/bin/python -m pipeline.tables ablations runs/ablations $(ABLATIONS)
 
-# How should the value learn? Change one setting of PPO's value at a time, under five seeds, in about three hours (an estimate);
+# How should the value learn? Change one setting of PPO's value at a time, under five seeds, in about three hours on one core;
 # write $(VALUE_STUDY)/table.md and two plots. The runs start from the adapters of `make seeds`. What has finished is not run
 # again.
 value-study: .venv/installed
