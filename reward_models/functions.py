@@ -149,11 +149,10 @@ def load_function(text: str, option: str = "reward_funcs") -> Callable:
         try:
             function = function(**given)
         except RAISED as error:
-            wrong_call = isinstance(error, TypeError)
-            remedy = " Use brackets only for a function that makes a reward function from these options." * wrong_call
-            raise ValueError(
-                f"{option}: {text!r} makes no reward function ({type(error).__name__}: {error}).{remedy}"
-            ) from error
+            message = f"{option}: {text!r} makes no reward function ({type(error).__name__}: {error})."
+            if isinstance(error, TypeError):  # it does not take the options
+                message += " Use brackets only for a function that makes a reward function from these options."
+            raise ValueError(message) from error
     if not callable(function):
         raise ValueError(f"{option}: {text!r} is not a function. Name a reward function.")
     return function

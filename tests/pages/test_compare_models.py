@@ -51,8 +51,8 @@ def test_figures_are_those_of_a_rollout(make_trainer, tiny, sft_adapter, reward_
     trainer._record_rollout = lambda *args: seen.append(args)
     rollout = trainer._generate_and_score_completions([{"prompt": prompt} for prompt in PROMPTS])
     ((_, _, mask, scores, kl, rewards, advantages),) = seen
-    # The policy has moved, scores are clipped, and some completions end before the limit.
-    assert kl.abs().max() > 1e-3 and scores.abs().max() == 0.25 and not mask.all()
+    # The policy has moved in most rows, scores are clipped, and some completions end before the limit.
+    assert kl.abs().median() > 1e-3 and scores.abs().max() == 0.25 and not mask.all()
     run = tmp_path / "run"
     trainer.save_model(str(run / "ppo"))
     shutil.copytree(sft_adapter, run / "sft")

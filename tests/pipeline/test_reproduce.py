@@ -91,6 +91,15 @@ def test_the_docs_name_no_verdict_without_measurements():
     assert sorted(rows) == SAVED and SAVED
 
 
+def test_the_docs_count_the_verdicts():
+    found = [report(read_protocol(*of), read_measured(PAPERS / of[0] / f"{of[1]}.json"))[1] for of in SAVED]
+    counts = [found.count(verdict) for verdict in (REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE)]
+    said = "Of {} claims {} are reproduced, {} are not reproduced, and {} are inconclusive.".format(
+        len(found), *counts
+    )
+    assert said in (ROOT / "docs" / "papers.md").read_text()
+
+
 def test_report_only_runs_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(subprocess, "run", None)
     paper, scale = SAVED[0]
