@@ -53,7 +53,7 @@ export MALLOC_MMAP_THRESHOLD_ = 4294967296
 # These commands run on CPUs. Without this, DeepSpeed, which the tests install, would warn that it found no GPU.
 export DS_ACCELERATOR = cpu
 
-.PHONY: demo smollm2 smollm2-chat baselines seeds ablations lambda-sweep reward-losses reward-long backbone bench \
+.PHONY: demo smollm2 smollm2-chat baselines seeds second-judge ablations lambda-sweep reward-losses reward-long backbone bench \
 	bench-scaling gpu soak faults lint types test test-fast test-oldest test-python test-vllm translation task papers \
 	sentiment-bert reward-full loop-study value-study docs release-check
 
@@ -130,6 +130,18 @@ baselines: .venv/installed
 seeds: .venv/installed
 	for seed in $(SEEDS); do $(MAKE) demo SEED=$$seed OUT=runs/seeds/$$seed || exit 1; done
 	.venv/bin/python -m pipeline.tables seeds runs/seeds
+
+# Judge the policies of `make seeds` again, by SmolLM2's reward model ($(GOLD)), in about 20 minutes, and print what both judges
+# say. `make smollm2` trains that model.
+second-judge: .venv/installed
+	@test -d $(GOLD) || { echo "$(GOLD): no such folder. Run \`make smollm2\` first, or name a reward adapter in GOLD." >&2; exit 1; }
+	for seed in $(SEEDS); do \
+		$(LAUNCH) pipeline.evaluation --config $(RECIPES)/demo/evaluation.yaml --seed $$seed \
+			--output_dir runs/second-judge/$$seed --sft_adapter runs/seeds/$$seed/sft \
+			--reward_adapter runs/seeds/$$seed/reward --policy_adapter runs/seeds/$$seed/ppo \
+			--judge "$(GOLD_REWARD)" || exit 1; \
+	done
+	.venv/bin/python -m pipeline.tables judges runs/seeds runs/second-judge
 
 # Measure the effect of single settings of PPO, in about 25 minutes; write runs/ablations/table.md. Each setting runs with
 # three seeds, and with 24 updates instead of the demo's 36. The runs start from the adapters of `make seeds`. The first

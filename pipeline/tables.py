@@ -1,6 +1,7 @@
 """Make tables of finished runs: several seeds of a recipe, PPO and its baselines, one setting changed.
 
     python -m pipeline.tables seeds runs/seeds
+    python -m pipeline.tables judges runs/seeds runs/second-judge
     python -m pipeline.tables baselines runs/baselines runs/demo
     python -m pipeline.tables ablations runs/ablations value_init=auto value_init=policy
     python -m pipeline.tables value-study runs/value-study value_init=auto critic=head
@@ -8,8 +9,8 @@
     python -m pipeline.tables lambda-sweep runs/lambda-sweep 0 0.2 2
     python -m pipeline.tables loop-study runs/loop-study one three
 
-The targets of the same names in the Makefile make the runs. All but the first write table.md and table.json to the folder;
-lambda-sweep, loop-study and value-study draw plots there, too.
+The targets of the same names in the Makefile make the runs; `make second-judge` makes those of judges. All but the first two
+write table.md and table.json to the folder; lambda-sweep, loop-study and value-study draw plots there, too.
 """
 
 import statistics
@@ -20,7 +21,17 @@ from pathlib import Path
 
 from data.json_files import read_json, write_json
 from data.saving import check_saved, save
-from data.schemas import BEST_OF_N, JUDGED_REPORT, LOOP_REPORT, PPO_METRICS, REWARD_METRICS, SEED_REPORT, SWEEP_REPORT
+from data.schemas import (
+    BEST_OF_N,
+    JUDGED_REPORT,
+    LOOP_REPORT,
+    PPO_METRICS,
+    REPORT,
+    REWARD_METRICS,
+    SEED_REPORT,
+    SWEEP_REPORT,
+    Kind,
+)
 from pipeline.reports.ablations import ABLATIONS_NOTE, ablation_row, ablations_table
 from pipeline.reports.lambda_sweep import SWEEP_NOTE, sweep_row, sweep_table
 from pipeline.reports.loss_table import LOSSES_NOTE, loss_row, losses_table
@@ -28,6 +39,7 @@ from pipeline.reports.markdown import markdown_table, number, with_interval
 from pipeline.reports.plots import draw_trade_off
 from pipeline.reports.report import read_report
 from pipeline.reports.rounds import STUDY_NOTE, draw_study, study_rows, study_table
+from pipeline.reports.seeds import judges_table, seeds_table
 from pipeline.reports.value_plots import draw_value_curves, draw_value_study
 from pipeline.reports.value_study import VALUE_NOTE, run_figures, value_rows, value_table
 from pipeline.runs.errors import report_errors
@@ -43,7 +55,7 @@ BASELINES_NOTE = (
 )
 
 
-def read_result(path: Path, remedy: str) -> dict:
+def read_result(path: Path, remedy: str, schema: Kind = REPORT) -> dict:
     """Read the JSON of a stage.
 
     Raises:
@@ -51,7 +63,7 @@ def read_result(path: Path, remedy: str) -> dict:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file. {remedy}")
-    return read_report(path)
+    return read_report(path, schema)
 
 
 @contextmanager
@@ -121,51 +133,6 @@ def ppo_history(run: Path) -> list[dict]:
     return read_json(run / "ppo" / "metrics.json", PPO_METRICS, remedy="Run PPO again.")["history"]
 
 
-def seeds_table(reports: Sequence[dict]) -> str:
-    """Return the table and chart of one recipe under several seeds, from each report.json with its `kl_held`."""
-
-    def change(report: dict, key: str, form: str) -> str:
-        return f"{report['sft'][key]:{form}} → {report['policy'][key]:{form}}"
-
-    reports = sorted(reports, key=lambda report: report["seed"])
-    header = (
-        "seed",
-        "score, SFT → PPO",
-        "judge, SFT → PPO",
-        "gain, 95% interval",
-        "PPO beats SFT",
-        "KL, nats",
-        "KL held",
-    )
-    rows = [
-        [
-            str(report["seed"]),
-            change(report, "score", "+.2f"),
-            change(report, "judge", "+.2f"),
-            with_interval(report["judge_gain"], "+.2f"),
-            with_interval(report["win_rate"], ".0%"),
-            f"{report['policy']['kl']:.1f}",
-            f"{report['kl_held']:.1f}",
-            change(report, "distinct_2", ".2f"),
-            f"{report['reward_model']['accuracy']:.3f}",
-        ]
-        for report in reports
-    ]
-    bars = {model: ", ".join(f"{report[model]['judge']:.2f}" for report in reports) for model in ("policy", "sft")}
-    chart = (
-        "```mermaid",
-        "xychart-beta",
-        '    title "Judge on held-out prompts: SFT (front), PPO (behind)"',
-        f'    x-axis "seed" [{", ".join(str(report["seed"]) for report in reports)}]',
-        '    y-axis "VADER compound" 0 --> 0.7',
-        f"    bar [{bars['policy']}]",
-        f"    bar [{bars['sft']}]",
-        "```",
-    )
-    cells = markdown_table((*header, "distinct-2, SFT → PPO", "reward model accuracy"), rows)
-    return cells + "\n\n" + "\n".join(chart)
-
-
 def seeds(folder: Path) -> None:
     """Print the table of the runs in <folder>/<seed>."""
     reports = []
@@ -175,6 +142,16 @@ def seeds(folder: Path) -> None:
             seeds_table([report])  # has every figure
         reports.append(report)
     print(seeds_table(reports))
+
+
+def judges(folder: Path, second: str) -> None:
+    """Print what two judges say of the runs in <folder>/<seed>, of which <second>/<seed> has the report of another judge."""
+    reports = {}
+    for path in _found(Path(second), "Run `make second-judge`."):
+        seed = int(path.parent.name)
+        first = folder / path.parent.name / path.name
+        reports[seed] = (read_result(first, "Run `make seeds`.", JUDGED_REPORT), read_report(path, JUDGED_REPORT))
+    print(judges_table(reports))
 
 
 # ----------------------------------------------------------------------------------------------- baselines
@@ -309,6 +286,7 @@ def loop_study(folder: Path, *arms: str) -> None:
 # Each table, and how many words follow its name (None: two or more).
 TABLES: dict[str, tuple[Callable[..., None], int | None]] = {
     "seeds": (seeds, 1),
+    "judges": (judges, 2),
     "baselines": (baselines, 2),
     "ablations": (ablations, None),
     "value-study": (value_study, None),

@@ -32,7 +32,7 @@ CASES = [
         [*PLAN, "--model_name_or_path", "./broken"],
         r"^model_name_or_path='./broken': its config cannot be read",
     ),
-    ("tables", [], r"'' is not one of seeds, baselines, ablations"),
+    ("tables", [], r"'' is not one of seeds, judges, baselines"),
     ("tables", ["seeds"], r"seeds cannot be called so"),
     ("tables", ["seeds", "empty", "more"], r"seeds cannot be called so"),
     ("tables", ["ablations", "empty"], r"ablations cannot be called so"),

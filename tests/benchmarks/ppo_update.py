@@ -20,10 +20,10 @@ from tests.benchmarks.work import Work, command
 
 
 ROOT = Path(__file__).parents[2]
-ROWS = ("trl_full", "trl_lora", "spine_all", "spine_top")
+ROWS = ("trl_full", "trl_lora", "spine_joint", "spine_all", "spine_top")
 PHASES = ("generation", "scoring", "training")
 # Sequences in a forward pass that trains: what was fastest for each, by NOTES.md.
-MICROBATCH = {"trl_full": 4, "trl_lora": 4, "spine_all": 8, "spine_top": 8}
+MICROBATCH = {"trl_full": 4, "trl_lora": 4, "spine_joint": 8, "spine_all": 8, "spine_top": 8}
 
 # SmolLM2-135M at the sizes of `make smollm2`; a prompt is the first words of a snippet.
 SMOLLM2 = Work(
@@ -158,6 +158,8 @@ def markdown(result: dict) -> str:
     for row, cells in result["rows"].items():
         numbers = " | ".join(f"{cells[key]:.2f}" for key in ("seconds", *PHASES, "peak_rss_gb", "state_backbones"))
         lines.append(f"| {row} | {cells['dtype']} | {numbers} |")
+    if "speedup" not in result:
+        return "\n".join(lines)
     lines.append("")
     lines.append(
         f"spine_top takes 1/{result['speedup']:.2f} of the seconds and {result['memory_ratio']:.2f} of the peak memory "
@@ -177,10 +179,13 @@ def demo_work(folder: str) -> Work:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trl_python", required=True, help="Python with trl==1.12.0")
+    parser.add_argument("--trl_python", help="Python with trl==1.12.0, for the rows of TRL")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=ROWS, help="contenders")
     parser.add_argument("--rounds", type=int, default=3, help="updates that count, of each contender")
     parser.add_argument("--output_dir", default="runs/bench")
     args = parser.parse_args()
+    if not args.trl_python and any(row.startswith("trl") for row in args.rows):
+        parser.error("--trl_python: the rows of TRL need it; --rows spine_joint spine_all spine_top do without")
     works = {
         "ppo_update": (Work(), args.rounds),
         "ppo_update_demo": (demo_work("data/backbone"), 2 * args.rounds),
@@ -188,7 +193,7 @@ def main() -> None:
     }
     for name, (work, rounds) in works.items():
         print(f"{name}: {work}", flush=True)
-        result = measure(work, rounds, args.trl_python)
+        result = measure(work, rounds, args.trl_python, tuple(args.rows))
         path = Path(args.output_dir) / f"{name}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(result, indent=2) + "\n")

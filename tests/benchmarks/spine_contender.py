@@ -1,7 +1,8 @@
 """PPO by Spine: one backbone, four roles; started by `ppo_update.py`.
 
 The policy is a fresh adapter, so the reference is the backbone without it, as in TRL's row with LoRA. The reward is
-learned: an adapter and a head, on the same layers, from which the value starts.
+learned: an adapter and a head, on the same layers, from which the value starts. In the row `spine_joint` the value is a
+head on the policy's layers, as in the joint Hydra of Santacroce et al. 2023 (arXiv 2309.00754).
 """
 
 import torch
@@ -40,6 +41,7 @@ def make_trainer(work: Work, options: dict, **kwargs) -> PPOTrainer:
         steps_per_generation=work.batch // micro,
         gradient_accumulation_steps=work.batch // micro // work.minibatches,
         num_iterations=work.epochs,
+        critic="head" if options["row"] == "spine_joint" else "adapter",
         max_completion_length=work.completion,
         generation_kwargs={"min_new_tokens": work.completion},
         max_steps=10_000 * work.epochs * work.minibatches,

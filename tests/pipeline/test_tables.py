@@ -3,7 +3,8 @@ import sys
 
 import pytest
 
-from pipeline.tables import comparison_table, kl_held, seeds_table
+from pipeline.reports.seeds import judges_table, seeds_table
+from pipeline.tables import comparison_table, kl_held
 
 
 def interval(mean: float) -> dict:
@@ -33,6 +34,13 @@ def test_seeds_table_is_in_the_order_of_the_seeds():
     assert '    x-axis "seed" [0, 1]' in chart and chart.count("    bar [0.25, 0.50]") == 2
 
 
+def test_judges_stand_side_by_side_in_the_order_of_the_seeds():
+    first, second = ({"judge_gain": interval(gain), "win_rate": interval(gain / 2)} for gain in (0.25, 1.5))
+    _, _, zero, ten = judges_table({10: (second, first), 0: (first, second)}).splitlines()
+    assert zero == "| 0 | +0.25 [+0.12, +0.38] | 12% [0%, 25%] | +1.50 [+1.38, +1.62] | 75% [62%, 88%] |"
+    assert ten.startswith("| 10 | +1.50 [+1.38, +1.62] | 75%")
+
+
 def test_kl_is_held_over_the_second_half_of_the_updates():
     history = [{"kl": 1.0}, {"kl": 2.0}, {"eval_score": 0.5}, {"kl": 4.0}, {"kl": 8.0}, {"train_runtime": 3.0}]
     assert kl_held(history) == 6.0  # of 4 and 8
@@ -42,6 +50,6 @@ def test_kl_is_held_over_the_second_half_of_the_updates():
 
 def test_a_table_that_there_is_not(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["tables", "seed", str(tmp_path)])
-    with pytest.raises(SystemExit, match="'seed' is not one of seeds, baselines, ablations"):
+    with pytest.raises(SystemExit, match="'seed' is not one of seeds, judges, baselines"):
         runpy.run_path("pipeline/tables.py", run_name="__main__")
     assert not any(tmp_path.iterdir())

@@ -673,5 +673,6 @@ def on_each_process(function, message):
         (misses_on_one, "no finite score .* for prompt 'of 1', completion 'c'"),
     ],
 )
-def test_what_one_process_cannot_score_is_raised_on_all(function, message):
+def test_what_one_process_cannot_score_is_raised_on_all(function, message, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # without it accelerate warns that it sets it
     debug_launcher(on_each_process, (function, message), num_processes=2)
