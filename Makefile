@@ -144,8 +144,8 @@ second-judge: .venv/installed
 	.venv/bin/python -m pipeline.tables judges runs/seeds runs/second-judge
 
 # Measure the effect of single settings of PPO, in about 25 minutes; write runs/ablations/table.md. Each setting runs with
-# three seeds, and with 24 updates instead of the demo's 36. The runs start from the adapters of `make seeds`. The first
-# setting is the unchanged recipe.
+# three seeds, with 24 updates instead of the demo's 36, and a missing end costs 0.5. The runs start from the adapters of
+# `make seeds`. The first setting is the recipe, but for these two.
 ablations: .venv/installed
 	for seed in 0 1 2; do \
 		for change in $(ABLATIONS); do \
@@ -158,7 +158,7 @@ ablations: .venv/installed
 			esac; \
 			from="--sft_adapter $$sft --reward_adapter runs/seeds/$$seed/reward"; \
 			$(LAUNCH) pipeline.ppo --config $(RECIPES)/demo/ppo.yaml --seed $$seed --output_dir $$out/ppo $$from \
-				--max_steps 96 --$${change%%=*} $$(echo $${change#*=} | tr , ' ') || exit 1; \
+				--max_steps 96 --missing_eos_penalty 0.5 --$${change%%=*} $$(echo $${change#*=} | tr , ' ') || exit 1; \
 			$(LAUNCH) pipeline.evaluation --config $(RECIPES)/demo/evaluation.yaml --seed $$seed --output_dir $$out $$from \
 				--policy_adapter $$out/ppo --max_prompts 256 || exit 1; \
 		done; \
@@ -166,8 +166,8 @@ ablations: .venv/installed
 	.venv/bin/python -m pipeline.tables ablations runs/ablations $(ABLATIONS)
 
 # How should the value learn? Change one setting of PPO's value at a time, under five seeds, in about three hours on one core;
-# write $(VALUE_STUDY)/table.md and two plots. The runs start from the adapters of `make seeds`. What has finished is not run
-# again.
+# write $(VALUE_STUDY)/table.md and two plots. The runs start from the adapters of `make seeds`, and a missing end costs
+# 0.5. What has finished is not run again.
 value-study: .venv/installed
 	for seed in $(VALUE_SEEDS); do \
 		from="--sft_adapter $(VALUE_FROM)/$$seed/sft --reward_adapter $(VALUE_FROM)/$$seed/reward"; \
@@ -175,7 +175,7 @@ value-study: .venv/installed
 			out=$(VALUE_STUDY)/$$setting/$$seed; \
 			test -f $$out/report.json && continue; \
 			$(LAUNCH) pipeline.ppo --config $(RECIPES)/$(VALUE_RECIPE)/ppo.yaml --seed $$seed --output_dir $$out/ppo $$from \
-				$$(echo "--$$setting" | sed 's/+/ --/g; s/=/ /g') || exit 1; \
+				--missing_eos_penalty 0.5 $$(echo "--$$setting" | sed 's/+/ --/g; s/=/ /g') || exit 1; \
 			$(LAUNCH) pipeline.evaluation --config $(RECIPES)/$(VALUE_RECIPE)/evaluation.yaml --seed $$seed --output_dir $$out \
 				$$from --policy_adapter $$out/ppo || exit 1; \
 		done; \
