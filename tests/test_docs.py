@@ -38,6 +38,7 @@ OTHER_OPTIONS |= {"scale", "seeds", "report_only"}  # of pipeline.reproduce
 OTHER_OPTIONS |= {"gold", "best_of_n"}  # of pipeline.overoptimization
 OTHER_OPTIONS |= {*LAUNCHER_OPTIONS, "version", "help"}  # of `spine`
 OTHER_OPTIONS |= {"host", "port", "write"}  # of pipeline.dashboard
+OTHER_OPTIONS |= {"rows"}  # of tests.benchmarks.ppo_update
 
 
 def without_fences(text: str) -> str:
