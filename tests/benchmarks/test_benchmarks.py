@@ -93,7 +93,8 @@ def test_four_roles_of_gpt2_live_in_little_more_than_one_backbone(tmp_path):
     """Item by item, LoRA of r=16 on attention and MLP of 4 layers, 3.1 MB: weights, gradients and Adam's two moments of
     policy and value, weights of the reward; the reference of a fresh policy is the backbone. 9 x 3.1 MB beside 498."""
     work = Work(prompt=4, completion=4, epochs=1, batch=2)
-    trainer = make_trainer(work, {"dtype": "fp32", "top": 4, "microbatch": 2, "folder": str(tmp_path)})
+    options = {"row": "spine_top", "dtype": "fp32", "top": 4, "microbatch": 2, "folder": str(tmp_path)}
+    trainer = make_trainer(work, options)
     trainer.args.max_steps = 1
     before = state_bytes(torch.nn.Module(), torch.optim.Adam([torch.zeros(1)]))  # of other tests' models
     trainer.train()
