@@ -1,8 +1,10 @@
+import json
 import runpy
 import sys
 
 import pytest
 
+from pipeline import tables
 from pipeline.reports.seeds import judges_table, seeds_table
 from pipeline.tables import comparison_table, kl_held
 
@@ -39,6 +41,25 @@ def test_judges_stand_side_by_side_in_the_order_of_the_seeds():
     _, _, zero, ten = judges_table({10: (second, first), 0: (first, second)}).splitlines()
     assert zero == "| 0 | +0.25 [+0.12, +0.38] | 12% [0%, 25%] | +1.50 [+1.38, +1.62] | 75% [62%, 88%] |"
     assert ten.startswith("| 10 | +1.50 [+1.38, +1.62] | 75%")
+
+
+def test_judges_are_read_from_two_folders(tmp_path, capsys):
+    def write(judge: str, seed: int, gain: float) -> None:
+        of = {"judge": 0.5, "score": 1.0, "kl": 9.0, "distinct_2": 0.75, "mean_length": 8.0}
+        report = {"sft": of, "policy": of, "judge_gain": interval(gain), "win_rate": interval(0.5)}
+        folder = tmp_path / judge / str(seed)
+        folder.mkdir(parents=True)
+        (folder / "report.json").write_text(json.dumps(report))
+
+    write("second", 3, 1.5)
+    with pytest.raises(FileNotFoundError, match="first/3/report.json: no such file. Run `make seeds`"):
+        tables.judges(tmp_path / "first", str(tmp_path / "second"))
+    write("first", 3, 0.25)
+    write("first", 4, 0.75)  # which the second has not judged
+    tables.judges(tmp_path / "first", str(tmp_path / "second"))
+    half = "50% [38%, 62%]"
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert rows == [f"| 3 | +0.25 [+0.12, +0.38] | {half} | +1.50 [+1.38, +1.62] | {half} |"]
 
 
 def test_kl_is_held_over_the_second_half_of_the_updates():
