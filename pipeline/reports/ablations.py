@@ -6,7 +6,7 @@ from pipeline.reports.markdown import markdown_table, with_interval
 
 
 ABLATIONS_NOTE = (
-    "Mean over the seeds, and the lowest and highest in brackets. The first row is the unchanged recipe. Value "
+    "Mean over the seeds, and the lowest and highest in brackets. The first row changes nothing. Value "
     "loss and approxkl are means over the first quarter of the updates. The judge is in -1 to 1."
 )
 ABLATION_COLUMNS = {

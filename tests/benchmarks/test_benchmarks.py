@@ -37,6 +37,19 @@ def test_weights_are_counted_as_the_model_has_them(work):
     assert model.get_output_embeddings().weight.shape == (work.vocabulary, work.hidden)
 
 
+@pytest.mark.parametrize(("row", "critic", "adapters"), [("spine_joint", "head", 1), ("spine_all", "adapter", 2)])
+def test_the_joint_row_trains_one_adapter(tmp_path, row, critic, adapters):
+    options = {"row": row, "dtype": "fp32", "top": None, "microbatch": 2, "folder": str(tmp_path)}
+    trainer = make_trainer(TINY, options)
+    assert trainer.args.critic == critic
+    trained = {
+        name.split(".lora_A.")[1]
+        for name, p in trainer.model.named_parameters()
+        if "lora_A" in name and p.requires_grad
+    }
+    assert len(trained) == adapters, trained
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("work", [TINY, TINY_LLAMA])
 def test_ours_runs_by_turns_and_is_written_down(work):
